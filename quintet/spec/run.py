@@ -1,0 +1,272 @@
+"""One training run, whole: the frozen tree that a recipe file yields and that every floor above reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from quintet.errors import SpecError
+from quintet.spec.curve import Curve, Place, Progress
+from quintet.spec.layout import Layout
+from quintet.spec.model import Model
+
+Domain = Literal["code", "prose"]
+
+
+def _positive(section: object, *names: str) -> None:
+    for name in names:
+        if getattr(section, name) <= 0:
+            raise SpecError(f"{name} ({getattr(section, name)}) must be larger than 0")
+
+
+def _share(section: object, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(section, name) <= 1:
+            raise SpecError(f"{name} ({getattr(section, name)}) must lie between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A body of text of one domain."""
+
+    name: str
+    """Name in statistics and in evaluation; letters, digits, '-' and '_'."""
+    paths: tuple[str, ...]
+    """Files, folders and globs (.py .md .txt ... as text, .jsonl[.gz|.zst], .parquet), or 'python:stdlib' (the running
+    interpreter's library) or 'python:docs' (its docstrings and documentation topics)."""
+    domain: Domain
+    """Code takes part in fill-in-the-middle; evaluation is reported per domain."""
+    weight: float
+    """Share of the training tokens, relative to the other sources' weights."""
+    text_key: str = "text"
+    """Field or column that holds the text, in jsonl and parquet."""
+
+    def __post_init__(self) -> None:
+        if not self.name or not all(c.isalnum() or c in "-_" for c in self.name):
+            raise SpecError(f"source name {self.name!r} may hold only letters, digits, '-' and '_'")
+        if not self.paths:
+            raise SpecError(f"source {self.name!r} has no paths; name at least one file, folder or glob")
+        _positive(self, "weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where the text comes from and how it becomes token sequences."""
+
+    sources: tuple[Source, ...]
+    """Bodies of text, mixed by weight."""
+    directory: str
+    """Folder of the prepared token shards."""
+    tokenizer: str | None = None
+    """A Hugging Face tokenizer.json; absent: a byte-level BPE of model.vocab_size is trained on the sources."""
+    held_out: float = 0.01
+    """Share of the documents kept for evaluation; a document's own hash decides."""
+    fim_rate: float = 0.1
+    """Share of the code documents rearranged as prefix, suffix, middle (V3 4.1)."""
+    document_mask: bool = False
+    """Keep attention inside each document of a packed sequence; V3 pre-training lets it cross."""
+    strict: bool = False
+    """Stop at the first unreadable document instead of counting and skipping it."""
+    max_document_bytes: int = 10_000_000
+    """Longer documents are skipped and counted, in bytes."""
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise SpecError("data.sources is empty; add a [[data.sources]] table with name, paths, domain and weight")
+        names = [source.name for source in self.sources]
+        if len(set(names)) < len(names):
+            raise SpecError(f"source names must differ, got {names}")
+        _share(self, "held_out", "fim_rate")
+        _positive(self, "max_document_bytes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW (arXiv 1711.05101) and clipping, as V3 4.2."""
+
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices; norms, biases and other vectors are not decayed."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "eps", "clip_norm")
+        _share(self, "beta1", "beta2")
+        if self.weight_decay < 0:
+            raise SpecError(f"weight_decay ({self.weight_decay}) must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """One stretch of training at one sequence length; the curves read as in `spec.curve`."""
+
+    name: str
+    """Name in logs."""
+    length: str
+    """How long it lasts: '600 steps' or '14.8T tokens'."""
+    sequence_length: int
+    """Tokens of one training sequence."""
+    batch: tuple[str, ...]
+    """Curve of the global batch, in sequences."""
+    learning_rate: tuple[str, ...]
+    """Curve of the learning rate."""
+    mtp_weight: tuple[str, ...] = ("0.3",)
+    """Curve of the weight of the MTP losses' mean (lambda)."""
+    bias_speed: tuple[str, ...] = ("0.001",)
+    """Curve of the router bias update speed (gamma)."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "sequence_length")
+        if Place.parse(self.length).unit == "share" or Place.parse(self.length).value < 1:
+            raise SpecError(f"phase {self.name!r}: length {self.length!r} must be at least '1 steps' or '1 tokens'")
+        for name in ("batch", "learning_rate", "mtp_weight", "bias_speed"):
+            try:
+                curve = Curve.parse(getattr(self, name))
+            except SpecError as error:
+                raise SpecError(f"phase {self.name!r}, {name}: {error}") from None
+            if min(min(s.start, s.end) for s in curve.segments) < 0:
+                raise SpecError(f"phase {self.name!r}, {name} goes below 0")
+        if min(min(s.start, s.end) for s in Curve.parse(self.batch).segments) < 1:
+            raise SpecError(f"phase {self.name!r}, batch must be at least 1 sequence")
+
+    def progress(self, steps: int, tokens: int) -> Progress:
+        """Progress after `steps` optimizer steps and `tokens` tokens of this phase."""
+        length = Place.parse(self.length)
+        return Progress(steps=steps, tokens=tokens, share=min((steps if length.unit == "steps" else tokens) / length.value, 1.0))
+
+    def batch_sequences(self, steps: int, tokens: int) -> int:
+        """Sequences of the optimizer step that begins after `steps` steps and `tokens` tokens of this phase."""
+        return max(1, round(Curve.parse(self.batch).at(self.progress(steps, tokens))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """How a step is computed."""
+
+    steps: int | None = None
+    """Length of the whole run in optimizer steps, replacing the phases' own lengths; several phases keep their proportion."""
+    micro_batch: int = 1
+    """Sequences of one forward and backward; gradients accumulate up to the phase's global batch."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16: bf16 weights and activations under fp32 master weights; fp32: everything fp32."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What backward computes again instead of keeping: nothing; norms and MLA up-projections (V3 3.2.3); whole blocks."""
+    balance_weight: float = 1e-4
+    """Weight of the sequence-wise balance loss (alpha, V3 2.1.2)."""
+    loss_chunk: int = 1024
+    """Tokens whose logits exist at one time in the loss."""
+    compile: bool = True
+    """Fuse element-wise operations with torch.compile; needs a C++ compiler on CPU and falls back to eager without one."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA where it is present."""
+    num_threads: int | None = None
+    """CPU threads; absent: all cores."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "micro_batch", "loss_chunk")
+        if self.steps is not None:
+            _positive(self, "steps")
+        if self.num_threads is not None:
+            _positive(self, "num_threads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Loss on held-out documents, per domain."""
+
+    every: int | None = None
+    """Steps between evaluations; absent: only at the end."""
+    num_sequences: int = 64
+    """Held-out sequences per source, the same ones each time."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "num_sequences")
+        if self.every is not None:
+            _positive(self, "every")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """When a run is saved and what is kept."""
+
+    every: int | None = None
+    """Steps between checkpoints; absent: only at the end and on a signal."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept."""
+    keep_every: int | None = None
+    """Also keep each checkpoint whose step is a multiple of this."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "keep_last")
+        for name in ("every", "keep_every"):
+            if getattr(self, name) is not None:
+                _positive(self, name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Monitor:
+    """What is shown and written while a run goes on; metrics.jsonl is always written."""
+
+    live: bool = True
+    """Redraw a live view in the terminal; without a terminal, plain lines are printed."""
+    tensorboard: bool = True
+    """Write TensorBoard files under the run directory."""
+    every: int = 1
+    """Steps between records."""
+    prompts: tuple[str, ...] = ("def ", "import ", "class ")
+    """Texts that the trained model continues in the report."""
+    sample_tokens: int = 120
+    """Tokens of each sample."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "every", "sample_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run."""
+
+    name: str
+    """Name of the run and of its directory under `directory`."""
+    model: Model
+    """What the model is."""
+    data: Data
+    """Text, tokenizer and packing."""
+    phases: tuple[Phase, ...]
+    """The curriculum, in order."""
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    """AdamW and clipping."""
+    train: Train = field(default_factory=Train)
+    """How a step is computed."""
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    """Held-out loss."""
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    """Saving and retention."""
+    monitor: Monitor = field(default_factory=Monitor)
+    """What is shown and written."""
+    layout: Layout = field(default_factory=Layout)
+    """Degrees of parallelism."""
+    directory: str = "runs"
+    """Folder that holds the run's directory."""
+    seed: int = 0
+    """Seed of the weights and of the data order."""
+
+    def __post_init__(self) -> None:
+        if not self.name or not all(c.isalnum() or c in "-_." for c in self.name) or self.name.startswith("."):
+            raise SpecError(f"name {self.name!r} may hold only letters, digits, '-', '_' and '.', and not begin with '.'")
+        if not self.phases:
+            raise SpecError("phases is empty; add a [[phases]] table with name, length, sequence_length, batch and learning_rate")
+        for phase in self.phases:
+            if phase.sequence_length > self.model.max_context:
+                raise SpecError(
+                    f"phase {phase.name!r}: sequence_length ({phase.sequence_length}) must be at most model.max_context "
+                    f"({self.model.max_context}); raise max_context (and extend it with model.yarn) or shorten the sequence"
+                )
+        if not 0 <= self.seed < 2**63:
+            raise SpecError(f"seed ({self.seed}) must lie between 0 and 2^63 - 1")
