@@ -14,7 +14,6 @@ names = st.from_regex(r"[a-zA-Z0-9_-]{1,12}", fullmatch=True)
 texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
 positive_floats = st.floats(min_value=1e-9, max_value=1e9)
 shares = st.floats(min_value=0.0, max_value=1.0)
-values = st.floats(min_value=1e-8, max_value=1e4).map(repr)
 
 
 def small(low: int, high: int) -> st.SearchStrategy[int]:
@@ -54,13 +53,6 @@ def models(draw: st.DrawFn, *, largest: int = 64) -> Model:
         max_context=draw(small(1, 4096)),
         yarn=draw(st.none() | st.builds(Yarn, factor=st.floats(min_value=1, max_value=100), original_context=small(1, 4096))),
     )
-
-
-@st.composite
-def places(draw: st.DrawFn, *, unit: str, least: int = 0, most: int = 10**6) -> str:
-    """A place in steps, tokens or %, with a number from `least` to `most`."""
-    number = draw(small(least, most))
-    return f"{number}%" if unit == "%" else f"{number} {unit}"
 
 
 @st.composite
@@ -139,12 +131,13 @@ trains = st.builds(
 def runs(draw: st.DrawFn) -> Run:
     """Valid runs, every section drawn."""
     model = draw(models())
+    optimizer = st.builds(Optimizer, beta1=shares, beta2=shares, eps=positive_floats, weight_decay=shares, clip_norm=positive_floats)
     return Run(
         name=draw(names.filter(lambda name: not name.startswith("."))),
         model=model,
         data=draw(data),
         phases=tuple(draw(st.lists(phases(max_context=model.max_context), min_size=1, max_size=2))),
-        optimizer=draw(st.builds(Optimizer, beta1=shares, beta2=shares, eps=positive_floats, weight_decay=shares, clip_norm=positive_floats)),
+        optimizer=draw(optimizer),
         train=draw(trains),
         evaluation=draw(st.builds(Evaluation, every=optional_counts, num_sequences=small(1, 100))),
         checkpoint=draw(st.builds(Checkpoint, every=optional_counts, keep_last=small(1, 9), keep_every=optional_counts)),
