@@ -1,0 +1,111 @@
+"""A run's verdict in one small file, status.json, replaced atomically, for people and for the programs that restart runs."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from quintet.errors import DONE, INTERRUPTED, DataError, GivenUp
+from quintet.monitor.metrics import Event, Record
+
+Verdict = Literal["running", "done", "interrupted", "failed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """Where a run stands."""
+
+    verdict: Verdict
+    """running, done, interrupted (by a signal, resumable) or failed."""
+    exit_code: int | None
+    """Exit code of the process (see `errors`); absent while it runs."""
+    step: int
+    """Optimizer steps done."""
+    num_steps: int | None
+    """Steps of the whole run; absent before the first record."""
+    message: str
+    """What happened, in one sentence."""
+    remedy: str | None
+    """What to do, mostly a command; absent when nothing is to do."""
+    pid: int
+    """Process that wrote this."""
+    started: float
+    """When that process began, in seconds since 1970."""
+    updated: float
+    """When this was written, in seconds since 1970."""
+
+
+def verdict_of(exit_code: int) -> Verdict:
+    """done for 0, interrupted for 75, failed for anything else."""
+    return "done" if exit_code == DONE else "interrupted" if exit_code == INTERRUPTED else "failed"
+
+
+def write_status(run_directory: Path, status: Status) -> None:
+    """Replace status.json whole: a reader sees the old or the new one, never a part."""
+    temporary = run_directory / f".status.json.{os.getpid()}"
+    try:
+        temporary.write_bytes(msgspec.json.format(msgspec.json.encode(status)) + b"\n")
+        temporary.replace(run_directory / "status.json")
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_status(run_directory: Path) -> Status | None:
+    """The run's status, or None where none was written; raises DataError for a file that is no status."""
+    path = run_directory / "status.json"
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Status)
+    except FileNotFoundError:
+        return None
+    except msgspec.MsgspecError as error:
+        raise DataError(f"{path} is not a run's status: {error}; delete it, the next resume writes a new one") from None
+
+
+class StatusFile:
+    """A sink that keeps status.json up to date while a run goes on, and ends it with a verdict.
+
+    Nothing is written before the first event: a run that was refused leaves the directory's status alone.
+    """
+
+    def __init__(self, run_directory: Path, *, every_seconds: float = 5.0, clock: Callable[[], float] = time.time) -> None:
+        self._directory, self._every, self._clock = run_directory, every_seconds, clock
+        self._written = False
+        self._status = Status(
+            verdict="running", exit_code=None, step=0, num_steps=None, message="running", remedy=None, pid=os.getpid(),
+            started=clock(), updated=0.0,
+        )  # fmt: skip
+
+    def write(self, event: Event) -> None:
+        if isinstance(event, Record):
+            self._status = replace(self._status, step=event.step, num_steps=event.num_steps)
+        if not self._written or self._clock() - self._status.updated >= self._every:
+            self._put(self._status)
+
+    def close(self) -> None:
+        if self._written and self._status.verdict == "running":
+            self._put(self._status)
+
+    def finish(self, exit_code: int, message: str) -> None:
+        """Write the verdict that `exit_code` means, with the command that continues the run where there is one."""
+        if not self._written:
+            return
+        verdict = verdict_of(exit_code)
+        remedy = None if verdict == "done" else f"quintet resume {self._directory}"
+        if exit_code == GivenUp.exit_code:
+            remedy = "do not restart it as it is: read the message, change the recipe, then start a new run"
+        self._put(replace(self._status, verdict=verdict, exit_code=exit_code, message=message, remedy=remedy))
+
+    def _put(self, status: Status) -> None:
+        self._status = replace(status, updated=self._clock())
+        self._written = True
+        try:
+            write_status(self._directory, self._status)
+        except OSError:
+            # A full disk must not end a run that could go on; the verdict is also the exit code.
+            return
