@@ -61,10 +61,8 @@ V2_LITE = replace(
 
 def attention_shapes(m: Model, at: str) -> dict[str, tuple[int, ...]]:
     heads, width = m.num_heads, m.hidden_size
-    query = {"wq": (heads * m.qk_head_dim, width)}
-    if m.q_lora_rank is not None:
-        query = {"wq_a": (m.q_lora_rank, width), "wq_b": (heads * m.qk_head_dim, m.q_lora_rank)}
-        query["q_norm"] = (m.q_lora_rank,)
+    rank, up = m.q_lora_rank, heads * m.qk_head_dim
+    query: dict[str, tuple[int, ...]] = {"wq": (up, width)} if rank is None else {"wq_a": (rank, width), "wq_b": (up, rank), "q_norm": (rank,)}
     shapes = query | {
         "wkv_a": (m.kv_lora_rank + m.qk_rope_head_dim, width),
         "kv_norm": (m.kv_lora_rank,),

@@ -11,7 +11,7 @@ from quintet.spec.model import Model, Yarn
 from quintet.spec.run import Checkpoint, Data, Evaluation, Monitor, Optimizer, Phase, Run, Source, Train
 
 names = st.from_regex(r"[a-zA-Z0-9_-]{1,12}", fullmatch=True)
-texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
+texts = st.text(st.characters(codec="utf-8"), max_size=20)
 positive_floats = st.floats(min_value=1e-9, max_value=1e9)
 shares = st.floats(min_value=0.0, max_value=1.0)
 
