@@ -62,7 +62,9 @@ V2_LITE = replace(
 def attention_shapes(m: Model, at: str) -> dict[str, tuple[int, ...]]:
     heads, width = m.num_heads, m.hidden_size
     rank, up = m.q_lora_rank, heads * m.qk_head_dim
-    query: dict[str, tuple[int, ...]] = {"wq": (up, width)} if rank is None else {"wq_a": (rank, width), "wq_b": (up, rank), "q_norm": (rank,)}
+    query: dict[str, tuple[int, ...]] = {"wq": (up, width)}
+    if rank is not None:
+        query = {"wq_a": (rank, width), "wq_b": (up, rank), "q_norm": (rank,)}
     shapes = query | {
         "wkv_a": (m.kv_lora_rank + m.qk_rope_head_dim, width),
         "kv_norm": (m.kv_lora_rank,),
