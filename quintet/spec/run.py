@@ -11,6 +11,8 @@ from quintet.spec.layout import Layout
 from quintet.spec.model import Model
 
 Domain = Literal["code", "prose"]
+Precision = Literal["bf16", "fp32"]
+Recompute = Literal["none", "selective", "full"]
 
 
 def _positive(section: object, *names: str) -> None:
@@ -153,9 +155,9 @@ class Train:
     """Length of the whole run in optimizer steps, replacing the phases' own lengths; several phases keep their proportion."""
     micro_batch: int = 1
     """Sequences of one forward and backward; gradients accumulate up to the phase's global batch."""
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Precision = "bf16"
     """bf16: bf16 weights and activations under fp32 master weights; fp32: everything fp32."""
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Recompute = "none"
     """What backward computes again instead of keeping: nothing; norms and MLA up-projections (V3 3.2.3); whole blocks."""
     balance_weight: float = 1e-4
     """Weight of the sequence-wise balance loss (alpha, V3 2.1.2)."""

@@ -1,0 +1,92 @@
+"""DeepSeekMoE: shared experts that every token passes, and fine-grained routed ones (V3 2.1.2).
+
+Letters: T tokens, N = T*K token-expert rows, D hidden, F expert inner width, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from quintet.model.layers import FeedForward
+from quintet.model.router import Router, Routing, sequence_balance_loss
+from quintet.ops.grouped_matmul import grouped_matmul
+from quintet.ops.permute import collect, sort_by_expert, spread
+from quintet.ops.pointwise import Kernels
+from quintet.spec.model import Model
+
+
+@dataclass(frozen=True)
+class MoEStatistics:
+    """Of one MoE layer and micro-batch: load [E] (tokens per expert, int64) and the balance loss (scalar)."""
+
+    load: Tensor
+    balance_loss: Tensor
+
+
+class Experts(nn.Module):
+    """The routed experts' feed-forwards, computed over rows sorted by expert."""
+
+    def __init__(self, model: Model, *, kernels: Kernels) -> None:
+        super().__init__()
+        self.w13 = nn.Parameter(torch.empty(model.num_routed_experts, 2, model.expert_ffn_size, model.hidden_size))
+        self.w2 = nn.Parameter(torch.empty(model.num_routed_experts, model.hidden_size, model.expert_ffn_size))
+        self.kernels = kernels
+
+    def forward(self, rows: Tensor, gates: Tensor, ends: Tensor) -> Tensor:
+        """rows [N, D], gates [N], ends [E] (row where each expert's part stops) -> [N, D], each row times its gate."""
+        gate_up = grouped_matmul(rows, self.w13.flatten(1, 2), ends)
+        return grouped_matmul(self.kernels.scaled_swiglu(gate_up, gates), self.w2, ends)
+
+
+class Dispatch(Protocol):
+    """The seam that expert parallelism replaces: bring rows to their experts, compute, bring the sums back."""
+
+    def __call__(self, x: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor, Tensor]:
+        """x [T, D] -> the gated sum of each token's experts [T, D], and the load [E]."""
+        ...
+
+
+def local_dispatch(x: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor, Tensor]:
+    """All experts are here: sort, compute, add up."""
+    token_of_row, row_of_slot, load = sort_by_expert(routing.experts, experts.w2.shape[0])
+    ends = load.cumsum(0).to(torch.int32)
+    rows = spread(x, token_of_row, row_of_slot)
+    gates = spread(routing.gates.reshape(-1, 1), _slot_of_row(row_of_slot), row_of_slot.view(-1, 1)).squeeze(1)
+    return collect(experts(rows, gates, ends), token_of_row, row_of_slot), load
+
+
+def _slot_of_row(row_of_slot: Tensor) -> Tensor:
+    """The inverse permutation of row_of_slot [T, K], flat: [N]."""
+    flat = row_of_slot.reshape(-1)
+    return torch.empty_like(flat).scatter_(0, flat, torch.arange(flat.numel(), device=flat.device))
+
+
+class MixtureOfExperts(nn.Module):
+    """Shared plus routed experts; `dispatch` is the seam."""
+
+    def __init__(self, model: Model, *, kernels: Kernels) -> None:
+        super().__init__()
+        self.model = model
+        self.router = Router(model)
+        self.experts = Experts(model, kernels=kernels)
+        self.shared = (
+            FeedForward(model.hidden_size, model.num_shared_experts * model.expert_ffn_size, kernels=kernels)
+            if model.num_shared_experts
+            else None
+        )
+        self.dispatch: Dispatch = local_dispatch
+
+    def forward(self, x: Tensor) -> tuple[Tensor, MoEStatistics]:
+        """x [B, S, D] -> [B, S, D] and the layer's statistics."""
+        tokens = x.flatten(0, 1)
+        routing = self.router(tokens)
+        out, load = self.dispatch(tokens, routing, self.experts)
+        if self.shared is not None:
+            out = out + self.shared(tokens)
+        balance = sequence_balance_loss(routing.scores, x.shape[0], self.model.num_experts_per_token)
+        return out.view_as(x), MoEStatistics(load=load, balance_loss=balance)
+

@@ -1,0 +1,145 @@
+"""The whole model: embedding, dense and mixture-of-experts blocks, final norm, head, and multi-token-prediction modules.
+
+Letters: B batch, S sequence, D hidden, C vocabulary, M number of MTP modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from quintet.model.attention import LatentAttention, LatentCache
+from quintet.model.block import Block
+from quintet.model.layers import RMSNorm
+from quintet.model.moe import MixtureOfExperts, MoEStatistics
+from quintet.model.mtp import MtpModule, shifted
+from quintet.model.rope import rotation
+from quintet.ops.pointwise import REFERENCE, Kernels
+from quintet.spec.model import Model
+from quintet.spec.run import Recompute
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a forward yields: `hidden` [B, S, D] after the final norm, ready for the head; `mtp`, M such tensors, one per depth;
+    `moe`, the statistics of every MoE layer in order, those of MTP modules last."""
+
+    hidden: Tensor
+    mtp: tuple[Tensor, ...]
+    moe: tuple[MoEStatistics, ...]
+
+
+class Embedding(nn.Module):
+    """Token ids [B, S] -> [B, S, D]."""
+
+    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.weight)
+
+
+class Head(nn.Module):
+    """Hidden states [..., D] -> logits [..., C]; the loss reads `weight` and multiplies by chunks."""
+
+    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.weight)
+
+
+class Transformer(nn.Module):
+    """A DeepSeek-V3 model on one device. Build it under `torch.device("meta")` to look at shapes alone."""
+
+    def __init__(self, model: Model, *, kernels: Kernels = REFERENCE) -> None:
+        super().__init__()
+        self.model, self.kernels = model, kernels
+        self.embed = Embedding(model.vocab_size, model.hidden_size)
+        self.layers = nn.ModuleList(Block(model, dense=i < model.num_dense_layers, kernels=kernels) for i in range(model.num_layers))
+        self.norm = RMSNorm(model.hidden_size, eps=model.rms_norm_eps, kernels=kernels)
+        if not model.tie_embeddings:
+            self.head = Head(model.vocab_size, model.hidden_size)
+        self.mtp = nn.ModuleList(MtpModule(model, kernels=kernels) for _ in range(model.num_mtp_modules))
+        self.recompute_blocks = False
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output head's matrix [C, D], the embedding's own where they are tied."""
+        return self.embed.weight if self.model.tie_embeddings else self.head.weight
+
+    def forward(self, inputs: Tensor, *, labels: Tensor | None = None, document_ids: Tensor | None = None) -> Output:
+        """inputs [B, S] -> Output. With labels [B, S] (the next tokens) the MTP modules run too."""
+        turn = rotation(self.model, torch.arange(inputs.shape[1], device=inputs.device))
+        statistics: list[MoEStatistics] = []
+        x = self.embed(inputs)
+        for block in self.layers:
+            x = self._run(block, statistics, x, turn, document_ids)
+        hidden = self.norm(x)
+        mtp: list[Tensor] = []
+        for depth, module in enumerate(self.mtp if labels is not None else ()):
+            assert labels is not None and isinstance(module, MtpModule)
+            embedded = self.embed(shifted(labels, depth).clamp(min=0))
+            x = self._run(module, statistics, x, embedded, turn, document_ids)
+            mtp.append(module.norm(x))
+        return Output(hidden=hidden, mtp=tuple(mtp), moe=tuple(statistics))
+
+    def _run(self, part: nn.Module, statistics: list[MoEStatistics], *arguments: object) -> Tensor:
+        """Run a block or MTP module, keeping only its inputs for backward if whole blocks are recomputed."""
+        if self.recompute_blocks and torch.is_grad_enabled():
+            x, found = checkpoint(part, *arguments, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x, found = part(*arguments)
+        if found is not None:
+            statistics.append(found)
+        return x
+
+    def logits(self, inputs: Tensor, *, document_ids: Tensor | None = None) -> Tensor:
+        """inputs [B, S] -> logits [B, S, C] of the main model, all at once: for inspection and tests, not for training."""
+        return F.linear(self(inputs, document_ids=document_ids).hidden, self.head_weight)
+
+    def empty_cache(self, batch: int) -> list[LatentCache]:
+        """One latent cache per layer of the main model."""
+        return [block.attention.empty_cache(batch) for block in self.layers]
+
+    def decode(self, inputs: Tensor, cache: list[LatentCache]) -> Tensor:
+        """New tokens [B, S] after those in the cache, which grows -> logits of the last one [B, C]."""
+        known = cache[0].kv.shape[1]
+        turn = rotation(self.model, torch.arange(known, known + inputs.shape[1], device=inputs.device))
+        x = self.embed(inputs)
+        for block, layer_cache in zip(self.layers, cache, strict=True):
+            x = block.decode(x, turn, layer_cache)
+        return F.linear(self.norm(x[:, -1]), self.head_weight)
+
+    def moe_layers(self) -> Iterator[MixtureOfExperts]:
+        """Every mixture of experts in the order of `Output.moe`."""
+        blocks = [*self.layers, *(module.block for module in self.mtp)]
+        return (block.ffn for block in blocks if isinstance(block.ffn, MixtureOfExperts))
+
+    def set_recompute(self, policy: Recompute) -> None:
+        """Choose what backward computes again: nothing; norms and MLA up-projections; whole blocks."""
+        self.recompute_blocks = policy == "full"
+        for part in self.modules():
+            if isinstance(part, Block | LatentAttention):
+                part.recompute = policy == "selective"
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Matrices from N(0, init_std), norm scales 1, router biases 0 (V3 4.2); the values depend on `seed` alone."""
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)
+            else:
+                # Drawn on the CPU in fp32 so that every device and dtype starts from the same numbers.
+                draw = torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, self.model.init_std, generator=generator)
+                parameter.copy_(draw)
+        for layer in self.moe_layers():
+            layer.router.expert_bias.zero_()
