@@ -187,7 +187,9 @@ def _speed_plot(records: list[Record]) -> str:
     steps = [r.step for r in records]
     _curve(panels[0], steps, [r.tokens_per_second for r in records], title="Tokens per second", noisy=True)
     if any(r.mfu is not None for r in records):
-        _curve(panels[1], steps, [math.nan if r.mfu is None else 100 * r.mfu for r in records], title="MFU, % of the measured peak", noisy=True)
+        _curve(
+            panels[1], steps, [math.nan if r.mfu is None else 100 * r.mfu for r in records], title="MFU, % of the measured peak", noisy=True
+        )
     else:
         _curve(panels[1], steps, list(itertools.accumulate(r.seconds for r in records)), title="Training time, seconds")
     for axes in panels:

@@ -106,8 +106,8 @@ def line(event: Event, *, pace: Pace) -> str:
             return event.text
 
 
-def open_sinks(monitor: Monitor, run_directory: Path, *, console: Console, title: str) -> Fanout:
-    """What a run writes to: metrics.jsonl always, TensorBoard if asked for, and the terminal, live where `console` is one."""
+def open_sinks(monitor: Monitor, run_directory: Path, *, console: Console, title: str, others: Iterable[Sink] = ()) -> Fanout:
+    """What a run writes to: metrics.jsonl always, TensorBoard if asked for, `others`, and the terminal, live where `console` is one."""
     from quintet.monitor.live import Live
 
     terminal: Sink = Live(console, title=title) if monitor.live and console.is_terminal else Plain(console)
@@ -116,4 +116,4 @@ def open_sinks(monitor: Monitor, run_directory: Path, *, console: Console, title
         from quintet.monitor.tensorboard import TensorBoard
 
         sinks.append(TensorBoard(run_directory / "tensorboard"))
-    return Fanout([*sinks, terminal])
+    return Fanout([*sinks, *others, terminal])

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import TracebackType
 from typing import Literal
 
 import msgspec
 
-from quintet.errors import DONE, INTERRUPTED, DataError, GivenUp
+from quintet.errors import DONE, INTERRUPTED, DataError, GivenUp, QuintetError
 from quintet.monitor.metrics import Event, Record
 
 Verdict = Literal["running", "done", "interrupted", "failed"]
@@ -68,32 +71,42 @@ def read_status(run_directory: Path) -> Status | None:
 
 
 class StatusFile:
-    """A sink that keeps status.json up to date while a run goes on, and ends it with a verdict.
+    """A sink that keeps status.json up to date while a run goes on, and as a context manager ends it with a verdict.
 
-    Nothing is written before the first event: a run that was refused leaves the directory's status alone.
+    A run that is refused because its directory belongs to another leaves that one's status alone: before the first event, only a
+    directory that did not exist when this was made, or that is being resumed (`resumed`), is written to.
     """
 
-    def __init__(self, run_directory: Path, *, every_seconds: float = 5.0, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, run_directory: Path, *, resumed: bool = False, every_seconds: float = 5.0, clock: Callable[[], float] = time.time
+    ) -> None:
         self._directory, self._every, self._clock = run_directory, every_seconds, clock
-        self._written = False
+        self._ours = resumed or not run_directory.exists()
         self._status = Status(
-            verdict="running", exit_code=None, step=0, num_steps=None, message="running", remedy=None, pid=os.getpid(),
-            started=clock(), updated=0.0,
-        )  # fmt: skip
+            verdict="running",
+            exit_code=None,
+            step=0,
+            num_steps=None,
+            message="training",
+            remedy=None,
+            pid=os.getpid(),
+            started=clock(),
+            updated=-math.inf,
+        )
 
     def write(self, event: Event) -> None:
+        self._ours = True
         if isinstance(event, Record):
             self._status = replace(self._status, step=event.step, num_steps=event.num_steps)
-        if not self._written or self._clock() - self._status.updated >= self._every:
+        if self._clock() - self._status.updated >= self._every:
             self._put(self._status)
 
     def close(self) -> None:
-        if self._written and self._status.verdict == "running":
-            self._put(self._status)
+        """Nothing to finish: the verdict comes with `finish`."""
 
     def finish(self, exit_code: int, message: str) -> None:
         """Write the verdict that `exit_code` means, with the command that continues the run where there is one."""
-        if not self._written:
+        if not (self._ours and self._directory.is_dir()):
             return
         verdict = verdict_of(exit_code)
         remedy = None if verdict == "done" else f"quintet resume {self._directory}"
@@ -101,11 +114,17 @@ class StatusFile:
             remedy = "do not restart it as it is: read the message, change the recipe, then start a new run"
         self._put(replace(self._status, verdict=verdict, exit_code=exit_code, message=message, remedy=remedy))
 
+    def __enter__(self) -> StatusFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, QuintetError):
+            self.finish(error.exit_code, str(error))
+        elif error is not None:
+            self.finish(1, f"{type(error).__name__}: {error}")
+
     def _put(self, status: Status) -> None:
         self._status = replace(status, updated=self._clock())
-        self._written = True
-        try:
+        # A full disk must not end a run that could go on; the verdict is also the exit code.
+        with contextlib.suppress(OSError):
             write_status(self._directory, self._status)
-        except OSError:
-            # A full disk must not end a run that could go on; the verdict is also the exit code.
-            return

@@ -1,0 +1,152 @@
+"""What a run is, in figures: parameters, operations, memory and schedule, counted from the spec, as a tree and as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from quintet.cost.flops import flops_per_token, parameters
+from quintet.cost.memory import step_memory
+from quintet.monitor.units import count, num_bytes
+from quintet.spec.curve import Curve, Place, Progress
+from quintet.spec.model import Model
+from quintet.spec.run import Phase, Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseLength:
+    """How long a phase is."""
+
+    name: str
+    """The phase's name."""
+    sequence_length: int
+    """Tokens of one sequence."""
+    steps: int
+    """Optimizer steps; within 0.1 % where the batch changes."""
+    tokens: int
+    """Training tokens; as exact as `steps`."""
+    first_batch: int
+    """Sequences of the first step."""
+    last_batch: int
+    """Sequences of the last step."""
+    peak_learning_rate: float
+    """Largest learning rate."""
+
+
+def model_figures(model: Model, *, sequence_length: int) -> dict[str, Any]:
+    """Parameters and training FLOPs per token (MTP included) of a model, by component."""
+    weights = parameters(model)
+    flops = flops_per_token(model, sequence_length=sequence_length, mtp=True)
+    return {
+        "parameters": {
+            "total": weights.total,
+            "total_with_mtp": weights.total_with_mtp,
+            "active": weights.active,
+            "active_with_embedding": weights.active_with_embedding,
+            "by_component": {name: number for name, number in asdict(weights).items() if name != "idle_experts"},
+        },
+        "flops_per_token": {"sequence_length": sequence_length, "total": flops.total, "by_component": asdict(flops)},
+    }
+
+
+def run_figures(run: Run) -> dict[str, Any]:
+    """`model_figures` at the longest sequence, memory of a step on one device, and the phases' lengths."""
+    sequence_length = max(phase.sequence_length for phase in run.phases)
+    memory = step_memory(run.model, run.train, sequence_length=sequence_length)
+    return {
+        "name": run.name,
+        **model_figures(run.model, sequence_length=sequence_length),
+        "memory_bytes": {"total": memory.total, "by_part": asdict(memory)},
+        "phases": [asdict(length) for length in phase_lengths(run)],
+    }
+
+
+def phase_lengths(run: Run) -> list[PhaseLength]:
+    """Steps and tokens of every phase; `train.steps`, if given, is shared among them in proportion."""
+    lengths = [_walk(phase) for phase in run.phases]
+    if run.train.steps is None:
+        return lengths
+    total = sum(length.steps for length in lengths)
+    shares = [max(1, round(run.train.steps * length.steps / total)) for length in lengths]
+    shares[-1] = max(1, run.train.steps - sum(shares[:-1]))
+    return [_walk(replace(phase, length=f"{steps} steps")) for phase, steps in zip(run.phases, shares, strict=True)]
+
+
+def _walk(phase: Phase) -> PhaseLength:
+    """Go through the phase in some two thousand strides, each of one batch; single steps where it has fewer."""
+    length, curve = Place.parse(phase.length), Curve.parse(phase.batch)
+    steps, tokens = 0, 0
+    batches: list[int] = []
+    while (done := steps if length.unit == "steps" else tokens) < length.value:
+        batches.append(max(1, round(curve.at(Progress(steps=steps, tokens=tokens, share=done / length.value)))))
+        step_tokens = batches[-1] * phase.sequence_length
+        step_size = 1 if length.unit == "steps" else step_tokens
+        stride = max(1, int(min(length.value / 2000, length.value - done) / step_size))
+        steps, tokens = steps + stride, tokens + stride * step_tokens
+    return PhaseLength(
+        name=phase.name,
+        sequence_length=phase.sequence_length,
+        steps=steps,
+        tokens=tokens,
+        first_batch=batches[0],
+        last_batch=batches[-1],
+        peak_learning_rate=Curve.parse(phase.learning_rate).peak,
+    )
+
+
+def model_tables(figures: dict[str, Any]) -> RenderableType:
+    """`model_figures` for a person."""
+    weights, flops = figures["parameters"], figures["flops_per_token"]
+    return Group(
+        Rule("parameters", align="left", style="dim"),
+        _grid(
+            ("total", f"{count(weights['total'])}  ({weights['total']:,})"),
+            ("with MTP modules", f"{count(weights['total_with_mtp'])}  ({weights['total_with_mtp']:,})"),
+            ("active per token", f"{count(weights['active'])}; with the embedding {count(weights['active_with_embedding'])}"),
+            ("of which", _parts(weights["by_component"], count)),
+        ),
+        Rule("training FLOPs per token", align="left", style="dim"),
+        _grid(
+            ("total", f"{count(flops['total'])} in a sequence of {flops['sequence_length']:,}, MTP included, without recomputation"),
+            ("of which", _parts(flops["by_component"], count)),
+        ),
+    )
+
+
+def run_tables(figures: dict[str, Any]) -> RenderableType:
+    """`run_figures` for a person, without the recipe."""
+    memory = figures["memory_bytes"]
+    phases = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
+    for name in ("phase", "steps", "tokens", "sequence", "batch", "peak learning rate"):
+        phases.add_column(name, justify="left" if name == "phase" else "right")
+    for p in figures["phases"]:
+        batch = f"{p['first_batch']}" if p["first_batch"] == p["last_batch"] else f"{p['first_batch']} to {p['last_batch']}"
+        phases.add_row(
+            p["name"], f"{p['steps']:,}", count(p["tokens"]), f"{p['sequence_length']:,}", batch, f"{p['peak_learning_rate']:.3g}"
+        )
+    return Group(
+        model_tables(figures),
+        Rule("memory of a step, estimated for one device", align="left", style="dim"),
+        _grid(("total", num_bytes(memory["total"])), ("of which", _parts(memory["by_part"], num_bytes))),
+        Rule("schedule", align="left", style="dim"),
+        phases,
+    )
+
+
+def _grid(*rows: tuple[str, str]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    for name, value in rows:
+        table.add_row(name, Text(value))
+    return table
+
+
+def _parts(parts: dict[str, int], show: Callable[[float], str]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {show(value)}" for name, value in parts.items() if value)

@@ -1,0 +1,72 @@
+"""`quintet doctor`: what this machine can do, and what is missing, with the line that installs it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from quintet.cli.options import Switch, read
+from quintet.monitor.machine import Finding, findings, num_cores
+from quintet.monitor.units import num_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Tell what this machine can do, and what is missing with the line that installs it."""
+
+    json: Switch = False
+    """Print JSON."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command and return its exit code: 0, or 1 where something that every installation has is missing."""
+    given = read(Arguments, arguments, command="doctor")
+    found = [*findings(), *torch_findings()]
+    if given.json:
+        print(json.dumps([asdict(finding) for finding in found], indent=2))
+    else:
+        Console().print(table(found))
+    return 1 if any(finding.missing for finding in found) else 0
+
+
+def table(found: list[Finding]) -> Table:
+    """The findings for a person."""
+    rows = Table(box=None, show_header=False, padding=(0, 2), pad_edge=False)
+    rows.add_column(no_wrap=True)
+    rows.add_column(style="dim", no_wrap=True)
+    rows.add_column()
+    for finding in found:
+        mark = ("✗", "bold red") if finding.missing else ("!", "yellow") if finding.remedy else ("✓", "green")
+        value = Text(finding.value)
+        if finding.remedy:
+            value.append(f"\n{finding.remedy}", style="italic")
+        rows.add_row(Text(*mark), finding.name, value)
+    return rows
+
+
+def torch_findings() -> list[Finding]:
+    """What torch can use here; nothing without torch, whose absence `findings` tells."""
+    try:
+        import torch
+    except ImportError:
+        return []
+    found = [
+        Finding(name="torch build", value=f"{torch.__version__}, CPU kernels for {torch.backends.cpu.get_cpu_capability()}"),
+        Finding(
+            name="torch threads",
+            value=f"{torch.get_num_threads()} of {num_cores()} cores",
+            remedy=None if torch.get_num_threads() >= num_cores() else "set by OMP_NUM_THREADS; --train.num-threads overrides it",
+        ),
+    ]
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        return [*found, Finding(name="CUDA", value="no device" if built else "torch was built without it; the CPU is used")]
+    for i in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(i)
+        value = f"{device.name}, {num_bytes(device.total_memory)}, compute capability {device.major}.{device.minor}"
+        found.append(Finding(name=f"CUDA device {i}", value=value))
+    return found

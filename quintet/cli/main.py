@@ -1,0 +1,106 @@
+"""The `quintet` command: find the command, run it, turn errors into one message and an exit code.
+
+Nothing heavy is imported before a command is known, so that `quintet --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import quintet
+from quintet.errors import QuintetError, UsageError, did_you_mean
+
+COMMANDS = {
+    "prepare": "turn the text of a recipe into token shards, once",
+    "train": "train a model as a recipe says",
+    "resume": "continue a run from its newest checkpoint",
+    "generate": "continue a prompt with a trained model",
+    "evaluate": "measure the loss on held-out documents",
+    "export": "write a checkpoint as a Hugging Face model",
+    "import": "make a run of a Hugging Face model",
+    "info": "describe a recipe, a run or a Hugging Face model",
+    "doctor": "tell what this machine can do, and what is missing",
+}
+
+SHELLS = ("bash", "zsh", "tcsh")
+
+KEYBOARD_INTERRUPT = 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line `argv` (default: this process's own) and return the exit code; errors are told on stderr."""
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        return dispatch(arguments)
+    except QuintetError as error:
+        _tell(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        _tell("interrupted")
+        return KEYBOARD_INTERRUPT
+    except BrokenPipeError:
+        # The reader of our output has gone (`quintet info x | head`); Python's own flush at exit must not meet the pipe again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except SystemExit as stop:
+        # How the option parser ends: 0 after help, 2 after a usage error that it has told.
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else UsageError.exit_code
+
+
+def dispatch(arguments: list[str]) -> int:
+    """Run the command that the first argument names."""
+    first, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if first in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if first == "--version":
+        print(f"quintet {quintet.__version__}")
+        return 0
+    if first == "--print-completion":
+        return print_completion(rest)
+    if first not in COMMANDS:
+        kind = "an option" if first.startswith("-") else "a command"
+        known = [*COMMANDS, "--help", "--version", "--print-completion"]
+        raise UsageError(f"{first!r} is not {kind} of quintet{did_you_mean(first, known)}; commands: {', '.join(COMMANDS)}")
+    return int(importlib.import_module(_module(first)).main(rest))
+
+
+def usage() -> str:
+    """The text of `quintet --help`."""
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items())
+    return (
+        "usage: quintet COMMAND [OPTIONS]\n\n"
+        "From raw text to a trained, checked and exported DeepSeek-V3-class language model.\n\n"
+        f"commands:\n{commands}\n\n"
+        "options:\n"
+        "  -h, --help                           show this text; `quintet COMMAND --help` shows a command's own\n"
+        "  --version                            show the version\n"
+        f"  --print-completion {{{','.join(SHELLS)}}}   print a completion script for the shell\n\n"
+        "exit codes: 0 done, 2 usage, 10 data, 11 checkpoint, 12 numerics, 75 stopped by a signal (resume it), 93 given up"
+    )
+
+
+def print_completion(arguments: list[str]) -> int:
+    """Print the completion script for a shell."""
+    shell = arguments[0] if len(arguments) == 1 else ""
+    if shell not in SHELLS:
+        raise UsageError(f"--print-completion takes one of {', '.join(SHELLS)}, got {' '.join(arguments) or 'nothing'!r}")
+    from quintet.cli.options import completion
+
+    kinds = {name: importlib.import_module(_module(name)).Arguments for name in COMMANDS}
+    print(completion(kinds, descriptions=COMMANDS, shell=shell))
+    return 0
+
+
+def _module(command: str) -> str:
+    return f"quintet.cli.{'import_' if command == 'import' else command}"
+
+
+def _tell(message: str) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True).print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)

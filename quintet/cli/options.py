@@ -1,0 +1,109 @@
+"""From command-line words to a frozen dataclass, with a recipe's own values as the defaults of its dotted options."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from quintet.errors import UsageError
+from quintet.spec import parse
+from quintet.spec.run import Run
+
+T = TypeVar("T")
+
+Overrides = Annotated[Run, tyro.conf.arg(name="")]
+"""A run whose fields are options by their dotted path."""
+
+Switch = tyro.conf.FlagCreatePairsOff[bool]
+"""An option that is only ever given, never negated."""
+
+
+def read(kind: type[T], arguments: Sequence[str], *, command: str) -> T:
+    """The arguments as a `kind`. Exits with 0 after help and with 2, and a message that names near options, for what does not fit."""
+    return tyro.cli(kind, args=arguments, prog=f"quintet {command}", config=(tyro.conf.AvoidSubcommands,))
+
+
+def read_with_recipe(kind: type[T], arguments: Sequence[str], *, command: str) -> T:
+    """As `read`, for a `kind` with fields `recipe` and `run`: the recipe's values stand wherever no option replaces them.
+
+    Raises UsageError without a recipe, and what reading the recipe raises.
+    """
+    recipe = _recipe(arguments)
+    if recipe is None and not {"-h", "--help"} & set(arguments):
+        here = sorted(str(path) for path in Path("recipes").glob("*.toml"))
+        raise UsageError(
+            f"no recipe given; write: quintet {command} RECIPE.toml [OPTIONS]; recipes here: {', '.join(here) or 'none'}; "
+            f"all options: quintet {command} --help"
+        )
+    run = unset(Run) if recipe is None else _with_named_sections(parse.read(recipe), arguments)
+    default = dataclasses.replace(unset(kind), run=run)  # type: ignore[type-var]
+    given = tyro.cli(kind, default=default, args=arguments, prog=f"quintet {command}", config=(tyro.conf.AvoidSubcommands,))
+    place = getattr(given, "recipe")  # noqa: B009
+    if place != recipe:
+        raise UsageError(f"{recipe} was read as the recipe, but {place} stands in its place; put the recipe first")
+    return given
+
+
+def _recipe(arguments: Sequence[str]) -> Path | None:
+    """The recipe among the words: the first one, or else the first that ends in .toml."""
+    words = [word for i, word in enumerate(arguments) if not word.startswith("-") and (i == 0 or word.endswith(".toml"))]
+    return Path(words[0]) if words else None
+
+
+def _with_named_sections(value: Any, arguments: Sequence[str], prefix: str = "--") -> Any:
+    """The dataclass with each absent section that an option reaches into (`--model.yarn.factor 4`) at the section's defaults."""
+    hints = typing.get_type_hints(type(value))
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(value):
+        inner, path = getattr(value, field.name), f"{prefix}{field.name}."
+        section: Any = next((kind for kind in typing.get_args(hints[field.name]) if dataclasses.is_dataclass(kind)), None)
+        if inner is None and section and any(word.replace("-", "_").startswith(path.replace("-", "_")) for word in arguments):
+            changes[field.name] = section()
+        elif dataclasses.is_dataclass(inner):
+            new = _with_named_sections(inner, arguments, path)
+            if new is not inner:
+                changes[field.name] = new
+    return dataclasses.replace(value, **changes) if changes else value
+
+
+def unset(kind: type[T]) -> T:
+    """An instance whose fields without a default are marked as required, for help and completion; its rules are not checked."""
+    hints = typing.get_type_hints(kind)
+    instance = object.__new__(kind)
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        object.__setattr__(instance, field.name, _unset_value(field, hints[field.name]))
+    return instance
+
+
+def _unset_value(field: dataclasses.Field[Any], hint: Any) -> Any:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    if dataclasses.is_dataclass(hint):
+        return unset(typing.cast(Any, hint))
+    items: tuple[Any, ...] = typing.get_args(hint) if typing.get_origin(hint) is tuple else ()
+    return (unset(typing.cast(Any, items[0])),) if items and dataclasses.is_dataclass(items[0]) else tyro.MISSING
+
+
+def completion(kinds: Mapping[str, type], *, descriptions: Mapping[str, str], shell: str) -> str:
+    """A script that completes the commands and all their options in `shell`."""
+    commands: Any = None
+    for name, kind in kinds.items():
+        command = Annotated[
+            kind,  # type: ignore[valid-type]
+            tyro.conf.subcommand(name, default=unset(kind), description=descriptions[name]),
+            tyro.conf.AvoidSubcommands,
+        ]
+        commands = command if commands is None else commands | command
+    script = io.StringIO()
+    with contextlib.redirect_stdout(script), contextlib.suppress(SystemExit):
+        tyro.cli(commands, args=["--tyro-print-completion", shell], prog="quintet")
+    return script.getvalue()

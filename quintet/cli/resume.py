@@ -1,0 +1,32 @@
+"""`quintet resume`: continue a run from its newest checkpoint, bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from quintet.cli.options import read
+from quintet.errors import CheckpointError
+from quintet.spec import parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Continue a run from its newest complete checkpoint, as if it had not stopped."""
+
+    run: tyro.conf.Positional[Path]
+    """The run's directory."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command and return its exit code."""
+    given = read(Arguments, arguments, command="resume")
+    recipe = given.run / "recipe.toml"
+    if not recipe.is_file():
+        raise CheckpointError(f"{given.run} is not a run: it has no recipe.toml; name a directory that `quintet train` made")
+    from quintet.cli.watch import watched
+    from quintet.train import trainer
+
+    return watched(parse.read(recipe), given.run, lambda sinks: trainer.resume(given.run, sinks=sinks), resumed=True)

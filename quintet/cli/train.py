@@ -1,0 +1,49 @@
+"""`quintet train`: a recipe, the options that replace its values, and a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from quintet.cli.describe import run_figures, run_tables
+from quintet.cli.options import Overrides, Switch, read_with_recipe
+from quintet.spec import parse
+from quintet.spec.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Train a model as a recipe says; every value of the recipe is an option."""
+
+    recipe: tyro.conf.Positional[Path]
+    """A recipe in TOML, the first argument."""
+    run: Overrides
+    """One training run."""
+    dry_run: Switch = False
+    """Print the run with its size, cost and schedule, and stop."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command and return its exit code."""
+    given = read_with_recipe(Arguments, arguments, command="train")
+    return show(given.run) if given.dry_run else train(given.run)
+
+
+def show(run: Run) -> int:
+    """Print the resolved run and its figures."""
+    print(parse.dumps(run))
+    Console().print(run_tables(run_figures(run)))
+    return 0
+
+
+def train(run: Run) -> int:
+    """Prepare what is not prepared yet, then train."""
+    from quintet.cli.prepare import prepare
+    from quintet.cli.watch import watched
+    from quintet.train import trainer
+
+    prepare(run)
+    return watched(run, Path(run.directory) / run.name, lambda sinks: trainer.train(run, sinks=sinks))
