@@ -1,0 +1,194 @@
+"""Our weights as Hugging Face's `DeepseekV3ForCausalLM` and back, in the format that V3 was published in.
+
+The rotary part needs no permutation: both sides turn interleaved pairs. Read are also transformers' fused experts
+(`mlp.experts.gate_up_proj`) and V3's FP8 blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quintet.checkpoint import hub_config, hub_files, hub_names, shards
+from quintet.checkpoint.durable import TemporaryDirectory, failure, write_file
+from quintet.checkpoint.hub_names import Part, Shape
+from quintet.checkpoint.store import dtype_name
+from quintet.errors import CheckpointError, did_you_mean
+from quintet.spec.model import Model
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LISTED = 8
+
+
+def export(
+    state: Mapping[str, Tensor],
+    model: Model,
+    directory: Path,
+    *,
+    tokenizer_file: Path | None,
+    bos_token_id: int | None = None,
+    eos_token_id: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write a new directory that transformers' AutoModelForCausalLM and AutoTokenizer, and servers that read V3, load.
+
+    state: the tensors of `hub_names.shapes(model)`; only one is copied at a time. tokenizer_file: a tokenizer.json, of which the two ids
+    say what begins and ends a text (generation stops at the latter). dtype: of the weights in the files, float32, bfloat16 or float16;
+    router biases stay float32. The directory appears whole or not at all. Raises CheckpointError for another model's state, a tokenizer
+    that does not fit, a directory that holds something already, and a file system that refuses.
+    """
+    if dtype not in _DTYPES:
+        raise CheckpointError(f"cannot export as {dtype}; choose one of {', '.join(map(dtype_name, _DTYPES))}")
+    _check_state(state, model)
+    sources = _sources(model)
+    entries = [
+        shards.Entry(name=part.name, shape=part.shape, dtype=torch.float32 if part.name.endswith("e_score_correction_bias") else dtype)
+        for part, _ in sources.values()
+    ]
+
+    def tensor(name: str) -> Tensor:
+        part, ours = sources[name]
+        return torch.empty(part.shape) if ours is None else state[ours][part.index].detach()
+
+    tokenizer = hub_files.tokenizer(tokenizer_file, model, bos_id=bos_token_id, eos_id=eos_token_id)
+    config = hub_config.from_model(model, dtype=dtype_name(dtype), bos_token_id=bos_token_id, eos_token_id=eos_token_id)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise CheckpointError(f"{directory} exists already and is not empty; name a new directory, or remove it first")
+    temporary = None
+    try:
+        temporary = TemporaryDirectory(directory.absolute().parent, directory.name)
+        shards.write(temporary.path, entries, tensor, max_shard_bytes=max_shard_bytes)
+        texts = {hub_config.NAME: hub_config.dumps(config), **hub_files.texts(tokenizer, model, config)}
+        for name, text in texts.items():
+            write_file(temporary.path / name, text.encode())
+        temporary.move_to(directory.absolute())
+    except OSError as error:
+        raise failure(error, doing=f"exporting to {directory}") from None
+    finally:
+        if temporary is not None:
+            temporary.close()
+
+
+def read_config(directory: Path) -> Model:
+    """The model in a directory of Hugging Face's format.
+
+    MTP modules that config.json announces but no file holds, as when transformers has saved the model, are not part of it. Raises
+    CheckpointError for a config.json that is absent, broken, or not of a DeepSeek-V3 model.
+    """
+    model = hub_config.to_model(hub_config.read(directory), origin=str(directory / hub_config.NAME))
+    if (directory / shards.SINGLE).exists() or (directory / shards.INDEX).exists():
+        return _without_absent_mtp(model, shards.Catalog(directory).shapes())
+    return model
+
+
+def import_(directory: Path, *, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of `hub_names.shapes(read_config(directory))`, one by one, by our names.
+
+    dtype: of the weights given; None keeps the files' own (FP8 blocks become the config's torch_dtype). Router biases are float32. All
+    names and shapes are checked before the first tensor is read. Raises CheckpointError for missing, unknown and wrongly shaped tensors,
+    and for a copy of the embedding or the head that differs from it.
+    """
+    config = hub_config.read(directory)
+    catalog = shards.Catalog(directory)
+    model = _without_absent_mtp(hub_config.to_model(config, origin=str(directory / hub_config.NAME)), catalog.shapes())
+    plan = {name: _stored_parts(name, shape, model, catalog.shapes()) for name, shape in hub_names.shapes(model).items()}
+    _check_names(directory, model, plan, catalog.shapes())
+    block = tuple((config.quantization_config or {}).get("weight_block_size") or (128, 128))
+    unquantized = dtype or getattr(torch, str(config.torch_dtype), None) or torch.bfloat16
+    return _assembled(plan, model, catalog, block=block, dtype=dtype, unquantized=unquantized)
+
+
+def _sources(model: Model) -> dict[str, tuple[Part, str | None]]:
+    """Every hub tensor of an export, by name, with the tensor of ours that holds it (None: it has no elements)."""
+    ours = hub_names.shapes(model)
+    sources: dict[str, tuple[Part, str | None]] = {
+        part.name: (part, name) for name, shape in ours.items() for part in hub_names.parts(name, shape, model)
+    }
+    for name, source in hub_names.copies(model).items():
+        if name != "lm_head.weight":
+            sources[name] = Part(name=name, shape=ours[source]), source
+    return sources | {name: (Part(name=name, shape=shape), None) for name, shape in hub_names.empty(model).items()}
+
+
+def _check_state(state: Mapping[str, Tensor], model: Model) -> None:
+    expected = hub_names.shapes(model)
+    problems = [f"{name} is missing" for name in expected if name not in state]
+    for name, tensor in state.items():
+        if name not in expected:
+            problems.append(f"{name} is unknown{did_you_mean(name, expected)}")
+        elif tuple(tensor.shape) != expected[name]:
+            problems.append(f"{name} is {list(tensor.shape)} instead of {list(expected[name])}")
+    _refuse("the state is not this model's", problems)
+
+
+def _refuse(what: str, problems: Sequence[str]) -> None:
+    if problems:
+        more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        raise CheckpointError(f"{what}: {'; '.join(problems[:_LISTED])}{more}")
+
+
+def _without_absent_mtp(model: Model, stored: Mapping[str, Shape]) -> Model:
+    layers = {int(name.split(".")[2]) for name in stored if name.startswith("model.layers.") and name.split(".")[2].isdecimal()}
+    return model if any(layer >= model.num_layers for layer in layers) else replace(model, num_mtp_modules=0)
+
+
+def _stored_parts(name: str, shape: Shape, model: Model, stored: Mapping[str, Shape]) -> list[Part]:
+    """The hub tensors that make up ours: one fused of all experts where the files have that, else the published ones."""
+    fused = hub_names.fused_part(name, shape, model)
+    return [fused] if fused and fused.name in stored else hub_names.parts(name, shape, model)
+
+
+def _check_names(directory: Path, model: Model, plan: Mapping[str, list[Part]], stored: Mapping[str, Shape]) -> None:
+    ours = hub_names.shapes(model)
+    expected = {part.name: part.shape for stored_parts in plan.values() for part in stored_parts}
+    known = expected | {name: ours[source] for name, source in hub_names.copies(model).items()} | hub_names.empty(model)
+    problems = [f"{name} is missing" for name in expected if name not in stored]
+    for name, shape in stored.items():
+        if name.removesuffix("_scale_inv") not in known and not name.endswith("rotary_emb.inv_freq"):
+            problems.append(f"{name} is unknown{did_you_mean(name, known)}")
+        elif name in known and shape != known[name]:
+            problems.append(f"{name} is {list(shape)} instead of {list(known[name])}")
+    _refuse(f"{directory} does not hold the model of its {hub_config.NAME}", problems)
+
+
+def _assembled(
+    plan: Mapping[str, list[Part]],
+    model: Model,
+    catalog: shards.Catalog,
+    *,
+    block: tuple[int, ...],
+    dtype: torch.dtype | None,
+    unquantized: torch.dtype,
+) -> Iterator[tuple[str, Tensor]]:
+    copies = hub_names.copies(model)
+
+    def read(name: str) -> Tensor:
+        tensor = catalog.read(name)
+        scale = f"{name}_scale_inv"
+        return dequantized(tensor, catalog.read(scale), block).to(unquantized) if scale in catalog.shapes() else tensor
+
+    for ours, shape in hub_names.shapes(model).items():
+        first = read(plan[ours][0].name)
+        wanted = torch.float32 if ours.endswith("expert_bias") else dtype or first.dtype
+        if len(plan[ours]) == 1:
+            tensor = first.to(wanted).reshape(shape)
+        else:
+            tensor = torch.empty(shape, dtype=wanted)
+            for part in plan[ours]:
+                tensor[part.index].copy_(read(part.name))
+        for copy in (name for name, source in copies.items() if source == ours and name in catalog.shapes()):
+            if not torch.equal(read(copy), first):
+                raise CheckpointError(f"{copy} differs from {plan[ours][0].name}, but they are one tensor in this model")
+        yield ours, tensor
+
+
+def dequantized(weight: Tensor, scale: Tensor, block: tuple[int, ...]) -> Tensor:
+    """V3's FP8 weights in fp32: weight [O, I] times scale [ceil(O/128), ceil(I/128)], each scale for one block of 128 x 128."""
+    rows, columns = weight.shape
+    wide = scale.float().repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
+    return weight.float() * wide
