@@ -1,0 +1,424 @@
+"""From a recipe's sources to token shards: train or load the tokenizer, encode, split off held-out documents; nothing done twice.
+
+<data.directory>/tokenizer.json
+<data.directory>/trained.json                       what the tokenizer was trained from, if it was
+<data.directory>/<source>/{train,held_out}/...      see `shards`
+<data.directory>/<source>/source.json               `_Done`: from what, with which result
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+import numpy as np
+import orjson
+from blake3 import blake3
+
+from quintet.data.shards import FORMAT, Shard, ShardWriter, committed_folder, disk_errors, token_dtype, write_file
+from quintet.data.sources import Document, Listing, Reader, list_files
+from quintet.data.tokenizer import Ids, Tokenizer, train_bpe
+from quintet.errors import DataError
+from quintet.spec.run import Data, Source
+
+TRAINING_BYTES = 256 << 20
+"""Text that a tokenizer is trained on at most, in bytes; every source gives its share by weight."""
+_VERSION = 1
+"""Raised when the same text would yield other shards."""
+_BATCH_BYTES = 4 << 20
+_BATCH_DOCUMENTS = 4096
+_CHECKED_BYTES = 256 << 10
+_PERCENTILES = (1, 10, 50, 90, 99, 100)
+
+OnMessage = Callable[[str], None]
+
+
+class Progress(Protocol):
+    """Shown by whoever can draw."""
+
+    def start(self, name: str, num_bytes: int) -> None:
+        """Work on `name` (a source, or "tokenizer") begins; `num_bytes` of stored text lie before it."""
+
+    def advance(self, name: str, num_documents: int, num_bytes: int) -> None:
+        """So many more documents and stored bytes are done."""
+
+
+class _NoProgress:
+    def start(self, name: str, num_bytes: int) -> None:
+        pass
+
+    def advance(self, name: str, num_documents: int, num_bytes: int) -> None:
+        pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """What became of one source."""
+
+    documents: int
+    """Documents for training."""
+    held_out_documents: int
+    """Documents kept for evaluation."""
+    tokens: int
+    """Token ids for training, end-of-document included."""
+    held_out_tokens: int
+    """Token ids for evaluation."""
+    num_bytes: int
+    """UTF-8 bytes of all documents."""
+    length_percentiles: Mapping[int, int]
+    """Percentile -> tokens of a document, over all documents."""
+    unique_tokens: int
+    """Different ids that occur."""
+    skipped: Mapping[str, int]
+    """Reason -> documents left out (see `sources.REMEDIES`)."""
+    skipped_examples: Mapping[str, tuple[str, ...]]
+    """Reason -> the first places."""
+    seconds: float
+    """Time that reading, encoding and writing took."""
+    reused: bool = False
+    """Nothing had changed, so the work was done before."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of both splits per second of work."""
+        return (self.tokens + self.held_out_tokens) / max(self.seconds, 1e-9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedSource:
+    """The shards of one source."""
+
+    source: Source
+    """As the recipe says."""
+    train: Shard
+    """At least one document."""
+    held_out: Shard
+    """Possibly empty."""
+    statistics: Statistics
+    """What became of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """Everything that a loader needs."""
+
+    directory: Path
+    """data.directory."""
+    tokenizer: Tokenizer
+    """That made the ids."""
+    sources: Mapping[str, PreparedSource]
+    """By name, in the recipe's order."""
+
+    @property
+    def fingerprint(self) -> str:
+        """blake3, hexadecimal, of every source's name and content and of the tokenizer."""
+        contents = [(name, part.train.meta.content, part.held_out.meta.content) for name, part in self.sources.items()]
+        return _hash([self.tokenizer.fingerprint, *contents])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Done:
+    """source.json."""
+
+    spec: str
+    """Hash of what the recipe says about the source."""
+    input: str
+    """Hash of the spec, of every file's name, size and time, and of the tokenizer."""
+    statistics: Statistics
+    """Result."""
+
+
+def prepare(
+    data: Data, *, vocab_size: int, seed: int, progress: Progress | None = None, on_message: OnMessage = lambda message: None
+) -> Prepared:
+    """Bring `data.directory` up to date with the recipe and open it; sources that did not change are left as they are.
+
+    `vocab_size` is the model's: the most tokens that the tokenizer may have, and the size of one that is trained. `seed` picks the
+    files that train it where there are more than `TRAINING_BYTES`. `on_message` gets notices, one line each.
+
+    Raises DataError for missing or empty sources, bad documents under data.strict, a tokenizer that does not fit, a full disk.
+    """
+    progress = progress or _NoProgress()
+    directory = Path(data.directory).expanduser()
+    with _locked(directory):
+        listings = {source.name: list_files(source) for source in data.sources}
+        tokenizer = _tokenizer(data, listings, directory, vocab_size=vocab_size, seed=seed, progress=progress, on_message=on_message)
+        if tokenizer.fim is None and data.fim_rate and any(source.domain == "code" for source in data.sources):
+            on_message(f"{tokenizer.origin} has no fill-in-the-middle tokens: data.fim_rate ({data.fim_rate}) has no effect")
+        reused = {
+            source.name: _prepare_source(data, source, listings[source.name], directory, tokenizer, progress=progress)
+            for source in data.sources
+        }
+    prepared = _open(data, directory, tokenizer)
+    parts = {name: replace(part, statistics=replace(part.statistics, reused=reused[name])) for name, part in prepared.sources.items()}
+    return replace(prepared, sources=parts)
+
+
+def open_prepared(data: Data, vocab_size: int) -> Prepared:
+    """Open what `prepare` made, without any work.
+
+    Raises DataError if it is missing, damaged, made from another recipe or by another tokenizer, or does not fit `vocab_size`.
+    """
+    directory = Path(data.directory).expanduser()
+    if not (directory / "tokenizer.json").is_file():
+        raise DataError(f"{directory} holds no prepared data; run: quintet prepare RECIPE")
+    tokenizer = Tokenizer.from_file(directory / "tokenizer.json")
+    if data.tokenizer is not None and (asked := Tokenizer.from_file(data.tokenizer)).fingerprint != tokenizer.fingerprint:
+        raise DataError(
+            f"data.tokenizer {data.tokenizer} ({asked.fingerprint[:12]}) is not the one that {directory} was prepared with "
+            f"({tokenizer.fingerprint[:12]}); run: quintet prepare RECIPE, or set data.directory to another folder"
+        )
+    _check_vocab(tokenizer, vocab_size)
+    return _open(data, directory, tokenizer)
+
+
+def _open(data: Data, directory: Path, tokenizer: Tokenizer) -> Prepared:
+    sources = {}
+    for source in data.sources:
+        done = _read_done(directory / source.name)
+        if done is None or done.spec != _spec_key(data, source):
+            state = "is not prepared" if done is None else "was prepared from other paths or settings than the recipe's"
+            raise DataError(f"source {source.name!r} {state} in {directory}; run: quintet prepare RECIPE")
+        train, held_out = (Shard(directory / source.name / split, tokenizer=tokenizer.fingerprint) for split in ("train", "held_out"))
+        sources[source.name] = PreparedSource(source=source, train=train, held_out=held_out, statistics=done.statistics)
+    return Prepared(directory=directory, tokenizer=tokenizer, sources=sources)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Refuse a second prepare on the same folder, and clear away what a killed one left."""
+    with disk_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = open(directory / ".lock", "ab")  # noqa: SIM115 -- closed below
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"another quintet prepare works on {directory}; wait for it, or set data.directory elsewhere") from None
+        for left in directory.glob(".*.tmp"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield
+
+
+def _hash(value: object) -> str:
+    return blake3(orjson.dumps(value)).hexdigest()
+
+
+def _spec_key(data: Data, source: Source) -> str:
+    return _hash([_VERSION, FORMAT, source.paths, source.text_key, data.held_out, data.max_document_bytes])
+
+
+def _input_key(data: Data, source: Source, listing: Listing) -> str:
+    files = [(os.fsencode(f.path).hex(), f.kind, f.num_bytes, f.mtime_ns) for f in listing.files]
+    return _hash([_spec_key(data, source), files, listing.num_not_text])
+
+
+def _tokenizer(
+    data: Data,
+    listings: Mapping[str, Listing],
+    directory: Path,
+    *,
+    vocab_size: int,
+    seed: int,
+    progress: Progress,
+    on_message: OnMessage,
+) -> Tokenizer:
+    """The recipe's tokenizer, or one trained on its sources (again only if they changed), stored in `directory`."""
+    path = directory / "tokenizer.json"
+    if data.tokenizer is not None:
+        tokenizer = Tokenizer.from_file(data.tokenizer, on_message=on_message)
+        _check_vocab(tokenizer, vocab_size)
+        tokenizer.save(path)
+        return tokenizer
+    keys = [_input_key(data, source, listings[source.name]) for source in data.sources]
+    whole = sum(listing.num_bytes for listing in listings.values()) <= TRAINING_BYTES
+    key = _hash([vocab_size, keys, None if whole else [seed, [source.weight for source in data.sources]]])
+    marker = directory / "trained.json"
+    if path.is_file() and marker.is_file():
+        tokenizer = Tokenizer.from_file(path, on_message=on_message)
+        if marker.read_bytes() == orjson.dumps([key, tokenizer.fingerprint]):
+            return tokenizer
+    tokenizer = train_bpe(_training_texts(data, listings, seed=seed, whole=whole, progress=progress), vocab_size, on_message=on_message)
+    tokenizer.save(path)
+    write_file(marker, orjson.dumps([key, tokenizer.fingerprint]))
+    return tokenizer
+
+
+def _check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
+    if tokenizer.vocab_size > vocab_size:
+        raise DataError(
+            f"{tokenizer.origin} has {tokenizer.vocab_size} tokens, more than model.vocab_size ({vocab_size}); set model.vocab_size to at "
+            f"least {tokenizer.vocab_size}, or use a smaller tokenizer"
+        )
+
+
+def _training_texts(data: Data, listings: Mapping[str, Listing], *, seed: int, whole: bool, progress: Progress) -> Iterator[str]:
+    """Training documents of every source; where not all may be read, files in seeded order up to the source's share."""
+    total = sum(listing.num_bytes for listing in listings.values())
+    progress.start("tokenizer", total if whole else TRAINING_BYTES)
+    weights = sum(source.weight for source in data.sources)
+    for source in data.sources:
+        files = listings[source.name].files
+        budget = total if whole else int(TRAINING_BYTES * source.weight / weights)
+        if not whole:
+            files = tuple(sorted(files, key=lambda file: blake3(f"{seed}:".encode() + os.fsencode(file.path)).digest()))
+        reader = Reader(files, text_key=source.text_key, max_document_bytes=data.max_document_bytes, strict=data.strict)
+        read = 0
+        for document in reader:
+            if not _is_held_out(document, data.held_out):
+                yield document.text
+            progress.advance("tokenizer", 1, reader.bytes_read - read)
+            read = reader.bytes_read
+            if read > budget:
+                break
+
+
+def _is_held_out(document: Document, share: float) -> bool:
+    return Fraction(_rank(document), 1 << 64) < Fraction(share)
+
+
+def _rank(document: Document) -> int:
+    return int.from_bytes(document.identity[:8], "big")
+
+
+def _read_done(folder: Path) -> _Done | None:
+    try:
+        return msgspec.json.decode((folder / "source.json").read_bytes(), type=_Done)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        return None
+
+
+def _prepare_source(data: Data, source: Source, listing: Listing, directory: Path, tokenizer: Tokenizer, *, progress: Progress) -> bool:
+    """Make the shards of one source unless they are there, whole and from the same input; True if they were."""
+    folder = directory / source.name
+    key = _hash([_input_key(data, source, listing), tokenizer.fingerprint])
+    done = _read_done(folder)
+    if done is not None and done.input == key and not (data.strict and _has_bad(done.statistics)):
+        try:
+            for split in ("train", "held_out"):
+                Shard(folder / split, tokenizer=tokenizer.fingerprint, verify=True)
+            return True
+        except DataError:
+            pass  # Damaged since: made again below.
+    progress.start(source.name, listing.num_bytes)
+    with committed_folder(folder) as temporary:
+        statistics = _tokenize(data, source, listing, temporary, tokenizer, progress)
+        done = _Done(spec=_spec_key(data, source), input=key, statistics=statistics)
+        with disk_errors(directory):
+            (temporary / "source.json").write_bytes(msgspec.json.format(msgspec.json.encode(done)))
+    return False
+
+
+def _has_bad(statistics: Statistics) -> bool:
+    return any(reason != "not_text" for reason in statistics.skipped)
+
+
+def _tokenize(data: Data, source: Source, listing: Listing, folder: Path, tokenizer: Tokenizer, progress: Progress) -> Statistics:
+    """Write the two shards of `source` into `folder`. Raises DataError if no document is left for training."""
+    began = time.perf_counter()
+    reader = Reader(listing.files, text_key=source.text_key, max_document_bytes=data.max_document_bytes, strict=data.strict)
+    if listing.num_not_text:
+        reader.skips.add("not_text", source.name, count=listing.num_not_text)
+    dtype = token_dtype(tokenizer.vocab_size)
+    seen = np.zeros(tokenizer.vocab_size, bool)
+    with ShardWriter(folder / "train", dtype=dtype) as train, ShardWriter(folder / "held_out", dtype=dtype) as held_out:
+        split = _Split(train, held_out, share=data.held_out)
+        read = 0
+        for i, batch in enumerate(_batches(reader)):
+            texts = [document.text for document in batch]
+            if i == 0:
+                tokenizer.check(_first_bytes(texts, _CHECKED_BYTES))
+            encoded = [np.append(ids, np.uint32(tokenizer.eos_id)) for ids in tokenizer.encode_batch(texts)]
+            seen[np.concatenate(encoded)] = True
+            split.add(batch, encoded)
+            progress.advance(source.name, len(batch), reader.bytes_read - read)
+            read = reader.bytes_read
+        split.close()
+        for writer in (train, held_out):
+            writer.finish(tokenizer=tokenizer.fingerprint)
+    skips = reader.skips
+    if not train.num_documents:
+        skipped = ", ".join(f"{count} {reason}" for reason, count in skips.counts.items()) or "nothing"
+        raise DataError(
+            f"source {source.name!r} has no document to train on ({len(listing.files)} files, {held_out.num_documents} documents held out, "
+            f"skipped: {skipped}); add text, correct the source, or lower data.held_out ({data.held_out})"
+        )
+    lengths = np.concatenate([Shard(folder / name).lengths() for name in ("train", "held_out")])
+    percentiles = np.percentile(lengths, _PERCENTILES, method="nearest").astype(int)
+    return Statistics(
+        documents=train.num_documents,
+        held_out_documents=held_out.num_documents,
+        tokens=train.num_tokens,
+        held_out_tokens=held_out.num_tokens,
+        num_bytes=train.num_bytes + held_out.num_bytes,
+        length_percentiles=dict(zip(_PERCENTILES, percentiles.tolist(), strict=True)),
+        unique_tokens=int(seen.sum()),
+        skipped={str(reason): count for reason, count in skips.counts.items()},
+        skipped_examples={str(reason): tuple(examples) for reason, examples in skips.examples.items()},
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _batches(reader: Reader) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in reader:
+        batch.append(document)
+        size += len(document.text)
+        if size >= _BATCH_BYTES or len(batch) >= _BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _first_bytes(texts: list[str], limit: int) -> list[str]:
+    """Leading texts of about `limit` characters together, at least one."""
+    count = int(np.searchsorted(np.cumsum([len(text) for text in texts]), limit)) + 1
+    return texts[:count]
+
+
+class _Split:
+    """Sends documents to training or held-out by their own hash.
+
+    If no hash falls below `share` (a small source), the document with the smallest one is held out after all, provided that another
+    is left for training: until the first is held out, the smallest so far waits here.
+    """
+
+    def __init__(self, train: ShardWriter, held_out: ShardWriter, *, share: float) -> None:
+        self.train = train
+        self.held_out = held_out
+        self.share = share
+        self.waiting: tuple[Document, Ids] | None = None
+
+    def add(self, documents: list[Document], encoded: list[Ids]) -> None:
+        """Write the documents of one batch."""
+        pairs = list(zip(documents, encoded, strict=True))
+        held_out = [pair for pair in pairs if _is_held_out(pair[0], self.share)]
+        train = [pair for pair in pairs if not _is_held_out(pair[0], self.share)]
+        if self.waiting:
+            train.insert(0, self.waiting)
+            self.waiting = None
+        self._write(self.held_out, held_out)
+        if self.share > 0 and not self.held_out.num_documents and train:
+            self.waiting = train.pop(min(range(len(train)), key=lambda i: _rank(train[i][0])))
+        self._write(self.train, train)
+
+    def close(self) -> None:
+        """Write the document that still waits."""
+        if self.waiting:
+            self._write(self.held_out if self.train.num_documents else self.train, [self.waiting])
+            self.waiting = None
+
+    @staticmethod
+    def _write(writer: ShardWriter, pairs: list[tuple[Document, Ids]]) -> None:
+        writer.append([ids for _, ids in pairs], num_bytes=sum(len(document.text.encode()) for document, _ in pairs))

@@ -1,0 +1,465 @@
+"""Read the documents of a source one at a time, with bounded memory, and count everything that is skipped with its reason.
+
+A source names files, folders, globs, or the running interpreter's own library. Folders are walked in a fixed order without
+following links, leaving out hidden names and `__pycache__`; what is neither text by its name nor a known container is counted
+as `not_text`. Containers are .jsonl, .jsonl.gz, .jsonl.zst and .parquet; every other file is one document.
+"""
+
+from __future__ import annotations
+
+import ast
+import glob
+import inspect
+import os
+import re
+import stat
+import sysconfig
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Literal, Protocol, get_args
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zstandard
+from blake3 import blake3
+
+from quintet.errors import DataError, did_you_mean
+from quintet.spec.run import Source
+
+Reason = Literal[
+    "empty", "over_long", "nul_bytes", "invalid_utf8", "corrupt_json", "missing_text", "not_a_string", "truncated", "corrupt_file",
+    "unreadable", "not_python", "not_text",
+]  # fmt: skip
+Kind = Literal["text", "jsonl", "parquet", "docstrings", "topics"]
+
+REMEDIES: dict[Reason, str] = {
+    "empty": "there is no text in it; remove it",
+    "over_long": "raise data.max_document_bytes or split the document",
+    "nul_bytes": "it holds NUL bytes, so it is probably not text; remove it or clean it",
+    "invalid_utf8": "it is not UTF-8; convert it, for example with iconv -t utf-8",
+    "corrupt_json": "the line is not a JSON object; repair or remove the line",
+    "missing_text": "there is no text under the source's text_key; correct text_key or the record",
+    "not_a_string": "the value under the source's text_key is not a string; correct text_key or the record",
+    "truncated": "the compressed file ends early; fetch or compress it again",
+    "corrupt_file": "the file cannot be decoded to its end; fetch or write it again",
+    "unreadable": "the file cannot be opened; check that it exists and may be read",
+    "not_python": "the file does not parse as Python",
+    "not_text": "the name is not that of a text file; name the file itself to read it all the same",
+}
+"""What each reason means and what can be done about it."""
+
+TEXT_SUFFIXES = frozenset(
+    ".adoc .asm .bash .bat .bib .c .cc .cfg .cjs .clj .cmake .conf .cpp .cs .css .cu .cuh .cxx .d .dart .el .erl .ex .exs .f .f90 .fs .go "
+    ".gradle .graphql .groovy .h .hh .hpp .hs .htm .html .hxx .ini .java .jl .js .json .jsx .kt .kts .less .lisp .lua .m .make .md .mdx "
+    ".mjs .mk .ml .mli .mm .nim .nix .org .pas .php .pl .pm .proto .ps1 .py .pyi .pyx .r .rb .rkt .rs .rst .s .sass .scala .scm .scss .sh "
+    ".sol .sql .sv .svelte .swift .tcl .tex .text .toml .ts .tsx .txt .v .vhd .vim .vue .xml .yaml .yml .zig .zsh".split()
+)
+TEXT_NAMES = frozenset("AUTHORS CHANGELOG CONTRIBUTING COPYING Dockerfile INSTALL LICENSE Makefile NEWS NOTICE README TODO".split())
+_CONTAINERS: dict[str, Kind] = {".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".jsonl.zst": "jsonl", ".parquet": "parquet"}
+
+# Generated tables, and files that are there to be wrong: in no text is anything learnt from them.
+_STDLIB_WITHOUT = frozenset("site-packages dist-packages __pycache__ encodings pydoc_data encoded_modules tokenizedata".split())
+_STDLIB_BAD_FILES = frozenset(["test_source_encoding.py"])
+_DOCS_WITHOUT = _STDLIB_WITHOUT | frozenset("test tests idle_test".split())
+_SPECIAL = ("python:stdlib", "python:docs")
+
+_CHUNK = 1 << 20
+_PARQUET_ROWS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class File:
+    """One file of a source, as it was when it was listed."""
+
+    path: str
+    """Path as the source spells it."""
+    kind: Kind
+    """How documents are read from it."""
+    num_bytes: int
+    """Size in bytes."""
+    mtime_ns: int
+    """Time of last change, in nanoseconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """The files of a source in reading order."""
+
+    files: tuple[File, ...]
+    """Files that are read."""
+    num_not_text: int
+    """Files in its folders that are left out by name."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all files together."""
+        return sum(file.num_bytes for file in self.files)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """One piece of text."""
+
+    text: str
+    """Not empty, and without NUL."""
+    origin: str
+    """`file`, `file:line` or `file:row n`, for messages."""
+    identity: bytes
+    """16 bytes that decide between training and held-out: the hash of the text. A module's docstrings carry the hash of the whole
+    file, so that they are held out together with its code."""
+
+
+@dataclass(kw_only=True)
+class Skips:
+    """What was left out, by reason."""
+
+    strict: bool
+    """Raise DataError instead of counting."""
+    counts: Counter[Reason] = field(default_factory=Counter)
+    """Documents left out; a file that breaks off counts once."""
+    examples: dict[Reason, list[str]] = field(default_factory=dict)
+    """The first three origins of each reason."""
+
+    def add(self, reason: Reason, origin: str, detail: str = "", *, count: int = 1) -> None:
+        """Count `count` documents, or raise DataError if `strict`; files left out by name never raise."""
+        if self.strict and reason != "not_text":
+            raise DataError(
+                f"{origin}: {reason}{f' ({detail})' if detail else ''}: {REMEDIES[reason]}; or leave data.strict off to skip and count "
+                "such documents"
+            )
+        self.counts[reason] += count
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) < 3:
+            examples.append(f"{origin} ({detail})" if detail else origin)
+
+
+class _Broken(Exception):
+    """A file cannot be read further."""
+
+    def __init__(self, reason: Reason, detail: object) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+def list_files(source: Source) -> Listing:
+    """Every file of `source`, each once, in an order that depends on names alone.
+
+    Raises DataError if a path does not exist, a glob matches nothing, or no readable file is found.
+    """
+    files: dict[str, File] = {}
+    num_not_text = 0
+    for path in source.paths:
+        if path.startswith("python:"):
+            found, ignored = _special_files(path, source), 0
+        else:
+            found, ignored = _path_files(os.path.expanduser(path), source)
+        if not found:
+            raise DataError(
+                f"source {source.name!r}: {path!r} holds no text or data file{f' ({ignored} files of other kinds)' if ignored else ''}; "
+                "put text, .jsonl, .jsonl.gz, .jsonl.zst or .parquet files there, or correct paths"
+            )
+        for file in found:
+            files.setdefault(file.path, file)
+        num_not_text += ignored
+    return Listing(files=tuple(files.values()), num_not_text=num_not_text)
+
+
+def _path_files(path: str, source: Source) -> tuple[list[File], int]:
+    tops = [path] if os.path.lexists(path) else sorted(glob.glob(path, recursive=True))
+    if not tops:
+        word = "glob matches nothing" if glob.has_magic(path) else "file or folder does not exist"
+        raise DataError(f"source {source.name!r}: {path!r}: {word} (working folder {os.getcwd()}); correct data.sources.paths")
+    files: list[File] = []
+    num_not_text = 0
+    for top in tops:
+        if os.path.isdir(top):
+            for name in _walk(top, without=frozenset(["__pycache__"])):
+                file = _regular(name) if _is_text_or_container(name) else None
+                files += [file] if file else []
+                num_not_text += file is None
+        elif file := _regular(top):
+            files.append(file)
+        elif len(tops) == 1:
+            raise DataError(f"source {source.name!r}: {path!r} is not a regular file that can be read; correct data.sources.paths")
+    return files, num_not_text
+
+
+def _walk(top: str, *, without: frozenset[str]) -> Iterator[str]:
+    for folder, folders, names in os.walk(top):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in without)
+        yield from (os.path.join(folder, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _regular(path: str, kind: Kind | None = None) -> File | None:
+    """The file if it is a regular one, also behind a link; devices, pipes and broken links are None."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    container = next((found for suffix, found in _CONTAINERS.items() if path.endswith(suffix)), None)
+    return File(path=path, kind=kind or container or "text", num_bytes=status.st_size, mtime_ns=status.st_mtime_ns)
+
+
+def _is_text_or_container(path: str) -> bool:
+    name = Path(path)
+    return name.suffix.lower() in TEXT_SUFFIXES or name.stem in TEXT_NAMES or path.endswith(tuple(_CONTAINERS))
+
+
+def _special_files(path: str, source: Source) -> list[File]:
+    if path not in _SPECIAL:
+        near = did_you_mean(path, _SPECIAL)
+        raise DataError(f"source {source.name!r}: unknown path {path!r}{near}; special paths are {', '.join(_SPECIAL)}")
+    top = sysconfig.get_path("stdlib")
+    if not os.path.isdir(top):
+        raise DataError(
+            f"source {source.name!r}: the interpreter's library {top!r} is no folder; name a folder of text instead of {path!r}"
+        )
+    if path == "python:stdlib":
+        names = [name for name in _walk(top, without=_STDLIB_WITHOUT) if os.path.basename(name) not in _STDLIB_BAD_FILES]
+        found = [_regular(name) for name in names if name.endswith(".py")]
+    else:
+        names = [name for name in _walk(top, without=_DOCS_WITHOUT) if name.endswith(".py")]
+        found = [_regular(os.path.join(top, "pydoc_data", "topics.py"), "topics"), *(_regular(name, "docstrings") for name in names)]
+    return [file for file in found if file and file.num_bytes]  # An empty __init__.py is no defect.
+
+
+class Reader:
+    """Iterates the documents of `files`; `skips` and `bytes_read` (of the files, as stored) grow meanwhile.
+
+    Memory stays within a few times `max_document_bytes` (a parquet row group also passes as a whole). With `strict`, what would
+    be skipped raises DataError naming the place and the remedy.
+    """
+
+    def __init__(self, files: Iterable[File], *, text_key: str, max_document_bytes: int, strict: bool) -> None:
+        self.files = files
+        self.text_key = text_key
+        self.max_document_bytes = max_document_bytes
+        self.skips = Skips(strict=strict)
+        self.bytes_read = 0
+
+    def __iter__(self) -> Iterator[Document]:
+        readers: dict[Kind, Callable[[File], Iterator[Document]]] = {
+            "text": self._text,
+            "jsonl": self._jsonl,
+            "parquet": self._parquet,
+            "docstrings": self._docstrings,
+            "topics": self._topics,
+        }
+        assert set(readers) == set(get_args(Kind))
+        done = 0
+        for file in self.files:
+            try:
+                yield from readers[file.kind](file)
+            except _Broken as broken:
+                self.skips.add(broken.reason, _shown(file.path), str(broken))
+            except OSError as error:
+                self.skips.add("unreadable", _shown(file.path), error.strerror or str(error))
+            done += file.num_bytes
+            self.bytes_read = done
+
+    def _accept(self, origin: str, raw: bytes, text: str | None = None, *, identity: bytes | None = None) -> Iterator[Document]:
+        """The document in `raw` (UTF-8; `text` if already decoded), or nothing, counted."""
+        if len(raw) > self.max_document_bytes:
+            self.skips.add("over_long", origin, f"{len(raw)} bytes, at most {self.max_document_bytes}")
+        elif not raw.strip():
+            self.skips.add("empty", origin)
+        elif b"\0" in raw:
+            self.skips.add("nul_bytes", origin, f"at byte {raw.index(0)}")
+        else:
+            try:
+                text = raw.decode() if text is None else text
+            except UnicodeDecodeError as error:
+                self.skips.add("invalid_utf8", origin, f"at byte {error.start}")
+            else:
+                yield Document(text=text, origin=origin, identity=identity or blake3(raw).digest(16))
+
+    def _whole(self, file: File) -> bytes | None:
+        """The file's bytes without byte-order mark; None, counted, if there are too many."""
+        with open(file.path, "rb") as stream:
+            raw = stream.read(self.max_document_bytes + 4)
+        raw = raw.removeprefix(b"\xef\xbb\xbf")
+        if len(raw) > self.max_document_bytes:
+            self.skips.add("over_long", _shown(file.path), f"{file.num_bytes} bytes, at most {self.max_document_bytes}")
+            return None
+        return raw
+
+    def _text(self, file: File) -> Iterator[Document]:
+        raw = self._whole(file)
+        if raw is not None:
+            yield from self._accept(_shown(file.path), raw)
+
+    def _jsonl(self, file: File) -> Iterator[Document]:
+        # In JSON a byte of text takes at most six ("\u0000"); two more such lengths are left for other fields.
+        limit = 8 * self.max_document_bytes + _CHUNK
+        for number, line in enumerate(_lines(self._chunks(file), limit), start=1):
+            origin = f"{_shown(file.path)}:{number}"
+            if line is None:
+                self.skips.add("over_long", origin, f"a line of more than {limit} bytes")
+                continue
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if line.strip():
+                yield from self._record(origin, line)
+
+    def _record(self, origin: str, line: bytes) -> Iterator[Document]:
+        try:
+            record = orjson.loads(line)
+        except orjson.JSONDecodeError as error:
+            try:
+                line.decode()
+                self.skips.add("corrupt_json", origin, str(error))
+            except UnicodeDecodeError as utf8:
+                self.skips.add("invalid_utf8", origin, f"at byte {utf8.start} of the line")
+            return
+        if not isinstance(record, dict):
+            self.skips.add("corrupt_json", origin, f"a {type(record).__name__}, not an object")
+        elif record.get(self.text_key) is None:
+            self.skips.add("missing_text", origin, f"no {self.text_key!r}{did_you_mean(self.text_key, record)}")
+        elif not isinstance(text := record[self.text_key], str):
+            self.skips.add("not_a_string", origin, f"{self.text_key!r} is of type {type(text).__name__}")
+        else:
+            yield from self._accept(origin, text.encode(), text)
+
+    def _chunks(self, file: File) -> Iterator[bytes]:
+        """The file's content, decompressed by its suffix; raises _Broken where it cannot be read further."""
+        start = self.bytes_read
+        with open(file.path, "rb") as stream:
+            if file.path.endswith(".gz"):
+                chunks = _decompress(stream, lambda: zlib.decompressobj(wbits=31), 1 << 14)
+            elif file.path.endswith(".zst"):
+                chunks = _decompress(stream, zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj, 1 << 12)
+            else:
+                chunks = iter(lambda: stream.read(_CHUNK), b"")
+            for chunk in chunks:
+                self.bytes_read = start + stream.tell()
+                yield chunk
+
+    def _parquet(self, file: File) -> Iterator[Document]:
+        start, row, origin = self.bytes_read, 0, _shown(file.path)
+        try:
+            with pq.ParquetFile(file.path, pre_buffer=False) as table:
+                num_rows = table.metadata.num_rows
+                if self.text_key not in table.schema_arrow.names:
+                    near = did_you_mean(self.text_key, table.schema_arrow.names)
+                    self.skips.add("missing_text", origin, f"no column {self.text_key!r}{near}", count=num_rows)
+                    return
+                for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[self.text_key]):
+                    column = batch.column(0)
+                    if pa.types.is_dictionary(column.type):
+                        column = column.dictionary_decode()
+                    if not _is_stringlike(column.type):
+                        self.skips.add("not_a_string", origin, f"column {self.text_key!r} is of type {column.type}", count=num_rows)
+                        return
+                    for value in column.cast(pa.large_binary()):
+                        yield from self._cell(f"{origin}:row {row}", value)
+                        row += 1
+                    self.bytes_read = start + file.num_bytes * row // num_rows
+        except (pa.ArrowException, OSError) as error:
+            raise _Broken("corrupt_file", f"after {row} rows: {str(error).splitlines()[0]}") from None
+
+    def _cell(self, origin: str, value: pa.LargeBinaryScalar) -> Iterator[Document]:
+        buffer = value.as_buffer()
+        if buffer is None:
+            self.skips.add("missing_text", origin, "null")
+        elif buffer.size > self.max_document_bytes:
+            self.skips.add("over_long", origin, f"{buffer.size} bytes, at most {self.max_document_bytes}")
+        else:
+            yield from self._accept(origin, buffer.to_pybytes())
+
+    def _parsed(self, file: File) -> tuple[ast.Module, bytes] | None:
+        raw = self._whole(file)
+        if raw is None:
+            return None
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Invalid escapes in someone else's file.
+                return ast.parse(raw), blake3(raw).digest(16)
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            self.skips.add("not_python", _shown(file.path), str(error))
+            return None
+
+    def _docstrings(self, file: File) -> Iterator[Document]:
+        if parsed := self._parsed(file):
+            module, identity = parsed
+            text = "\n\n".join(_prose(module))
+            if text:
+                yield from self._accept(_shown(file.path), text.encode(errors="replace"), identity=identity)
+
+    def _topics(self, file: File) -> Iterator[Document]:
+        if parsed := self._parsed(file):
+            for node in parsed[0].body:
+                if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict):
+                    for name, text in ast.literal_eval(node.value).items():
+                        yield from self._accept(f"{_shown(file.path)}:{name}", text.strip().encode())
+
+
+def _prose(module: ast.Module) -> Iterator[str]:
+    """The docstrings of a module in reading order, without examples; the very short ones are left out."""
+    nodes = [node for node in ast.walk(module) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)]
+    for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0)):
+        text = inspect.cleandoc(ast.get_docstring(node, clean=False) or "")
+        text = re.sub(r"^[ \t]*>>> .*(?:\n(?![ \t]*$).*)*\n*", "", text, flags=re.MULTILINE).strip()
+        if len(text) >= 40:
+            yield text
+
+
+def _is_stringlike(type_: pa.DataType) -> bool:
+    t = pa.types
+    return any(test(type_) for test in (t.is_string, t.is_large_string, t.is_string_view, t.is_binary, t.is_large_binary))
+
+
+class _Decoder(Protocol):
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+    def decompress(self, data: bytes, /) -> bytes: ...
+
+
+def _decompress(stream: IO[bytes], new_decoder: Callable[[], _Decoder], chunk_size: int) -> Iterator[bytes]:
+    """The content of concatenated compressed members. `chunk_size` is small because one chunk may expand thousands of times."""
+    decoder = new_decoder()
+    try:
+        while chunk := stream.read(chunk_size):
+            while chunk:
+                if decoder.eof:
+                    if not chunk.strip(b"\0"):
+                        break  # Padding between or after members.
+                    decoder = new_decoder()
+                if content := decoder.decompress(chunk):
+                    yield content
+                chunk = decoder.unused_data
+    except (zlib.error, zstandard.ZstdError) as error:
+        raise _Broken("corrupt_file", error) from None
+    if not decoder.eof:
+        raise _Broken("truncated", "it ends inside compressed data")
+
+
+def _lines(chunks: Iterable[bytes], limit: int) -> Iterator[bytes | None]:
+    """Lines without line feed; None stands for a line longer than `limit` bytes, whose content is dropped as it comes."""
+    parts: list[bytes] = []
+    held = 0
+    for chunk in chunks:
+        begin = 0
+        while (end := chunk.find(b"\n", begin)) >= 0:
+            held += end - begin
+            yield b"".join([*parts, chunk[begin:end]]) if held <= limit else None
+            parts.clear()
+            held, begin = 0, end + 1
+        held += len(chunk) - begin
+        parts.append(chunk[begin:])
+        if held > limit:
+            parts.clear()
+    if held:
+        yield b"".join(parts) if held <= limit else None
+
+
+def _shown(path: str) -> str:
+    """The path as text that any terminal can print."""
+    return os.fsencode(path).decode("utf-8", "replace")
