@@ -18,6 +18,8 @@ from quintet.monitor.units import num_bytes
 class Arguments:
     """Tell what this machine can do, and what is missing with the line that installs it."""
 
+    measure: Switch = False
+    """Also measure the peak of matrix multiplication, which MFU is told against; takes some seconds."""
     json: Switch = False
     """Print JSON."""
 
@@ -25,7 +27,7 @@ class Arguments:
 def main(arguments: list[str]) -> int:
     """Run the command and return its exit code: 0, or 1 where something that every installation has is missing."""
     given = read(Arguments, arguments, command="doctor")
-    found = [*findings(), *torch_findings()]
+    found = [*findings(), *torch_findings(), *(measured() if given.measure else [])]
     if given.json:
         print(json.dumps([asdict(finding) for finding in found], indent=2))
     else:
@@ -70,3 +72,13 @@ def torch_findings() -> list[Finding]:
         value = f"{device.name}, {num_bytes(device.total_memory)}, compute capability {device.major}.{device.minor}"
         found.append(Finding(name=f"CUDA device {i}", value=value))
     return found
+
+
+def measured() -> list[Finding]:
+    """The measured peak of matrix multiplication in both precisions, set up as for training."""
+    from quintet.spec.run import Train
+    from quintet.train import device
+
+    here = device.prepare(Train())
+    peaks = [("bf16", device.measured_peak(here, "bf16")), ("fp32", device.measured_peak(here, "fp32"))]
+    return [Finding(name=f"peak in {precision}", value=f"{peak / 1e9:,.0f} GFLOP/s on {here.type}") for precision, peak in peaks]

@@ -24,7 +24,13 @@ COMMANDS = {
     "doctor": "tell what this machine can do, and what is missing",
 }
 
-SHELLS = ("bash", "zsh", "tcsh")
+SHELLS = ("bash", "zsh")
+
+OPTIONS = {
+    "-h, --help": "show this text; `quintet COMMAND --help` shows a command's own",
+    "--version": "show the version",
+    f"--print-completion {{{','.join(SHELLS)}}}": "print a completion script for the shell",
+}
 
 KEYBOARD_INTERRUPT = 130
 
@@ -71,14 +77,12 @@ def usage() -> str:
     """The text of `quintet --help`."""
     width = max(map(len, COMMANDS))
     commands = "\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items())
+    options = "\n".join(f"  {name:{max(map(len, OPTIONS))}}  {text}" for name, text in OPTIONS.items())
     return (
         "usage: quintet COMMAND [OPTIONS]\n\n"
         "From raw text to a trained, checked and exported DeepSeek-V3-class language model.\n\n"
         f"commands:\n{commands}\n\n"
-        "options:\n"
-        "  -h, --help                           show this text; `quintet COMMAND --help` shows a command's own\n"
-        "  --version                            show the version\n"
-        f"  --print-completion {{{','.join(SHELLS)}}}   print a completion script for the shell\n\n"
+        f"options:\n{options}\n\n"
         "exit codes: 0 done, 2 usage, 10 data, 11 checkpoint, 12 numerics, 75 stopped by a signal (resume it), 93 given up"
     )
 

@@ -21,6 +21,15 @@ T = TypeVar("T")
 Overrides = Annotated[Run, tyro.conf.arg(name="")]
 """A run whose fields are options by their dotted path."""
 
+Recipe = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RECIPE.toml")]
+"""The path of a recipe, which `read_with_recipe` has read."""
+
+RunPath = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+"""The path of a run or a checkpoint."""
+
+Directory = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIRECTORY")]
+"""The path of another directory."""
+
 Switch = tyro.conf.FlagCreatePairsOff[bool]
 """An option that is only ever given, never negated."""
 
@@ -106,4 +115,5 @@ def completion(kinds: Mapping[str, type], *, descriptions: Mapping[str, str], sh
     script = io.StringIO()
     with contextlib.redirect_stdout(script), contextlib.suppress(SystemExit):
         tyro.cli(commands, args=["--tyro-print-completion", shell], prog="quintet")
-    return script.getvalue()
+    # Where nothing of ours fits, bash completes file names.
+    return script.getvalue().replace("complete -F ", "complete -o default -F ")

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-import tyro
-
-from quintet.cli.options import read
+from quintet.cli.options import RunPath, read
 from quintet.errors import CheckpointError
 from quintet.spec import parse
 
@@ -16,7 +13,7 @@ from quintet.spec import parse
 class Arguments:
     """Continue a run from its newest complete checkpoint, as if it had not stopped."""
 
-    run: tyro.conf.Positional[Path]
+    run: RunPath
     """The run's directory."""
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 
 from quintet.cli.describe import run_figures, run_tables
-from quintet.cli.options import Overrides, Switch, read_with_recipe
+from quintet.cli.options import Overrides, Recipe, Switch, read_with_recipe
 from quintet.spec import parse
 from quintet.spec.run import Run
 
@@ -18,7 +17,7 @@ from quintet.spec.run import Run
 class Arguments:
     """Train a model as a recipe says; every value of the recipe is an option."""
 
-    recipe: tyro.conf.Positional[Path]
+    recipe: Recipe
     """A recipe in TOML, the first argument."""
     run: Overrides
     """One training run."""
@@ -45,5 +44,5 @@ def train(run: Run) -> int:
     from quintet.cli.watch import watched
     from quintet.train import trainer
 
-    prepare(run)
+    prepare(run, Console(stderr=True))
     return watched(run, Path(run.directory) / run.name, lambda sinks: trainer.train(run, sinks=sinks))

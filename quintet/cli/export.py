@@ -1,0 +1,38 @@
+"""`quintet export`: a checkpoint as a model in Hugging Face's format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rich.console import Console
+
+from quintet.cli.options import Directory, RunPath, read
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Write a checkpoint as a DeepseekV3ForCausalLM that transformers, and servers that read V3, load: weights, config, tokenizer."""
+
+    model: RunPath
+    """A run's directory (its newest checkpoint), or a checkpoint's."""
+    directory: Directory
+    """The directory to make."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Type of the weights in the files."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command and return its exit code."""
+    given = read(Arguments, arguments, command="export")
+    import torch
+
+    from quintet.checkpoint import huggingface
+    from quintet.train.trained import open_trained
+
+    trained = open_trained(given.model)
+    dtype = torch.bfloat16 if given.dtype == "bf16" else torch.float32
+    state = trained.model.state_dict()
+    huggingface.export(state, trained.run.model, given.directory, tokenizer_file=trained.tokenizer_file, dtype=dtype)
+    Console(stderr=True).print(f"wrote {given.directory}", markup=False, highlight=False, soft_wrap=True)
+    return 0
