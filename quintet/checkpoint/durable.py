@@ -116,7 +116,11 @@ class TemporaryDirectory:
                 self.path.mkdir()
             except FileExistsError:
                 continue
-            self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            except OSError:
+                os.rmdir(self.path)
+                raise
             fcntl.flock(self._fd, fcntl.LOCK_EX)
             if self.path.exists():  # Else another process swept it before the lock was ours.
                 return
