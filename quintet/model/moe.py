@@ -1,6 +1,6 @@
 """DeepSeekMoE: shared experts that every token passes, and fine-grained routed ones (V3 2.1.2).
 
-Letters: T tokens, N = T*K token-expert rows, D hidden, F expert inner width, E experts.
+Letters: T tokens, N token-expert rows (padded per expert), D hidden, F expert inner width, E experts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from quintet.model.layers import FeedForward
 from quintet.model.router import Router, Routing, sequence_balance_loss
 from quintet.ops.grouped_matmul import grouped_matmul
-from quintet.ops.permute import collect, sort_by_expert, spread
+from quintet.ops.permute import collect, sort_by_expert, spread, spread_gates
 from quintet.ops.pointwise import Kernels
 from quintet.spec.model import Model
 
@@ -52,17 +52,9 @@ class Dispatch(Protocol):
 
 def local_dispatch(x: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor, Tensor]:
     """All experts are here: sort, compute, add up."""
-    token_of_row, row_of_slot, load = sort_by_expert(routing.experts, experts.w2.shape[0])
-    ends = load.cumsum(0).to(torch.int32)
-    rows = spread(x, token_of_row, row_of_slot)
-    gates = spread(routing.gates.reshape(-1, 1), _slot_of_row(row_of_slot), row_of_slot.view(-1, 1)).squeeze(1)
-    return collect(experts(rows, gates, ends), token_of_row, row_of_slot), load
-
-
-def _slot_of_row(row_of_slot: Tensor) -> Tensor:
-    """The inverse permutation of row_of_slot [T, K], flat: [N]."""
-    flat = row_of_slot.reshape(-1)
-    return torch.empty_like(flat).scatter_(0, flat, torch.arange(flat.numel(), device=flat.device))
+    permutation = sort_by_expert(routing.experts, experts.w2.shape[0])
+    rows = experts(spread(x, permutation), spread_gates(routing.gates, permutation), permutation.ends)
+    return collect(rows, permutation), permutation.load
 
 
 class MixtureOfExperts(nn.Module):

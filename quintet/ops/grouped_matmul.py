@@ -5,6 +5,8 @@ Letters: N rows (token-expert pairs), E experts, I inner width, O outer width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,5 +22,23 @@ def grouped_matmul_reference(rows: Tensor, weight: Tensor, ends: Tensor) -> Tens
 
 
 def grouped_matmul(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """As the reference; `ends` is int32 and its last entry is N. Widths must make rows of a multiple of 16 bytes."""
-    return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
+    """As the reference; `ends` is int32 and its last entry is N. I and O must make rows of a multiple of 16 bytes."""
+    out: Tensor = _GroupedMatmul.apply(rows, weight, ends)
+    return out
+
+
+class _GroupedMatmul(torch.autograd.Function):
+    """Autograd's own formula yields the weight's gradient transposed, and a slow copy turns it; here it comes out as it is stored."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weight, ends)
+        return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, ends = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        grad_rows = F.grouped_mm(grad, weight, offs=ends) if ctx.needs_input_grad[0] else None
+        grad_weight = F.grouped_mm(grad.t(), rows, offs=ends) if ctx.needs_input_grad[1] else None
+        return grad_rows, grad_weight, None

@@ -1,25 +1,52 @@
-"""Moving token rows to their experts and back, with gathers in both directions of autograd (no scatter, no atomics).
+"""Moving token rows to their experts and back, with gathers in both directions of autograd (no scatter-add, no atomics).
 
-Letters: T tokens, K experts per token, N = T*K rows sorted by expert, D width.
-`token_of_row` [N] names the token of each row, `row_of_slot` [T, K] the row of each token's k-th expert.
+Letters: T tokens, K experts per token, E experts, N rows, D width. A row is a copy of a token for one of its experts; rows lie sorted
+by expert, and each expert's part is padded to a multiple of ROW_ALIGNMENT.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+ROW_ALIGNMENT = 16
+"""Rows per expert are a multiple of this. A dropless router gives every expert another number of rows at every step, and oneDNN
+generates code anew for each size of matrix, which takes as long as the product itself; CUDA's grouped kernel wants aligned parts."""
 
-def sort_by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """experts [T, K] int -> token_of_row [N], row_of_slot [T, K], rows per expert [E]; stable, so the order is deterministic."""
+
+@dataclass(frozen=True)
+class Permutation:
+    """Where rows come from and go to.
+
+    token_of_row [N]: the token of each row (0 for padding); row_of_slot [T, K]: the row of each token's k-th expert;
+    load [E]: tokens per expert; ends [E] int32: the row where each expert's padded part stops. Rows behind the last end are unused.
+    """
+
+    token_of_row: Tensor
+    row_of_slot: Tensor
+    load: Tensor
+    ends: Tensor
+
+
+def sort_by_expert(experts: Tensor, num_experts: int) -> Permutation:
+    """experts [T, K] int64 -> Permutation. The sort is stable, so the order of rows is deterministic; N depends on T, K, E alone."""
     flat = experts.reshape(-1)
-    slot_of_row = torch.sort(flat, stable=True).indices
-    row_of_slot = torch.empty_like(slot_of_row)
-    row_of_slot[slot_of_row] = torch.arange(flat.numel(), device=flat.device)
-    return slot_of_row // experts.shape[1], row_of_slot.view(experts.shape), torch.bincount(flat, minlength=num_experts)
+    # Few rows per expert (generation) would drown in padding.
+    alignment = ROW_ALIGNMENT if flat.numel() >= 4 * num_experts * ROW_ALIGNMENT else 1
+    order = flat.sort(stable=True)
+    load = torch.bincount(flat, minlength=num_experts)
+    padded = (load + alignment - 1) // alignment * alignment
+    ends = padded.cumsum(0)
+    shift = (ends - padded) - (load.cumsum(0) - load)
+    row_of_slot = torch.empty_like(flat)
+    row_of_slot[order.indices] = torch.arange(flat.numel(), device=flat.device) + shift[order.values]
+    token_of_row = flat.new_zeros(flat.numel() + num_experts * (alignment - 1))
+    token_of_row[row_of_slot] = torch.arange(flat.numel(), device=flat.device) // experts.shape[1]
+    return Permutation(token_of_row=token_of_row, row_of_slot=row_of_slot.view(experts.shape), load=load, ends=ends.to(torch.int32))
 
 
 def sum_rows_reference(rows: Tensor, row_of_slot: Tensor) -> Tensor:
@@ -27,7 +54,8 @@ def sum_rows_reference(rows: Tensor, row_of_slot: Tensor) -> Tensor:
     return rows[row_of_slot].float().sum(1).to(rows.dtype)
 
 
-def _sum_rows(rows: Tensor, row_of_slot: Tensor) -> Tensor:
+def sum_rows(rows: Tensor, row_of_slot: Tensor) -> Tensor:
+    """As the reference, in one pass."""
     return F.embedding_bag(row_of_slot, rows, mode="sum")
 
 
@@ -40,14 +68,14 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (row_of_slot,) = ctx.saved_tensors
-        return _sum_rows(grads[0].contiguous(), row_of_slot), None, None
+        return sum_rows(grads[0].contiguous(), row_of_slot), None, None
 
 
 class _Collect(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, token_of_row: Tensor, row_of_slot: Tensor) -> Tensor:
         ctx.save_for_backward(token_of_row)
-        return _sum_rows(rows, row_of_slot)
+        return sum_rows(rows, row_of_slot)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -55,13 +83,18 @@ class _Collect(torch.autograd.Function):
         return grads[0].index_select(0, token_of_row), None, None
 
 
-def spread(x: Tensor, token_of_row: Tensor, row_of_slot: Tensor) -> Tensor:
-    """x [T, D] -> [N, D]: a copy of each token's row for each of its experts; backward sums them."""
-    out: Tensor = _Spread.apply(x, token_of_row, row_of_slot)
+def spread(x: Tensor, to: Permutation) -> Tensor:
+    """x [T, D] -> [N, D]: a copy of each token for each of its experts; backward sums them."""
+    out: Tensor = _Spread.apply(x, to.token_of_row, to.row_of_slot)
     return out
 
 
-def collect(rows: Tensor, token_of_row: Tensor, row_of_slot: Tensor) -> Tensor:
+def spread_gates(gates: Tensor, to: Permutation) -> Tensor:
+    """gates [T, K] -> [N]: each row's gate, 0 for padding, which takes padding out of every sum and gradient."""
+    return gates.new_zeros(to.token_of_row.shape).scatter(0, to.row_of_slot.flatten(), gates.flatten())
+
+
+def collect(rows: Tensor, back: Permutation) -> Tensor:
     """rows [N, D] -> [T, D]: the sum of each token's rows; backward spreads."""
-    out: Tensor = _Collect.apply(rows, token_of_row, row_of_slot)
+    out: Tensor = _Collect.apply(rows, back.token_of_row, back.row_of_slot)
     return out

@@ -107,4 +107,5 @@ def can_compile(device: torch.device) -> bool:
 def fused() -> Kernels:
     """The references compiled by Inductor; the first call of each takes about a second, once per shape."""
     torch._dynamo.config.recompile_limit = 64
-    return Kernels(*(_Fused(getattr(REFERENCE, name)) for name in Kernels.__dataclass_fields__))
+    # The loss is computed inside an autograd function, where no gradient is recorded.
+    return Kernels(*(_Fused(getattr(REFERENCE, name), always=name == "cross_entropy") for name in Kernels.__dataclass_fields__))

@@ -1,0 +1,188 @@
+"""Training step of one DeepSeek-V3-shaped model (108 M parameters, 27 M active): Quintet against transformers, side by side.
+
+Each contestant lives in a process of its own; the parent lets them take one step after another in rotating order, so that drift of
+the machine hits all alike. A step is forward, backward and AdamW. Printed per contestant: median tokens/s by CPU time and by wall
+time, the ratio to the best eager transformers, and the peak memory of the process.
+
+    python benchmarks/model_step.py --seq 512 --dtype bf16 --threads 1 --rounds 7 [--compile] [--profile]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+TOKENS = 2048
+SHAPE = dict(
+    vocab_size=8192,
+    hidden_size=512,
+    num_layers=8,
+    num_dense_layers=1,
+    num_heads=8,
+    q_lora_rank=256,
+    kv_lora_rank=128,
+    qk_nope_head_dim=64,
+    qk_rope_head_dim=32,
+    v_head_dim=64,
+    dense_ffn_size=1536,
+    expert_ffn_size=256,
+    num_routed_experts=32,
+    num_shared_experts=1,
+    num_experts_per_token=4,
+    num_groups=4,
+    num_groups_per_token=2,
+    num_mtp_modules=0,
+    init_std=0.02,
+)
+
+
+def quintet_step(dtype: str, seq: int, *, compile: bool) -> Callable[[], None]:
+    import torch
+
+    from quintet.model.transformer import Transformer
+    from quintet.ops.pointwise import REFERENCE, fused
+    from quintet.spec.model import Model
+    from quintet.spec.run import Optimizer, Train
+    from quintet.train import device
+    from quintet.train.optimizer import AdamW
+    from quintet.train.precision import cast
+    from quintet.train.step import Rates, Tokens, run_step
+
+    train = Train(micro_batch=TOKENS // seq, precision=dtype, balance_weight=0.0)
+    device.prepare(train)
+    model = Transformer(Model(**SHAPE), kernels=fused() if compile else REFERENCE)
+    model.initialize(0)
+    optimizer = AdamW(*cast(model, train.precision), Optimizer())
+    data = torch.randint(0, SHAPE["vocab_size"], (TOKENS // seq, seq + 1), generator=torch.Generator().manual_seed(0))
+    batch = Tokens(inputs=data[:, :-1].contiguous(), labels=data[:, 1:].contiguous(), document_ids=None)
+    rates = Rates(learning_rate=1e-4, mtp_weight=0.0, bias_speed=0.001)
+    return lambda: print("loss", run_step(model, optimizer, batch, rates=rates, train=train, step=1).loss, file=sys.stderr)
+
+
+def transformers_step(dtype: str, seq: int, *, experts: str, compile: bool, amp: bool, onednn: bool) -> Callable[[], None]:
+    import torch
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    if onednn:
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    s = SHAPE
+    config = DeepseekV3Config(
+        vocab_size=s["vocab_size"], hidden_size=s["hidden_size"], intermediate_size=s["dense_ffn_size"],
+        moe_intermediate_size=s["expert_ffn_size"], num_hidden_layers=s["num_layers"], num_attention_heads=s["num_heads"],
+        num_key_value_heads=s["num_heads"], n_shared_experts=s["num_shared_experts"], n_routed_experts=s["num_routed_experts"],
+        routed_scaling_factor=1.0, kv_lora_rank=s["kv_lora_rank"], q_lora_rank=s["q_lora_rank"], qk_rope_head_dim=s["qk_rope_head_dim"],
+        v_head_dim=s["v_head_dim"], qk_nope_head_dim=s["qk_nope_head_dim"], n_group=s["num_groups"],
+        topk_group=s["num_groups_per_token"], num_experts_per_tok=s["num_experts_per_token"], first_k_dense_replace=s["num_dense_layers"],
+        norm_topk_prob=True, max_position_embeddings=4096, use_cache=False, pad_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = DeepseekV3ForCausalLM._from_config(config, experts_implementation=experts)
+    if dtype == "bf16" and not amp:
+        model = model.to(torch.bfloat16)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    data = torch.randint(0, s["vocab_size"], (TOKENS // seq, seq), generator=torch.Generator().manual_seed(0))
+    forward = torch.compile(model) if compile else model
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            loss = forward(input_ids=data, labels=data).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        print("loss", loss.item(), file=sys.stderr)
+
+    return step
+
+
+CONTESTANTS: dict[str, Callable[[str, int], Callable[[], None]]] = {
+    "quintet": lambda dtype, seq: quintet_step(dtype, seq, compile=True),
+    "quintet eager": lambda dtype, seq: quintet_step(dtype, seq, compile=False),
+    "transformers eager": lambda d, s: transformers_step(d, s, experts="eager", compile=False, amp=False, onednn=False),
+    "transformers grouped_mm": lambda d, s: transformers_step(d, s, experts="grouped_mm", compile=False, amp=False, onednn=False),
+    "transformers grouped_mm oneDNN": lambda d, s: transformers_step(d, s, experts="grouped_mm", compile=False, amp=False, onednn=True),
+    "transformers grouped_mm autocast": lambda d, s: transformers_step(d, s, experts="grouped_mm", compile=False, amp=True, onednn=False),
+    "transformers compiled": lambda d, s: transformers_step(d, s, experts="grouped_mm", compile=True, amp=False, onednn=False),
+}
+
+
+def work(name: str, dtype: str, seq: int, threads: int, profile: bool) -> None:
+    """A contestant: one step per line on standard input, its times as JSON on standard output."""
+    import torch
+
+    torch.set_num_threads(threads)
+    begin = time.perf_counter()
+    step = CONTESTANTS[name](dtype, seq)
+    step()
+    print(json.dumps({"first": time.perf_counter() - begin}), flush=True)
+    for _ in sys.stdin:
+        cpu, wall = time.process_time(), time.perf_counter()
+        step()
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps({"cpu": cpu, "wall": wall, "peak": peak}), flush=True)
+    if profile:
+        from torch.profiler import ProfilerActivity
+        from torch.profiler import profile as record
+
+        with record(activities=[ProfilerActivity.CPU]) as found:
+            step()
+        print(name, found.key_averages().table(sort_by="self_cpu_time_total", row_limit=30, max_name_column_width=60), file=sys.stderr)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seq", type=int, default=512, help="sequence length; the batch is 2048 tokens")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--compile", action="store_true", help="also transformers under torch.compile (minutes to start)")
+    parser.add_argument("--only", nargs="*", help="contestants by name")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--worker")
+    args = parser.parse_args()
+    if args.worker:
+        return work(args.worker, args.dtype, args.seq, args.threads, args.profile)
+    names = args.only or [n for n in CONTESTANTS if args.compile or n != "transformers compiled"]
+    if args.dtype == "fp32":
+        names = [n for n in names if "autocast" not in n]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
+    flags = ["--seq", str(args.seq), "--dtype", args.dtype, "--threads", str(args.threads), *(["--profile"] if args.profile else [])]
+    crew, first = {}, {}
+    for name in names:
+        crew[name] = subprocess.Popen(
+            [sys.executable, __file__, "--worker", name, *flags],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=None if args.profile else subprocess.DEVNULL, text=True, env=environment,
+        )  # fmt: skip
+        first[name] = json.loads(crew[name].stdout.readline())["first"]
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for i in range(args.rounds + 1):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            crew[name].stdin.write("step\n")
+            crew[name].stdin.flush()
+            rows[name].append(json.loads(crew[name].stdout.readline()))
+    for process in crew.values():
+        process.stdin.close()
+        process.wait()
+    rate = {n: {k: TOKENS / statistics.median(r[k] for r in rows[n][1:]) for k in ("cpu", "wall")} for n in names}
+    peers = [n for n in names if n.startswith("transformers") and "compiled" not in n]
+    best = {k: max((rate[n][k] for n in peers), default=float("nan")) for k in ("cpu", "wall")}
+    print(f"{args.dtype}, {TOKENS // args.seq} x {args.seq} tokens, {args.threads} thread(s), {args.rounds} rounds")
+    print(f"{'':34}{'tok/s cpu':>10}{'tok/s wall':>11}{'ratio cpu':>10}{'ratio wall':>11}{'peak GB':>9}{'first s':>9}")
+    for n in names:
+        r, peak = rate[n], rows[n][-1]["peak"] / 1e9
+        print(
+            f"{n:34}{r['cpu']:10.0f}{r['wall']:11.0f}{r['cpu'] / best['cpu']:10.2f}{r['wall'] / best['wall']:11.2f}{peak:9.2f}{first[n]:9.1f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
