@@ -1,0 +1,59 @@
+"""`quintet prepare`: statistics for people and as JSON, and nothing done twice."""
+
+from __future__ import annotations
+
+import json
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from quintet.cli.main import main
+from quintet.cli.prepare import Bars
+
+
+@pytest.fixture
+def arguments(tmp_path: Path, root: Path) -> list[str]:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for i in range(8):
+        (folder / f"{i}.txt").write_text("".join(f"line {i * j} of {i}\n" for j in range(40)))
+    options = ["--data.directory", str(tmp_path / "prepared"), "--model.vocab-size", "300"]
+    for source in (0, 1):
+        options += [f"--data.sources.{source}.paths", str(folder)]
+    return ["prepare", str(root / "recipes" / "laptop.toml"), *options]
+
+
+def test_statistics_are_printed_and_what_is_done_is_not_done_again(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*arguments, "--json"]) == 0
+    first, err = capsys.readouterr()
+    assert "preparing stdlib" in err
+    statistics = json.loads(first)["stdlib"]
+    assert statistics["documents"] + statistics["held_out_documents"] == 8
+    assert statistics["reused"] is False
+    assert main(arguments) == 0
+    again, err = capsys.readouterr()
+    assert err == ""
+    words = " ".join(again.split())
+    assert f"tokens to train on {statistics['tokens']:,}" in words
+    assert "work done before done before" in words
+
+
+def test_a_missing_folder_is_a_data_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*arguments, "--data.sources.0.paths", "no/such/folder"]) == 10
+    assert "'no/such/folder'" in capsys.readouterr().err
+
+
+def test_bars_move_on_a_terminal_and_are_gone_afterwards() -> None:
+    output = StringIO()
+    console = Console(file=output, force_terminal=True, width=120)
+    with Bars(console) as bars:
+        bars.start("stdlib", 1000)
+        bars.advance("stdlib", 2, 500)
+        bars.tell("a notice")
+        bars._progress.refresh()
+    text = output.getvalue()
+    assert "2 documents" in text
+    assert "500" in text and "a notice" in text
+    assert "preparing" not in text

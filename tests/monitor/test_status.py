@@ -1,0 +1,114 @@
+"""status.json holds the exit code's verdict, whole at every moment."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from quintet.errors import DataError, NumericsError
+from quintet.monitor.metrics import Message
+from quintet.monitor.status import Status, StatusFile, read_status, write_status
+from tests.monitor.events import record
+
+
+def status_of(directory: Path) -> Status:
+    status = read_status(directory)
+    assert status is not None
+    return status
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "verdict", "remedy"),
+    [
+        (0, "done", None),
+        (75, "interrupted", "quintet resume "),
+        (12, "failed", "quintet resume "),
+        (93, "failed", "do not restart"),
+    ],
+)
+def test_the_verdict_and_the_remedy_follow_from_the_exit_code(tmp_path: Path, exit_code: int, verdict: str, remedy: str | None) -> None:
+    with StatusFile(tmp_path) as status:
+        status.write(record(3))
+        assert status_of(tmp_path).verdict == "running"
+        status.finish(exit_code, "what happened")
+    written = status_of(tmp_path)
+    assert (written.verdict, written.exit_code, written.step, written.num_steps) == (verdict, exit_code, 3, 10)
+    assert (written.remedy or "").startswith(remedy or "") and (written.remedy is None) == (remedy is None)
+
+
+def test_an_error_becomes_the_verdict(tmp_path: Path) -> None:
+    with pytest.raises(NumericsError), StatusFile(tmp_path) as status:
+        status.write(record(1))
+        raise NumericsError("the loss is nan")
+    written = status_of(tmp_path)
+    assert (written.verdict, written.exit_code, written.message) == ("failed", 12, "the loss is nan")
+
+
+def test_an_unforeseen_error_is_exit_code_1(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), StatusFile(tmp_path) as status:
+        status.write(record(1))
+        raise ZeroDivisionError("division by zero")
+    assert status_of(tmp_path).exit_code == 1
+
+
+def test_a_run_that_is_refused_leaves_the_status_of_the_directorys_owner(tmp_path: Path) -> None:
+    with StatusFile(tmp_path) as owner:
+        owner.write(record(5))
+        owner.finish(0, "done")
+    with pytest.raises(DataError), StatusFile(tmp_path):
+        raise DataError("the directory exists")
+    assert status_of(tmp_path).verdict == "done"
+
+
+def test_a_resume_that_fails_at_once_is_told(tmp_path: Path) -> None:
+    with pytest.raises(DataError), StatusFile(tmp_path, resumed=True):
+        raise DataError("no shards")
+    assert status_of(tmp_path).exit_code == 10
+
+
+def test_a_run_that_never_made_its_directory_writes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(DataError), StatusFile(tmp_path / "run"):
+        raise DataError("no text")
+    assert not (tmp_path / "run").exists()
+
+
+def test_it_is_written_seldom_and_at_the_end(tmp_path: Path) -> None:
+    now = [0.0]
+    status = StatusFile(tmp_path, every_seconds=5, clock=lambda: now[0])
+    steps = []
+    for step in range(1, 11):
+        status.write(record(step))
+        steps.append(status_of(tmp_path).step)
+        now[0] += 1
+    status.write(Message(text="no step"))
+    status.finish(0, "done")
+    assert steps == [1, 1, 1, 1, 1, 6, 6, 6, 6, 6]
+    assert status_of(tmp_path).step == 10
+    assert status_of(tmp_path).updated == 10
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_a_reader_never_sees_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status = StatusFile(tmp_path)
+    status.write(record(1))
+    before = status_of(tmp_path)
+
+    def fail(self: Path, target: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="No space"):
+        write_status(tmp_path, before)
+    status.finish(0, "done")  # does not raise
+    monkeypatch.undo()
+    assert status_of(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_a_broken_status_is_an_error_and_a_missing_one_is_none(tmp_path: Path) -> None:
+    assert read_status(tmp_path) is None
+    (tmp_path / "status.json").write_text(json.dumps({"verdict": "lost"}))
+    with pytest.raises(DataError, match="not a run's status"):
+        read_status(tmp_path)
