@@ -255,8 +255,9 @@ def _check(spec: object, origin: str) -> dict[str, int]:
     if not all(isinstance(token, dict) and isinstance(token.get("content"), str) for token in added):
         raise refuse("an entry of added_tokens has no content")
     ids = vocab | {token["content"]: token.get("id") for token in added}
-    if not all(type(id) is int and 0 <= id < _MAX_ID for id in ids.values()) or len(set(ids.values())) < len(ids):
-        raise refuse(f"its ids are not different whole numbers below {_MAX_ID}")
+    valid = all(type(id) is int and 0 <= id < _MAX_ID for id in ids.values())
+    if not valid or len(set(ids.values())) < len(ids) or any(ids[name] != id for name, id in vocab.items()):
+        raise refuse(f"its ids are not different whole numbers below {_MAX_ID}, or a token has two")
     if missing := [char for char in _BYTE_CHARS if char not in vocab]:
         raise refuse(f"{len(missing)} of the 256 byte tokens are missing from its vocabulary")
     return ids

@@ -1,0 +1,55 @@
+"""What the data room's tests share: a small tokenizer, and recipes over little sources."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from quintet.data.prepare import Prepared, prepare
+from quintet.data.tokenizer import Tokenizer, train_bpe
+from quintet.spec.run import Data, Domain, Source
+
+WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa def return import class self None".split()
+
+
+def some_texts(count: int, *, seed: int = 0, longest: int = 120) -> list[str]:
+    """Different little texts of 1 to `longest` words."""
+    rng = random.Random(seed)
+    return [f"# {i}\n" + " ".join(rng.choices(WORDS, k=rng.randint(1, longest))) + "\n" for i in range(count)]
+
+
+def source(*paths: Path | str, name: str = "code", domain: Domain = "code", weight: float = 1.0, text_key: str = "text") -> Source:
+    """A source over `paths`."""
+    return Source(name=name, paths=tuple(map(str, paths)), domain=domain, weight=weight, text_key=text_key)
+
+
+def write_texts(folder: Path, texts: list[str]) -> Path:
+    """One .py file per text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, text in enumerate(texts):
+        (folder / f"{i:04}.py").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """A byte-level BPE of 400 tokens, trained on little texts."""
+    return train_bpe([*some_texts(200), "def f(x):\n    if x:\n        return [x]\n" * 5], 400)
+
+
+@pytest.fixture(scope="session")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Prepared, Data]:
+    """Two prepared sources: 60 code and 8 prose documents."""
+    folder = tmp_path_factory.mktemp("mixed")
+    data = Data(
+        sources=(
+            source(write_texts(folder / "a", some_texts(60, seed=1)), name="code", weight=87.0),
+            source(write_texts(folder / "b", some_texts(8, seed=2)), name="prose", domain="prose", weight=13.0),
+        ),
+        directory=str(folder / "prepared"),
+        held_out=0.1,
+        fim_rate=0.5,
+    )
+    return prepare(data, vocab_size=400, seed=0), data

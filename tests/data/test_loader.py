@@ -1,0 +1,167 @@
+"""The loader: rows depend on the seed and their number alone, and any state continues exactly."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quintet.data import pack
+from quintet.data.loader import IGNORED, Batch, Loader, held_out_batches
+from quintet.data.prepare import Prepared, prepare
+from quintet.errors import DataError
+from quintet.spec.run import Data
+from tests.data.conftest import some_texts, source, write_texts
+
+Mixed = tuple[Prepared, Data]
+
+
+def loader(mixed: Mixed, *, sequence_length: int = 32, seed: int = 5) -> Loader:
+    return Loader(*mixed, sequence_length=sequence_length, seed=seed)
+
+
+def stacked(batches: list[Batch]) -> torch.Tensor:
+    """Everything in the batches: [rows, 3, L]."""
+    return torch.cat([torch.stack([b.inputs, b.labels, b.document_ids.long()], 1) for b in batches])
+
+
+def equal(a: list[Batch], b: list[Batch]) -> bool:
+    return torch.equal(stacked(a), stacked(b))
+
+
+@pytest.fixture(scope="module")
+def rows(mixed: Mixed) -> torch.Tensor:
+    """The first 300 rows, one at a time: more than an epoch of either source."""
+    stream = loader(mixed)
+    result = stacked([stream.next_batch(1) for _ in range(300)])
+    assert stream.state()["code.epoch"] >= 1 and stream.state()["prose.epoch"] >= 1
+    return result
+
+
+def test_shapes_types_and_labels_shifted_by_one(mixed: Mixed) -> None:
+    batch = loader(mixed).next_batch(6)
+    assert batch.inputs.shape == batch.labels.shape == batch.document_ids.shape == (6, 32)
+    assert (batch.inputs.dtype, batch.labels.dtype, batch.document_ids.dtype) == (torch.int64, torch.int64, torch.int32)
+    assert batch.inputs.is_contiguous() and batch.labels.is_contiguous()
+    inside = batch.document_ids[:, 1:] >= 0
+    assert torch.equal(batch.inputs[:, 1:][inside], batch.labels[:, :-1][inside])
+    assert (batch.labels[:, :-1][~inside] == IGNORED).all()
+
+
+def test_padding_has_no_loss(mixed: Mixed) -> None:
+    batches = [loader(mixed, sequence_length=500).next_batch(40)]
+    padding = batches[0].document_ids < 0
+    assert padding.any() and (batches[0].labels[padding] == IGNORED).all()
+    assert (batches[0].inputs[padding] == mixed[0].tokenizer.eos_id).all()
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=12))
+@settings(max_examples=25)
+def test_any_division_into_batches_gives_the_same_rows(mixed: Mixed, rows: torch.Tensor, sizes: list[int]) -> None:
+    stream = loader(mixed)
+    sizes = [size for i, size in enumerate(sizes) if sum(sizes[: i + 1]) <= 300]
+    if sizes:
+        assert torch.equal(stacked([stream.next_batch(size) for size in sizes]), rows[: sum(sizes)])
+
+
+def test_a_state_saved_at_any_point_continues_exactly(mixed: Mixed, rows: torch.Tensor) -> None:
+    stream = loader(mixed)
+    for k in range(297):
+        state = json.loads(json.dumps(stream.state()))
+        assert all(type(value) is int for value in state.values())
+        if k % 7 == 0 or k > 270:
+            resumed = loader(mixed)
+            resumed.restore(state)
+            assert torch.equal(stacked([resumed.next_batch(3)]), rows[k : k + 3])
+            assert resumed.state()["code.rows"] + resumed.state()["prose.rows"] == k + 3
+        stream.next_batch(1)
+
+
+def test_resuming_is_exact_across_windows(mixed: Mixed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pack, "WINDOW", 9)
+    stream = loader(mixed)
+    seen = set()
+    for _ in range(60):
+        resumed = loader(mixed)
+        resumed.restore(stream.state())
+        seen.add(stream.state()["code.window"])
+        assert equal([resumed.next_batch(4)], [stream.next_batch(4)])
+    assert len(seen) > 3
+
+
+def test_the_order_depends_on_the_seed(mixed: Mixed) -> None:
+    assert not equal([loader(mixed).next_batch(8)], [loader(mixed, seed=6).next_batch(8)])
+
+
+def test_sources_come_by_weight(mixed: Mixed) -> None:
+    stream = loader(mixed)
+    stream.next_batch(100)
+    assert (stream.state()["code.rows"], stream.state()["prose.rows"]) == (87, 13)
+
+
+def test_only_code_is_rearranged(mixed: Mixed) -> None:
+    prepared, data = mixed
+    assert prepared.tokenizer.fim is not None
+    for name, expected in (("code", True), ("prose", False)):
+        one = replace(prepared, sources={name: prepared.sources[name]})
+        inputs = Loader(one, data, sequence_length=32, seed=0).next_batch(100).inputs
+        assert bool((inputs == prepared.tokenizer.fim.begin).any()) == expected
+
+
+def test_another_sequence_length_goes_on_with_the_next_window(mixed: Mixed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pack, "WINDOW", 9)
+    short = loader(mixed)
+    short.next_batch(10)
+    long = loader(mixed, sequence_length=64)
+    long.restore(short.state())
+    before, after = short.state(), long.state()
+    assert (after["code.window"], after["code.offset"]) == (before["code.window"] + 1, 0)
+    assert after["code.rows"] == before["code.rows"]
+
+
+@pytest.mark.parametrize("key, message", [("data", "another prepared data"), ("seed", "another seed")])
+def test_a_state_of_other_data_or_seed_is_refused(mixed: Mixed, key: str, message: str) -> None:
+    stream = loader(mixed)
+    state = stream.state()
+    with pytest.raises(DataError, match=message):
+        stream.restore(dict(state, **{key: state[key] + 1}))
+    del state["prose.rows"]
+    with pytest.raises(DataError, match=r"other sources: prose\.rows"):
+        stream.restore(state)
+
+
+def test_held_out_rows_are_the_same_each_time_however_they_are_batched_and_never_rearranged(mixed: Mixed) -> None:
+    def read(batch_size: int, num_sequences: int) -> list[Batch]:
+        return list(held_out_batches(mixed[0], "code", sequence_length=16, num_sequences=num_sequences, batch_size=batch_size))
+
+    shard, fim = mixed[0].sources["code"].held_out, mixed[0].tokenizer.fim
+    everything = read(7, 10_000)
+    assert equal(everything, read(3, 10_000)) and equal(
+        read(2, 5), [replace(b, **{k: v[:5] for k, v in vars(b).items()}) for b in everything[:1]]
+    )
+    assert [len(batch.inputs) for batch in read(2, 5)] == [2, 2, 1]
+    assert fim is not None and not any((batch.inputs == fim.begin).any() for batch in everything)
+    real = torch.cat([batch.inputs[batch.document_ids >= 0] for batch in everything])
+    assert shard.num_tokens - sum(len(b.inputs) for b in everything) <= len(real) <= shard.num_tokens
+
+
+def test_a_source_without_held_out_documents_says_so(tmp_path: Path) -> None:
+    folder = write_texts(tmp_path / "texts", some_texts(3))
+    prepared = prepare(Data(sources=(source(folder),), directory=str(tmp_path / "p"), held_out=0.0), vocab_size=300, seed=0)
+    with pytest.raises(DataError, match=r"no held-out document; raise data\.held_out"):
+        next(held_out_batches(prepared, "code", sequence_length=8, num_sequences=1, batch_size=1))
+
+
+def test_a_single_document_is_enough(tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("hello")
+    data = Data(sources=(source(tmp_path / "one.txt"),), directory=str(tmp_path / "p"))
+    batches = list(
+        islice(iter(lambda: Loader(prepare(data, vocab_size=300, seed=0), data, sequence_length=8, seed=0).next_batch(2), None), 2)
+    )
+    assert equal(batches[:1], batches[1:]) and (batches[0].labels == IGNORED).any()
