@@ -6,36 +6,50 @@ Weights, gradients and optimizer state follow from the precision (bytes per para
     bf16       2         4         4       8       bf16 weights; fp32 accumulated gradients, master weights, AdamW moments
     fp32       4         4         -       8
 
-Activations are what autograd keeps for backward: the inputs of each operation whose gradient needs them. Per token, in elements of the
-compute type (D hidden, H heads, r a latent's width, n/p/v the no-position, rotary and value widths per head, F an inner width, K experts
-per token), a layer keeps
+Activations are what autograd keeps for backward when element-wise operations are fused. Per token, in elements of the compute type
+(D hidden, H heads, r_q and r_kv the latents' widths, n p v the widths per head of no-position, rotary and value part, F an inner
+width, K experts per token, S sequence), a layer keeps
 
-    attention   x, norm(x)                        2 D              input of the norm; input of wq_a and wkv_a
-                latents before and after norm     2 (r_q + r_kv)
-                q, k, v                           H (2(n+p) + v)   k with its shared rotary part copied to each head
-                attention's output                H v              input of wo, and kept by the fused kernel
-    dense ffn   x, norm(x)                        2 D
-                gate and up, their product        3 F
-    MoE ffn     x, norm(x)                        2 D
-                shared: gate and up, product      3 F_s
-                routed, per expert passed         2 D + 3 F_e      its gathered input, w2's output for the gate's gradient
+    attention   x, norm(x)                2 D                the norm's input, and that of wq_a and wkv_a
+                latents, normed latents   2 (r_q + r_kv) + p
+                q, k, v                   H (2 (n+p) + v)    k with a copy of its rotary part per head
+                output                    H v                the input of wo
+                CPU: probabilities        H (S + 128)/2      in blocks of 128 queries, if S is at most 2,048
+                CUDA: output again        H v                as the fused kernel laid it out
+    dense ffn   x, norm(x)                2 D
+                gate and up, product      3 F
+    MoE ffn     x, norm(x)                2 D
+                norm(x) in fp32           D fp32             the router's input, a copy if the rest is bf16
+                shared experts            3 F_s
+                routed experts            K (D + 3 F_e)      gathered inputs, gate and up, product times the router's gate
 
-and a few numbers in fp32: the reciprocal RMS of each norm, log-sum-exp per head, router scores. Under `selective` recompute the norms'
-outputs, the normed latents, q, k and v are computed again (V3 3.2.3); under `full` a layer keeps only its input x, and one layer's
-activations exist at a time while it goes backward. This is an estimate: it leaves out the allocator's rounding and the
-temporaries inside an operation.
+and a few numbers in fp32: reciprocal RMS, log-sum-exp, scores. Each routed expert's rows are padded to a multiple of 16. Under `selective`
+recompute the norms' outputs, normed latents, q, k, v and probabilities are made again (V3 3.2.3), but norm(x) stays where queries are
+made straight from it; under `full` a layer keeps only x, and one layer at a time goes backward with all it needs. The loss turns its
+logits into the gradients of hidden states (counted as activations) and head at once, chunk by chunk.
+
+An estimate: the allocator's rounding, temporaries inside an operation and the working gradients of a single layer are left out.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Literal
 
 from quintet.cost.flops import parameters
 from quintet.spec.model import Model
 from quintet.spec.run import Train
 
+Device = Literal["cpu", "cuda"]
+
 FP32 = 4
 INDEX = 8
+KEEP_PROBABILITIES_BELOW = 2048
+"""Longest sequence whose attention probabilities are kept on a CPU. These three are those of `ops`, which needs torch."""
+QUERY_BLOCK = 128
+"""Queries whose probabilities reach to the same key."""
+ROW_ALIGNMENT = 16
+"""What the rows of each expert are padded to a multiple of, unless they are few."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +65,11 @@ class Memory:
     moments: int
     """Both AdamW moments, fp32."""
     activations: int
-    """What a micro-batch keeps for backward."""
+    """What a micro-batch keeps from forward for backward."""
+    recomputation: int
+    """What the largest layer holds besides while backward computes it again; 0 without recompute."""
     logits: int
-    """Logits of one chunk of the loss: in the compute type, and their fp32 softmax and gradient."""
+    """One chunk's logits and their gradient, and the head's gradient that the chunks add up to: fp32, then one per loss."""
 
     @property
     def total(self) -> int:
@@ -61,57 +77,72 @@ class Memory:
         return sum(getattr(self, field.name) for field in fields(self))
 
 
-def step_memory(model: Model, train: Train, *, sequence_length: int) -> Memory:
+def step_memory(model: Model, train: Train, *, sequence_length: int, device: Device = "cpu") -> Memory:
     """Bytes of a step with micro-batches of `train.micro_batch` sequences of `sequence_length` tokens, on one device."""
-    count = parameters(model).total_with_mtp
-    size = element_bytes(train)
-    tokens = train.micro_batch * sequence_length
+    size, width, modules = element_bytes(train), model.hidden_size, model.num_mtp_modules
+    tokens, count = train.micro_batch * sequence_length, parameters(model).total_with_mtp
+    num_blocks = {False: model.num_dense_layers, True: model.num_moe_layers + modules}
+
+    def block(moe: bool, policy: Train) -> int:
+        return block_bytes(model, policy, moe=moe, sequence_length=sequence_length, device=device)
+
+    # Per loss the last norm's input and the gradient of its output. Per module its embedding and the input of eh_proj; a module that is
+    # recomputed keeps the embedding in place of its block's input.
+    losses = (1 + modules) * tokens * (2 * size * width + FP32 + 2 * INDEX)
+    inputs = 0 if train.recompute == "full" else modules * tokens * (3 * size * width + 2 * FP32)
+    chunk = 2 * size * min(train.loss_chunk, tokens) * model.vocab_size
     return Memory(
         weights=size * count,
         gradients=FP32 * count,
         master_weights=FP32 * count if size < FP32 else 0,
         moments=2 * FP32 * count,
-        activations=tokens * activation_bytes_per_token(model, train),
-        logits=min(train.loss_chunk, tokens) * model.vocab_size * (size + 2 * FP32),
+        activations=sum(num * block(moe, train) for moe, num in num_blocks.items()) + losses + inputs,
+        recomputation=max(block(moe, replace(train, recompute="none")) - block(moe, train) for moe, num in num_blocks.items() if num),
+        logits=chunk + (FP32 + size * modules) * model.vocab_size * width,
     )
 
 
-def activation_bytes_per_token(model: Model, train: Train) -> int:
-    """Bytes that one token of a micro-batch keeps for backward, over all layers and MTP modules."""
-    size, width = element_bytes(train), model.hidden_size
-    dense, moe = (block_bytes_per_token(model, train, moe=moe) for moe in (False, True))
-    num_moe_blocks = model.num_moe_layers + model.num_mtp_modules
-    blocks = model.num_dense_layers * dense + num_moe_blocks * moe
-    if train.recompute == "full":  # the inputs, and the block that is computed again
-        whole = Train(precision=train.precision)
-        present = [block_bytes_per_token(model, whole, moe=True)] * (num_moe_blocks > 0)
-        present += [block_bytes_per_token(model, whole, moe=False)] * (model.num_dense_layers > 0)
-        blocks += max(present) - size * width
-    last_norm = (2 * size * width + FP32) * (1 + model.num_mtp_modules)
-    # A module keeps the inputs of its two norms and their concatenated outputs, the input of eh_proj.
-    mtp_inputs = model.num_mtp_modules * (4 * size * width + 2 * FP32)
-    return INDEX + blocks + last_norm + mtp_inputs
-
-
-def block_bytes_per_token(model: Model, train: Train, *, moe: bool) -> int:
-    """Bytes that one token keeps in one layer, dense or mixture of experts."""
-    size, width = element_bytes(train), model.hidden_size
+def block_bytes(model: Model, train: Train, *, moe: bool, sequence_length: int, device: Device) -> int:
+    """Bytes that a micro-batch keeps in one layer, dense or mixture of experts, outside of its own recomputation."""
+    size, width, tokens = element_bytes(train), model.hidden_size, train.micro_batch * sequence_length
     if train.recompute == "full":
-        return size * width
-    latents = (model.q_lora_rank or 0) + model.kv_lora_rank
-    heads_up = model.num_heads * (2 * model.qk_head_dim + model.v_head_dim)
-    again = 2 * width + latents + heads_up  # norms' outputs, normed latents, q, k, v
-    kept = 2 * width + latents + model.num_heads * model.v_head_dim
-    num_norms = 3 + (model.q_lora_rank is not None)
-    exact = FP32 * (num_norms + model.num_heads)
-    if moe:
-        passed = model.num_experts_per_token
-        kept += 3 * model.num_shared_experts * model.expert_ffn_size + passed * (2 * width + 3 * model.expert_ffn_size)
-        # Scores and the two forms of the gates in fp32, the chosen experts and each row's place among the gathered ones.
-        exact += FP32 * (2 * model.num_routed_experts + 2 * passed) + INDEX * 2 * passed
-    else:
+        return tokens * size * width
+    kept, again, exact = _attention_elements(model, sequence_length=sequence_length, device=device)
+    kept, again = kept + width, again + width  # the other norm's input and output
+    if not moe:
         kept += 3 * model.dense_ffn_size
-    return size * (kept + (again if train.recompute == "none" else 0)) + exact
+    else:
+        kept += 3 * model.num_shared_experts * model.expert_ffn_size
+        exact += model.num_routed_experts + (width if size < FP32 else 0)
+    per_token = size * (kept + (again if train.recompute == "none" else 0)) + FP32 * exact
+    return tokens * per_token + (_routed_bytes(model, tokens, size=size) if moe else 0)
+
+
+def _attention_elements(model: Model, *, sequence_length: int, device: Device) -> tuple[int, int, int]:
+    """Per token of one layer: elements that are always kept, those that selective recompute makes again, and numbers in fp32."""
+    width, heads, compressed = model.hidden_size, model.num_heads, model.q_lora_rank is not None
+    latents = (model.q_lora_rank or 0) + model.kv_lora_rank
+    kept = width + latents + model.qk_rope_head_dim + heads * model.v_head_dim
+    again = latents + heads * (2 * model.qk_head_dim + model.v_head_dim)
+    exact = 3 + compressed  # norms of this layer, the one before the feed-forward included
+    if compressed:
+        again += width
+    else:
+        kept += width
+    if device == "cuda":
+        kept += heads * model.v_head_dim
+        exact += heads
+    elif sequence_length <= KEEP_PROBABILITIES_BELOW:
+        again += heads * (sequence_length + min(sequence_length, QUERY_BLOCK)) // 2
+    return kept, again, exact
+
+
+def _routed_bytes(model: Model, tokens: int, *, size: int) -> int:
+    """Bytes that the routed experts of one layer keep: rows, gates and where each row lies."""
+    slots = tokens * model.num_experts_per_token
+    padded = slots >= 4 * model.num_routed_experts * ROW_ALIGNMENT
+    rows = slots + (model.num_routed_experts * (ROW_ALIGNMENT - 1) if padded else 0)
+    return rows * (size * (model.hidden_size + 3 * model.expert_ffn_size) + FP32 + INDEX) + slots * (FP32 + 2 * INDEX)
 
 
 def element_bytes(train: Train) -> int:
