@@ -214,9 +214,7 @@ def _write_piece(writer: FileWriter, item: WriteItem, tensor: torch.Tensor) -> P
     writer.write(bytes_of(tensor))
     assert item.tensor_data is not None
     chunk = item.tensor_data.chunk
-    return Piece(
-        offsets=tuple(chunk.offsets), sizes=tuple(chunk.sizes), file=writer.path.name, offset=begin, length=writer.size - begin
-    )
+    return Piece(offsets=tuple(chunk.offsets), sizes=tuple(chunk.sizes), file=writer.path.name, offset=begin, length=writer.size - begin)
 
 
 def _read_box(fd: int, piece: Piece, dtype: torch.dtype, item: ReadItem) -> torch.Tensor:

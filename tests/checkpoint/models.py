@@ -47,7 +47,7 @@ VARIANTS = {
     "YaRN as V2": like_small(yarn=Yarn(factor=8.0, original_context=8, mscale=0.707, mscale_all_dim=0.707), rope_theta=5000.0),
     "YaRN with other weights": like_small(yarn=Yarn(factor=4.0, original_context=16, mscale=0.5, mscale_all_dim=1.0, beta_fast=16.0)),
     "YaRN without weights": like_small(yarn=Yarn(factor=4.0, original_context=16, mscale=0.0, mscale_all_dim=0.0)),
-    "one group": like_small(num_groups=1, num_groups_per_token=1, num_experts_per_token=1),
+    "one group": like_small(num_groups=1, num_groups_per_token=1, num_experts_per_token=2),
     "all groups": like_small(num_groups=2, num_groups_per_token=2),
     "two shared experts": like_small(num_shared_experts=2),
     "no shared expert": like_small(num_shared_experts=0),

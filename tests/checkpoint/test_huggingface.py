@@ -99,7 +99,8 @@ def test_bf16_is_rounded_once_and_the_router_bias_stays_fp32(tmp_path: Path, gen
 def test_config_json_is_what_both_generations_of_transformers_read(tmp_path: Path, generator: torch.Generator) -> None:
     _exported(tmp_path / "hub", VARIANTS["YaRN as V3"], generator, dtype=torch.bfloat16)
     config = json.loads((tmp_path / "hub" / "config.json").read_text())
-    yarn = {"factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 32.0, "beta_slow": 1.0} | {"mscale": 1.0, "mscale_all_dim": 1.0}
+    yarn = {"factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 32.0, "beta_slow": 1.0}
+    yarn |= {"mscale": 1.0, "mscale_all_dim": 1.0}
     assert config["rope_theta"] == 10000.0 and config["rope_scaling"] == yarn | {"type": "yarn", "rope_type": "yarn"}
     assert config["rope_parameters"] == yarn | {"rope_type": "yarn", "rope_theta": 10000.0}
     assert (config["architectures"], config["model_type"]) == (["DeepseekV3ForCausalLM"], "deepseek_v3")
