@@ -8,7 +8,7 @@ import io
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 import tyro
 
@@ -17,6 +17,17 @@ from quintet.spec import parse
 from quintet.spec.run import Run
 
 T = TypeVar("T")
+
+
+class HasRecipe(Protocol):
+    """Arguments with a recipe; and a `run`, whose fields are options."""
+
+    @property
+    def recipe(self) -> Path:
+        """The path that was given."""
+
+
+R = TypeVar("R", bound=HasRecipe)
 
 Overrides = Annotated[Run, tyro.conf.arg(name="")]
 """A run whose fields are options by their dotted path."""
@@ -39,7 +50,7 @@ def read(kind: type[T], arguments: Sequence[str], *, command: str) -> T:
     return tyro.cli(kind, args=arguments, prog=f"quintet {command}", config=(tyro.conf.AvoidSubcommands,))
 
 
-def read_with_recipe(kind: type[T], arguments: Sequence[str], *, command: str) -> T:
+def read_with_recipe(kind: type[R], arguments: Sequence[str], *, command: str) -> R:
     """As `read`, for a `kind` with fields `recipe` and `run`: the recipe's values stand wherever no option replaces them.
 
     Raises UsageError without a recipe, and what reading the recipe raises.
@@ -54,9 +65,8 @@ def read_with_recipe(kind: type[T], arguments: Sequence[str], *, command: str) -
     run = unset(Run) if recipe is None else _with_named_sections(parse.read(recipe), arguments)
     default = dataclasses.replace(unset(kind), run=run)  # type: ignore[type-var]
     given = tyro.cli(kind, default=default, args=arguments, prog=f"quintet {command}", config=(tyro.conf.AvoidSubcommands,))
-    place = getattr(given, "recipe")  # noqa: B009
-    if place != recipe:
-        raise UsageError(f"{recipe} was read as the recipe, but {place} stands in its place; put the recipe first")
+    if given.recipe != recipe:
+        raise UsageError(f"{recipe} was read as the recipe, but {given.recipe} stands in its place; put the recipe first")
     return given
 
 
