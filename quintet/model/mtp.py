@@ -11,12 +11,9 @@ from torch import Tensor, nn
 from quintet.model.block import Block
 from quintet.model.layers import Linear, RMSNorm
 from quintet.model.moe import MoEStatistics
+from quintet.ops.cross_entropy import IGNORED
 from quintet.ops.pointwise import Kernels
 from quintet.spec.model import Model
-
-IGNORED = -100
-"""Label of a position that is not predicted."""
-
 
 class MtpModule(nn.Module):
     """h' = M [norm(Emb(t_{i+k})); norm(h_i)], then a block (V3 eq. 21-22); embedding and head are the main model's.

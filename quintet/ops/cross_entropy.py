@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+IGNORED = -100
+"""Label of a position that is not predicted; any negative label is ignored."""
+
 CrossEntropy = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 

@@ -130,10 +130,18 @@ class Curve:
 
     def at(self, progress: Progress) -> float:
         """The curve's value at `progress`."""
-        for segment in self.segments:
+        return self._segments_from(progress)[0].at(progress)
+
+    def is_settled(self, progress: Progress) -> bool:
+        """Whether the curve keeps its value from `progress` on."""
+        return len({value for s in self._segments_from(progress) for value in (s.at(progress), s.end)}) == 1
+
+    def _segments_from(self, progress: Progress) -> tuple[Segment, ...]:
+        """The segment that holds at `progress` and those behind it; the last one where all are over."""
+        for i, segment in enumerate(self.segments):
             if segment.until is None or getattr(progress, segment.until.unit) < segment.until.value:
-                return segment.at(progress)
-        return self.segments[-1].end
+                return self.segments[i:]
+        return self.segments[-1:]
 
     @property
     def peak(self) -> float:

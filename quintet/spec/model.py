@@ -47,7 +47,7 @@ class Model:
     """Leading layers whose feed-forward is dense."""
     num_heads: int
     """Attention heads."""
-    q_lora_rank: int | None
+    q_lora_rank: int | None = None
     """Width of the compressed query; absent: queries come straight from the hidden state."""
     kv_lora_rank: int
     """Width of the compressed key and value, which is what generation caches."""

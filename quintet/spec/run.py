@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from quintet.errors import SpecError
-from quintet.spec.curve import Curve, Place, Progress
+from quintet.spec.curve import Curve, Place
 from quintet.spec.layout import Layout
 from quintet.spec.model import Model
 
@@ -136,15 +136,6 @@ class Phase:
                 raise SpecError(f"phase {self.name!r}, {name} goes below 0")
         if min(min(s.start, s.end) for s in Curve.parse(self.batch).segments) < 1:
             raise SpecError(f"phase {self.name!r}, batch must be at least 1 sequence")
-
-    def progress(self, steps: int, tokens: int) -> Progress:
-        """Progress after `steps` optimizer steps and `tokens` tokens of this phase."""
-        length = Place.parse(self.length)
-        return Progress(steps=steps, tokens=tokens, share=min((steps if length.unit == "steps" else tokens) / length.value, 1.0))
-
-    def batch_sequences(self, steps: int, tokens: int) -> int:
-        """Sequences of the optimizer step that begins after `steps` steps and `tokens` tokens of this phase."""
-        return max(1, round(Curve.parse(self.batch).at(self.progress(steps, tokens))))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ import pytest
 
 from quintet.cost.flops import flops_per_token, parameters
 from quintet.spec import parse
+from quintet.spec.curriculum import PhaseCurves
 from quintet.spec.curve import Curve, Place
 from quintet.spec.run import Run
 
@@ -46,8 +47,8 @@ def test_the_16b_schedules_turn_at_v3s_shares(root: Path, v3: Run) -> None:
     phase, small = v3.phases[0], parse.read(root / "recipes" / "v3-16b.toml").phases[0]
     for name, scale in (("learning_rate", 2.2e-4 / 4.2e-4), ("mtp_weight", 1.0), ("bias_speed", 1.0)):
         for share in (0.01, 0.5, 0.67, 0.68, 0.8, 0.96, 0.97, 0.98, 0.995):
-            ours = Curve.parse(getattr(small, name)).at(small.progress(10**5, round(5.7 * T * share)))
-            theirs = Curve.parse(getattr(phase, name)).at(phase.progress(10**5, round(14.8 * T * share)))
+            ours = Curve.parse(getattr(small, name)).at(PhaseCurves(small).progress(10**5, round(5.7 * T * share)))
+            theirs = Curve.parse(getattr(phase, name)).at(PhaseCurves(phase).progress(10**5, round(14.8 * T * share)))
             assert ours * scale == pytest.approx(theirs, rel=0.02, abs=1e-9)
 
 
@@ -69,7 +70,7 @@ def test_v3s_learning_rate_is_the_published_one(v3: Run) -> None:
     (phase,) = v3.phases
     rate = Curve.parse(phase.learning_rate)
     for steps, expected in ((0, 0.0), (500, 0.55e-4), (1000, 1.1e-4), (2000, 2.2e-4)):
-        assert rate.at(phase.progress(steps, steps * 3072 * 4096)) == pytest.approx(expected)
+        assert rate.at(PhaseCurves(phase).progress(steps, steps * 3072 * 4096)) == pytest.approx(expected)
     later = {
         5 * T: 2.2e-4,
         10 * T: 2.2e-4,
@@ -81,7 +82,7 @@ def test_v3s_learning_rate_is_the_published_one(v3: Run) -> None:
         14.8 * T: 7.3e-6,
     }
     for tokens, expected in later.items():
-        assert rate.at(phase.progress(240_000, round(tokens))) == pytest.approx(expected), tokens
+        assert rate.at(PhaseCurves(phase).progress(240_000, round(tokens))) == pytest.approx(expected), tokens
 
 
 def test_v3s_learning_rate_pieces_last_the_published_tokens(v3: Run) -> None:
@@ -94,14 +95,14 @@ def test_v3s_batch_grows_from_3072_to_15360_sequences_over_469b_tokens(v3: Run) 
     (phase,) = v3.phases
     sequences = {0: 3072, round(234.5 * B): (3072 + 15360) // 2, 469 * B: 15360, 470 * B: 15360, 14 * T: 15360}
     for tokens, expected in sequences.items():
-        assert phase.batch_sequences(1, tokens) == expected, tokens
+        assert PhaseCurves(phase).batch_sequences(1, tokens) == expected, tokens
     assert 15360 * phase.sequence_length == 62_914_560
 
 
 def test_v3s_mtp_weight_and_bias_speed_turn_where_published(v3: Run) -> None:
     (phase,) = v3.phases
     mtp, speed = Curve.parse(phase.mtp_weight), Curve.parse(phase.bias_speed)
-    at = {tokens: phase.progress(10**5, round(tokens * T)) for tokens in (0, 9.9, 10.1, 14.2, 14.4)}
+    at = {tokens: PhaseCurves(phase).progress(10**5, round(tokens * T)) for tokens in (0, 9.9, 10.1, 14.2, 14.4)}
     assert [mtp.at(at[tokens]) for tokens in (0, 9.9, 10.1, 14.4)] == [0.3, 0.3, 0.1, 0.1]
     assert [speed.at(at[tokens]) for tokens in (0, 10.1, 14.2, 14.4)] == [0.001, 0.001, 0.001, 0.0]
 

@@ -1,0 +1,108 @@
+"""The phases of a run laid out over optimizer steps: how long each is, and what every step of it is trained with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from quintet.spec.curve import Curve, Place, Progress
+from quintet.spec.run import Phase, Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stretch:
+    """One phase with its length counted out."""
+
+    phase: Phase
+    """The phase; its length is in steps where `train.steps` sets it."""
+    num_steps: int
+    """Optimizer steps."""
+    num_tokens: int
+    """Training tokens."""
+    first_batch: int
+    """Sequences of the first step."""
+    last_batch: int
+    """Sequences of the last step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What one optimizer step is trained with."""
+
+    batch_sequences: int
+    """Sequences of the global batch."""
+    learning_rate: float
+    """Learning rate; a warm-up from 0 is already above it at its first step."""
+    mtp_weight: float
+    """lambda of the MTP losses."""
+    bias_speed: float
+    """gamma of the router bias."""
+
+
+class PhaseCurves:
+    """The curves of one phase, read once."""
+
+    def __init__(self, phase: Phase) -> None:
+        self.length = Place.parse(phase.length)
+        self.sequence_length = phase.sequence_length
+        self.batch, self.learning_rate = Curve.parse(phase.batch), Curve.parse(phase.learning_rate)
+        self.mtp_weight, self.bias_speed = Curve.parse(phase.mtp_weight), Curve.parse(phase.bias_speed)
+
+    def progress(self, steps: int, tokens: int) -> Progress:
+        """Progress after `steps` steps and `tokens` tokens of the phase."""
+        done = steps if self.length.unit == "steps" else tokens
+        return Progress(steps=steps, tokens=tokens, share=min(done / self.length.value, 1.0))
+
+    def batch_sequences(self, steps: int, tokens: int) -> int:
+        """Sequences of the step that begins there."""
+        return max(1, round(self.batch.at(self.progress(steps, tokens))))
+
+    def settings(self, steps: int, tokens: int) -> Settings:
+        """What the step that begins after `steps` steps and `tokens` tokens of the phase is trained with.
+
+        The batch is read where the step begins; the other curves where it ends.
+        """
+        sequences = self.batch_sequences(steps, tokens)
+        end = self.progress(steps + 1, tokens + sequences * self.sequence_length)
+        return Settings(
+            batch_sequences=sequences,
+            learning_rate=self.learning_rate.at(end),
+            mtp_weight=self.mtp_weight.at(end),
+            bias_speed=self.bias_speed.at(end),
+        )
+
+    def is_over(self, steps: int, tokens: int) -> bool:
+        """Whether the phase ends there."""
+        return (steps if self.length.unit == "steps" else tokens) >= self.length.value
+
+
+def curriculum(run: Run) -> tuple[Stretch, ...]:
+    """Every phase counted out; `train.steps`, where given, is shared among the phases in proportion to their own steps."""
+    stretches = tuple(_count(phase) for phase in run.phases)
+    if run.train.steps is None:
+        return stretches
+    total = sum(stretch.num_steps for stretch in stretches)
+    out: list[Stretch] = []
+    begin = done = 0
+    for stretch in stretches:
+        done += stretch.num_steps
+        end = round(run.train.steps * done / total)
+        if end > begin:
+            out.append(_count(replace(stretch.phase, length=f"{end - begin} steps")))
+        begin = end
+    return tuple(out)
+
+
+def _count(phase: Phase) -> Stretch:
+    curves = PhaseCurves(phase)
+    steps = tokens = 0
+    first = last = curves.batch_sequences(0, 0)
+    while not curves.is_over(steps, tokens):
+        last = curves.batch_sequences(steps, tokens)
+        step_tokens = last * phase.sequence_length
+        # Where the batch stays as it is, the rest of the phase is one division; a ramp is walked step by step.
+        rest = 1
+        if curves.batch.is_settled(curves.progress(steps, tokens)):
+            left = curves.length.value - (steps if curves.length.unit == "steps" else tokens)
+            rest = int(left) if curves.length.unit == "steps" else -int(-left // step_tokens)
+        steps, tokens = steps + rest, tokens + rest * step_tokens
+    return Stretch(phase=phase, num_steps=steps, num_tokens=tokens, first_batch=first, last_batch=last)
