@@ -9,7 +9,7 @@ import pytest
 
 from quintet.cost.flops import flops_per_token, parameters
 from quintet.spec import parse
-from quintet.spec.curriculum import PhaseCurves
+from quintet.spec.curriculum import PhaseCurves, curriculum
 from quintet.spec.curve import Curve, Place
 from quintet.spec.run import Run
 
@@ -44,12 +44,12 @@ def test_the_16b_model_has_v2_lites_size(root: Path) -> None:
 
 
 def test_the_16b_schedules_turn_at_v3s_shares(root: Path, v3: Run) -> None:
-    phase, small = v3.phases[0], parse.read(root / "recipes" / "v3-16b.toml").phases[0]
-    for name, scale in (("learning_rate", 2.2e-4 / 4.2e-4), ("mtp_weight", 1.0), ("bias_speed", 1.0)):
-        for share in (0.01, 0.5, 0.67, 0.68, 0.8, 0.96, 0.97, 0.98, 0.995):
-            ours = Curve.parse(getattr(small, name)).at(PhaseCurves(small).progress(10**5, round(5.7 * T * share)))
-            theirs = Curve.parse(getattr(phase, name)).at(PhaseCurves(phase).progress(10**5, round(14.8 * T * share)))
-            assert ours * scale == pytest.approx(theirs, rel=0.02, abs=1e-9)
+    ours, theirs = PhaseCurves(parse.read(root / "recipes" / "v3-16b.toml").phases[0]), PhaseCurves(v3.phases[0])
+    for share in (0.01, 0.5, 0.67, 0.68, 0.8, 0.96, 0.97, 0.98, 0.995):
+        here, there = (curves.progress(10**5, round(curves.length.value * share)) for curves in (ours, theirs))
+        assert ours.learning_rate.at(here) / 4.2e-4 == pytest.approx(theirs.learning_rate.at(there) / 2.2e-4, rel=0.02)
+        assert ours.mtp_weight.at(here) == theirs.mtp_weight.at(there)
+        assert ours.bias_speed.at(here) == theirs.bias_speed.at(there)
 
 
 def test_v3_has_the_published_parameters_and_flops(v3: Run) -> None:
@@ -67,10 +67,10 @@ def test_v3s_layout_is_2048_devices(v3: Run) -> None:
 
 
 def test_v3s_learning_rate_is_the_published_one(v3: Run) -> None:
-    (phase,) = v3.phases
-    rate = Curve.parse(phase.learning_rate)
+    curves = PhaseCurves(v3.phases[0])
+    rate = curves.learning_rate
     for steps, expected in ((0, 0.0), (500, 0.55e-4), (1000, 1.1e-4), (2000, 2.2e-4)):
-        assert rate.at(PhaseCurves(phase).progress(steps, steps * 3072 * 4096)) == pytest.approx(expected)
+        assert rate.at(curves.progress(steps, steps * 3072 * 4096)) == pytest.approx(expected)
     later = {
         5 * T: 2.2e-4,
         10 * T: 2.2e-4,
@@ -82,7 +82,7 @@ def test_v3s_learning_rate_is_the_published_one(v3: Run) -> None:
         14.8 * T: 7.3e-6,
     }
     for tokens, expected in later.items():
-        assert rate.at(PhaseCurves(phase).progress(240_000, round(tokens))) == pytest.approx(expected), tokens
+        assert rate.at(curves.progress(240_000, round(tokens))) == pytest.approx(expected), tokens
 
 
 def test_v3s_learning_rate_pieces_last_the_published_tokens(v3: Run) -> None:
@@ -92,19 +92,27 @@ def test_v3s_learning_rate_pieces_last_the_published_tokens(v3: Run) -> None:
 
 
 def test_v3s_batch_grows_from_3072_to_15360_sequences_over_469b_tokens(v3: Run) -> None:
-    (phase,) = v3.phases
+    curves = PhaseCurves(v3.phases[0])
     sequences = {0: 3072, round(234.5 * B): (3072 + 15360) // 2, 469 * B: 15360, 470 * B: 15360, 14 * T: 15360}
     for tokens, expected in sequences.items():
-        assert PhaseCurves(phase).batch_sequences(1, tokens) == expected, tokens
-    assert 15360 * phase.sequence_length == 62_914_560
+        assert curves.batch_sequences(1, tokens) == expected, tokens
+    assert 15360 * curves.sequence_length == 62_914_560
+
+
+def test_v3_takes_the_steps_that_its_tokens_and_batches_make(v3: Run) -> None:
+    (stretch,) = curriculum(v3)
+    assert (stretch.first_batch, stretch.last_batch) == (3072, 15360)
+    assert 14.8 * T <= stretch.num_tokens < 14.8 * T + 15360 * 4096
+    # The batch grows in proportion to the tokens, so the steps of the ramp are tokens over the logarithmic mean of its ends.
+    ramp = 469 * B / 4096 * math.log(15360 / 3072) / (15360 - 3072)
+    assert stretch.num_steps == pytest.approx(ramp + (14.8 * T - 469 * B) / 4096 / 15360, rel=1e-4)
 
 
 def test_v3s_mtp_weight_and_bias_speed_turn_where_published(v3: Run) -> None:
-    (phase,) = v3.phases
-    mtp, speed = Curve.parse(phase.mtp_weight), Curve.parse(phase.bias_speed)
-    at = {tokens: PhaseCurves(phase).progress(10**5, round(tokens * T)) for tokens in (0, 9.9, 10.1, 14.2, 14.4)}
-    assert [mtp.at(at[tokens]) for tokens in (0, 9.9, 10.1, 14.4)] == [0.3, 0.3, 0.1, 0.1]
-    assert [speed.at(at[tokens]) for tokens in (0, 10.1, 14.2, 14.4)] == [0.001, 0.001, 0.001, 0.0]
+    curves = PhaseCurves(v3.phases[0])
+    at = {tokens: curves.progress(10**5, round(tokens * T)) for tokens in (0, 9.9, 10.1, 14.2, 14.4)}
+    assert [curves.mtp_weight.at(at[tokens]) for tokens in (0, 9.9, 10.1, 14.4)] == [0.3, 0.3, 0.1, 0.1]
+    assert [curves.bias_speed.at(at[tokens]) for tokens in (0, 10.1, 14.2, 14.4)] == [0.001, 0.001, 0.001, 0.0]
 
 
 def test_v3s_other_constants_are_the_published_ones(v3: Run) -> None:

@@ -7,10 +7,8 @@ from typing import Any
 
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
 from quintet.errors import SpecError
-from quintet.spec.curriculum import PhaseCurves
 from quintet.spec.layout import Layout
 from quintet.spec.model import Model, Yarn
 from quintet.spec.run import Checkpoint, Data, Evaluation, Monitor, Optimizer, Phase, Run, Source, Train
@@ -108,20 +106,3 @@ def test_a_valid_model_has_enough_experts_in_the_groups_that_a_token_reaches(mod
 def test_expert_parallel_ranks_are_taken_from_data_and_context_parallel_ones(layout: Layout) -> None:
     assert layout.num_ranks == layout.dp * layout.cp * layout.tp * layout.pp
     assert layout.num_ranks % layout.ep == 0
-
-
-@pytest.mark.parametrize(("steps", "tokens", "share"), [(0, 0, 0.0), (5, 10**9, 0.5), (10, 0, 1.0), (12, 0, 1.0)])
-def test_progress_in_a_phase_counted_in_steps_follows_the_steps(steps: int, tokens: int, share: float) -> None:
-    assert PhaseCurves(PHASE).progress(steps, tokens).share == share
-
-
-@given(st.integers(min_value=0, max_value=2000))
-def test_progress_in_a_phase_counted_in_tokens_follows_the_tokens(tokens: int) -> None:
-    phase = replace(PHASE, length="1K tokens")
-    assert PhaseCurves(phase).progress(7, tokens).share == min(tokens / 1000, 1.0)
-    assert (PhaseCurves(phase).progress(7, tokens).steps, PhaseCurves(phase).progress(7, tokens).tokens) == (7, tokens)
-
-
-def test_a_batch_is_a_whole_number_of_sequences() -> None:
-    phase = replace(PHASE, batch=("linear from 1 to 4 until 10 steps", "hold"))
-    assert [PhaseCurves(phase).batch_sequences(step, 0) for step in (0, 1, 2, 5, 9, 10, 99)] == [1, 1, 2, 2, 4, 4, 4]
