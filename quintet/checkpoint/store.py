@@ -152,10 +152,9 @@ class Reader(StorageReader):
         fds = {path: open_regular(self._directory / path) for path in {self._piece(item).file for item in plan.items}}
         try:
             for item in sorted(plan.items, key=lambda item: (self._piece(item).file, self._piece(item).offset)):
-                piece = self._piece(item)
-                box = _read_box(fds[piece.file], piece, _dtype(self._manifest.tensors[item.storage_index.fqn].dtype), item)
                 target = planner.resolve_tensor(item).detach()
-                target.copy_(box)
+                assert dtype_name(target.dtype) == self._manifest.tensors[item.storage_index.fqn].dtype
+                _read_box(fds[self._piece(item).file], self._piece(item), item, target)
                 planner.commit_tensor(item, target)
         finally:
             for fd in fds.values():
@@ -203,7 +202,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The elements of a tensor row by row, as bytes; copied to the host or made contiguous where needed."""
+    """The elements of a tensor row by row, as bytes: its own memory where that is contiguous on the host, else a copy."""
     plain = tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
     return plain.reshape(-1).view(torch.uint8).numpy().data
 
@@ -217,19 +216,22 @@ def _write_piece(writer: FileWriter, item: WriteItem, tensor: torch.Tensor) -> P
     return Piece(offsets=tuple(chunk.offsets), sizes=tuple(chunk.sizes), file=writer.path.name, offset=begin, length=writer.size - begin)
 
 
-def _read_box(fd: int, piece: Piece, dtype: torch.dtype, item: ReadItem) -> torch.Tensor:
-    """The box of a piece that `item` asks for: its rows along the first dim are read, the other dims are cut in memory."""
-    sizes, first, count = list(piece.sizes), 0, 1
+def _read_box(fd: int, piece: Piece, item: ReadItem, target: torch.Tensor) -> None:
+    """Fill `target` with the box of a piece that `item` asks for: its rows along the first dim are read, other dims cut in memory."""
+    sizes, first = list(piece.sizes), 0
+    row = piece.length
     if sizes:
-        first, count = item.storage_offsets[0], item.lengths[0]
-        sizes[0] = count
-    row = piece.length // piece.sizes[0] if sizes else piece.length
-    buffer = torch.empty(count * row, dtype=torch.uint8)
-    _read_exactly(fd, buffer.numpy().data, piece.offset + first * row)
-    box = buffer.view(dtype).view(sizes)
+        row //= sizes[0]
+        first, sizes[0] = item.storage_offsets[0], item.lengths[0]
+    offset = piece.offset + first * row
+    if target.is_cpu and target.is_contiguous() and not target.is_conj() and not target.is_neg() and list(item.lengths) == sizes:
+        _read_exactly(fd, bytes_of(target), offset)
+        return
+    rows = torch.empty(sizes, dtype=target.dtype)
+    _read_exactly(fd, bytes_of(rows), offset)
     for dim in range(1, len(sizes)):
-        box = box.narrow(dim, item.storage_offsets[dim], item.lengths[dim])
-    return box
+        rows = rows.narrow(dim, item.storage_offsets[dim], item.lengths[dim])
+    target.copy_(rows)
 
 
 def _read_exactly(fd: int, view: memoryview, offset: int) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from quintet.checkpoint import hub_config, hub_names
 from quintet.checkpoint.huggingface import dequantized, export, import_, read_config
 from quintet.errors import CheckpointError
-from quintet.spec.model import Model
+from quintet.spec.model import Model, Yarn
 from quintet.spec.parse import build
 from tests.checkpoint.models import SMALL, VARIANTS, like_small, weights
 from tests.spec.strategies import models
@@ -74,6 +74,25 @@ def test_the_published_model_has_the_published_names_and_parameters(root: Path) 
     assert f"{main / 1e9:.2f}" == "671.03"
     # The index of the published weights has 61 + 1 layers: 59 of experts (256 x 3 + 3 shared + gate + bias), 3 dense, attention 7, norms 2.
     assert len(sizes) + 2 == 59 * (256 * 3 + 3 + 2) + 3 * 3 + 62 * 9 + 3 + 6
+
+
+def test_the_published_config_json_is_the_published_model(tmp_path: Path, root: Path) -> None:
+    published = """{"architectures": ["DeepseekV3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+        "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}, "bos_token_id": 0, "eos_token_id": 1, "ep_size": 1,
+        "first_k_dense_replace": 3, "hidden_act": "silu", "hidden_size": 7168, "initializer_range": 0.02, "intermediate_size": 18432,
+        "kv_lora_rank": 512, "max_position_embeddings": 163840, "model_type": "deepseek_v3", "moe_intermediate_size": 2048,
+        "moe_layer_freq": 1, "n_group": 8, "n_routed_experts": 256, "n_shared_experts": 1, "norm_topk_prob": true,
+        "num_attention_heads": 128, "num_experts_per_tok": 8, "num_hidden_layers": 61, "num_key_value_heads": 128,
+        "num_nextn_predict_layers": 1, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "quantization_config":
+        {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}, "rms_norm_eps": 1e-06,
+        "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096, "type": "yarn"}, "rope_theta": 10000, "routed_scaling_factor": 2.5,
+        "scoring_func": "sigmoid", "tie_word_embeddings": false, "topk_group": 4, "topk_method": "noaux_tc", "torch_dtype": "bfloat16",
+        "transformers_version": "4.33.1", "use_cache": true, "v_head_dim": 128, "vocab_size": 129280}"""
+    (tmp_path / "config.json").write_text(published)
+    ours = build(tomllib.loads((root / "recipes" / "v3-671b.toml").read_text()), origin="v3-671b").model
+    # The hub's init is transformers' default, the report's is 0.006; the context is the extended one.
+    assert read_config(tmp_path) == replace(ours, init_std=0.02, max_context=163840, yarn=Yarn())
 
 
 def test_shards_respect_their_size_and_the_index_names_every_tensor(tmp_path: Path, generator: torch.Generator) -> None:
