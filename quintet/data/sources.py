@@ -399,14 +399,17 @@ class Reader:
                         yield from self._accept(f"{_shown(file.path)}:{name}", text.strip().encode())
 
 
-def _prose(module: ast.Module) -> Iterator[str]:
-    """The docstrings of a module in reading order, without examples; the very short ones are left out."""
-    nodes = [node for node in ast.walk(module) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)]
-    for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0)):
+def _prose(node: ast.AST) -> Iterator[str]:
+    """The docstrings in `node` in reading order, without examples; the very short ones are left out."""
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         text = inspect.cleandoc(ast.get_docstring(node, clean=False) or "")
         text = re.sub(r"^[ \t]*>>> .*(?:\n(?![ \t]*$).*)*\n*", "", text, flags=re.MULTILINE).strip()
         if len(text) >= 40:
             yield text
+    for block in ("body", "handlers", "cases", "orelse", "finalbody"):  # Statements alone: expressions hold no docstring.
+        children = getattr(node, block, None)
+        for child in children if isinstance(children, list) else []:
+            yield from _prose(child)
 
 
 def _is_stringlike(type_: pa.DataType) -> bool:

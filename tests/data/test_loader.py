@@ -17,7 +17,7 @@ from quintet.data.loader import IGNORED, Batch, Loader, held_out_batches
 from quintet.data.prepare import Prepared, prepare
 from quintet.errors import DataError
 from quintet.spec.run import Data
-from tests.data.conftest import some_texts, source, write_texts
+from tests.data.corpus import some_texts, source, write_texts
 
 Mixed = tuple[Prepared, Data]
 

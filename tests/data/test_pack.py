@@ -13,7 +13,7 @@ from quintet.data import pack as module
 from quintet.data.pack import PADDING, Rows, best_fit, fim_cuts, pack, permuted, random_bits
 from quintet.data.shards import Shard
 from quintet.data.tokenizer import Fim
-from tests.data.test_shards import write_shard
+from tests.data.corpus import write_shard
 
 EOS = 0
 FIM = Fim(begin=1, hole=2, end=3)

@@ -20,7 +20,7 @@ from quintet.data.prepare import open_prepared, prepare
 from quintet.data.tokenizer import Tokenizer
 from quintet.errors import DataError
 from quintet.spec.run import Data
-from tests.data.conftest import some_texts, source, write_texts
+from tests.data.corpus import some_texts, source, write_texts
 
 
 def recipe(tmp_path: Path, *, count: int = 30, held_out: float = 0.1, tokenizer: str | None = None) -> Data:

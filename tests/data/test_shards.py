@@ -14,14 +14,7 @@ from hypothesis import strategies as st
 
 from quintet.data.shards import Shard, ShardWriter, committed_folder, token_dtype, write_file
 from quintet.errors import DataError
-
-
-def write_shard(folder: Path, documents: list[list[int]], *, dtype: str = "uint16") -> Path:
-    with ShardWriter(folder, dtype=dtype) as writer:
-        for document in documents:
-            writer.append([np.array(document, np.uint32)], num_bytes=3)
-        writer.finish(tokenizer="t" * 64)
-    return folder
+from tests.data.corpus import write_shard
 
 
 @given(st.lists(st.lists(st.integers(0, 65535), min_size=1, max_size=5), max_size=5), st.sampled_from(["uint16", "uint32"]))

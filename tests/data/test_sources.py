@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from quintet.data.sources import REMEDIES, Reader, _lines, list_files
 from quintet.errors import DataError
-from tests.data.conftest import source
+from tests.data.corpus import source
 
 
 def read(
@@ -29,7 +29,7 @@ def read(
     reader = Reader(
         list_files(source(*paths)).files, text_key=text_key, max_document_bytes=max_document_bytes, strict=strict
     )  # fmt: skip
-    return [document.text for document in reader], dict(reader.skips.counts)
+    return [document.text for document in reader], {str(reason): count for reason, count in reader.skips.counts.items()}
 
 
 def jsonl(*texts: str) -> bytes:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from quintet.data.tokenizer import SPECIAL_TOKENS, Fim, Tokenizer, train_bpe
 from quintet.errors import DataError
-from tests.data.conftest import some_texts
+from tests.data.corpus import some_texts
 
 Spec = dict[str, Any]
 PIECES = [
@@ -86,7 +86,7 @@ def test_indentation_takes_one_token() -> None:
 
 def test_training_twice_gives_the_same_tokenizer_also_in_another_process(tokenizer: Tokenizer) -> None:
     script = (
-        "from tests.data.conftest import some_texts; from quintet.data.tokenizer import train_bpe\n"
+        "from tests.data.corpus import some_texts; from quintet.data.tokenizer import train_bpe\n"
         "print(train_bpe([*some_texts(200), 'def f(x):\\n    if x:\\n        return [x]\\n' * 5], 400).fingerprint)"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
