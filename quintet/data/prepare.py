@@ -34,7 +34,8 @@ TRAINING_BYTES = 256 << 20
 """Text that a tokenizer is trained on at most, in bytes; every source gives its share by weight."""
 _VERSION = 1
 """Raised when the same text would yield other shards."""
-_BATCH_BYTES = 4 << 20
+BATCH_BYTES = 4 << 20
+"""Text that is encoded at a time, in characters."""
 _BATCH_DOCUMENTS = 4096
 _CHECKED_BYTES = 256 << 10
 _PERCENTILES = (1, 10, 50, 90, 99, 100)
@@ -273,10 +274,9 @@ def _training_texts(data: Data, listings: Mapping[str, Listing], *, seed: int, w
             files = tuple(sorted(files, key=lambda file: blake3(f"{seed}:".encode() + os.fsencode(file.path)).digest()))
         reader = Reader(files, text_key=source.text_key, max_document_bytes=data.max_document_bytes, strict=data.strict)
         read = 0
-        for document in reader:
-            if not _is_held_out(document, data.held_out):
-                yield document.text
-            progress.advance("tokenizer", 1, reader.bytes_read - read)
+        for batch in _batches(reader):
+            yield from (document.text for document in batch if not _is_held_out(document, data.held_out))
+            progress.advance("tokenizer", len(batch), reader.bytes_read - read)
             read = reader.bytes_read
             if read > budget:
                 break
@@ -374,7 +374,7 @@ def _batches(reader: Reader) -> Iterator[list[Document]]:
     for document in reader:
         batch.append(document)
         size += len(document.text)
-        if size >= _BATCH_BYTES or len(batch) >= _BATCH_DOCUMENTS:
+        if size >= BATCH_BYTES or len(batch) >= _BATCH_DOCUMENTS:
             yield batch
             batch, size = [], 0
     if batch:

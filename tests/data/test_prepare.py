@@ -141,6 +141,7 @@ def test_the_document_held_out_at_last_does_not_depend_on_batches(tmp_path: Path
 
 def test_large_corpora_train_the_tokenizer_on_a_seeded_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TRAINING_BYTES", 2000)
+    monkeypatch.setattr(module, "BATCH_BYTES", 500)
     progress = Recorder()
     first = prepare(recipe(tmp_path), vocab_size=400, seed=0, progress=progress)
     assert 0 < progress.documents["tokenizer"] < 30
