@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -14,29 +14,10 @@ from rich.text import Text
 from quintet.cost.flops import flops_per_token, parameters
 from quintet.cost.memory import step_memory
 from quintet.monitor.units import count, num_bytes
-from quintet.spec.curve import Curve, Place, Progress
+from quintet.spec.curriculum import Stretch, curriculum
+from quintet.spec.curve import Curve
 from quintet.spec.model import Model
-from quintet.spec.run import Phase, Run
-
-
-@dataclass(frozen=True, kw_only=True)
-class PhaseLength:
-    """How long a phase is."""
-
-    name: str
-    """The phase's name."""
-    sequence_length: int
-    """Tokens of one sequence."""
-    steps: int
-    """Optimizer steps; within 0.1 % where the batch changes."""
-    tokens: int
-    """Training tokens; as exact as `steps`."""
-    first_batch: int
-    """Sequences of the first step."""
-    last_batch: int
-    """Sequences of the last step."""
-    peak_learning_rate: float
-    """Largest learning rate."""
+from quintet.spec.run import Run
 
 
 def model_figures(model: Model, *, sequence_length: int) -> dict[str, Any]:
@@ -63,41 +44,20 @@ def run_figures(run: Run) -> dict[str, Any]:
         "name": run.name,
         **model_figures(run.model, sequence_length=sequence_length),
         "memory_bytes": {"total": memory.total, "by_part": asdict(memory)},
-        "phases": [asdict(length) for length in phase_lengths(run)],
+        "phases": [_stretch_figures(stretch) for stretch in curriculum(run)],
     }
 
 
-def phase_lengths(run: Run) -> list[PhaseLength]:
-    """Steps and tokens of every phase; `train.steps`, if given, is shared among them in proportion."""
-    lengths = [_walk(phase) for phase in run.phases]
-    if run.train.steps is None:
-        return lengths
-    total = sum(length.steps for length in lengths)
-    shares = [max(1, round(run.train.steps * length.steps / total)) for length in lengths]
-    shares[-1] = max(1, run.train.steps - sum(shares[:-1]))
-    return [_walk(replace(phase, length=f"{steps} steps")) for phase, steps in zip(run.phases, shares, strict=True)]
-
-
-def _walk(phase: Phase) -> PhaseLength:
-    """Go through the phase in some two thousand strides, each of one batch; single steps where it has fewer."""
-    length, curve = Place.parse(phase.length), Curve.parse(phase.batch)
-    steps, tokens = 0, 0
-    batches: list[int] = []
-    while (done := steps if length.unit == "steps" else tokens) < length.value:
-        batches.append(max(1, round(curve.at(Progress(steps=steps, tokens=tokens, share=done / length.value)))))
-        step_tokens = batches[-1] * phase.sequence_length
-        step_size = 1 if length.unit == "steps" else step_tokens
-        stride = max(1, int(min(length.value / 2000, length.value - done) / step_size))
-        steps, tokens = steps + stride, tokens + stride * step_tokens
-    return PhaseLength(
-        name=phase.name,
-        sequence_length=phase.sequence_length,
-        steps=steps,
-        tokens=tokens,
-        first_batch=batches[0],
-        last_batch=batches[-1],
-        peak_learning_rate=Curve.parse(phase.learning_rate).peak,
-    )
+def _stretch_figures(stretch: Stretch) -> dict[str, Any]:
+    return {
+        "name": stretch.phase.name,
+        "steps": stretch.num_steps,
+        "tokens": stretch.num_tokens,
+        "sequence_length": stretch.phase.sequence_length,
+        "first_batch": stretch.first_batch,
+        "last_batch": stretch.last_batch,
+        "peak_learning_rate": Curve.parse(stretch.phase.learning_rate).peak,
+    }
 
 
 def model_tables(figures: dict[str, Any]) -> RenderableType:

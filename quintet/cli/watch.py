@@ -24,6 +24,4 @@ def watched(run: Run, run_directory: Path, call: Callable[[Fanout], int], *, res
         status.finish(exit_code, _OUTCOMES.get(exit_code, f"ended with exit code {exit_code}"))
     if exit_code == INTERRUPTED:
         console.print(f"stopped; continue with: quintet resume {run_directory}", markup=False, soft_wrap=True)
-    elif (run_directory / "report.html").exists():
-        console.print(f"report: {run_directory / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
     return exit_code

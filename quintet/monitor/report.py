@@ -20,7 +20,6 @@ from matplotlib.rcsetup import cycler
 from quintet.errors import DataError
 from quintet.monitor.meter import smoothed
 from quintet.monitor.metrics import Evaluated, Event, Record, Saved, read_events
-from quintet.monitor.status import Status, read_status
 from quintet.monitor.units import count, duration, num_bytes
 
 # Colours that matplotlib draws with and the page replaces, so that the plots follow the reader's light or dark theme.
@@ -60,7 +59,7 @@ _POINTS = 800
 
 
 def write_report(run_directory: Path, *, recipe_toml: str, samples: Sequence[tuple[str, str]]) -> Path:
-    """Write `run_directory`/report.html from its metrics.jsonl and status.json, and return its path.
+    """Write `run_directory`/report.html from its metrics.jsonl, and return its path.
 
     `samples` are pairs of a prompt and the text that the model continued it with. Raises DataError where there are no metrics.
     """
@@ -70,7 +69,7 @@ def write_report(run_directory: Path, *, recipe_toml: str, samples: Sequence[tup
         raise DataError(f"{run_directory / 'metrics.jsonl'} holds no record; a report needs at least one step")
     with matplotlib.rc_context(_STYLE):
         sections = [
-            ("Figures", _figures(events, records, read_status(run_directory))),
+            ("Figures", _figures(events, records)),
             ("Loss", _loss_plot(records, [event for event in events if isinstance(event, Evaluated)])),
             ("Expert load", _expert_plot(records) if records[-1].expert_load else "<p>This model has no routed experts.</p>"),
             ("Speed", _speed_plot(records)),
@@ -88,12 +87,11 @@ def write_report(run_directory: Path, *, recipe_toml: str, samples: Sequence[tup
 # Tables and text
 
 
-def _figures(events: list[Event], records: list[Record], status: Status | None) -> str:
+def _figures(events: list[Event], records: list[Record]) -> str:
     last = records[-1]
     saved = [event for event in events if isinstance(event, Saved)]
     mfu = [record.mfu for record in records if record.mfu is not None]
     rows = [
-        ("Verdict", status.verdict if status else "unknown"),
         ("Steps", f"{last.step:,} of {last.num_steps:,}"),
         ("Tokens", f"{count(last.tokens)} ({last.tokens:,})"),
         ("Training time", duration(sum(record.seconds for record in records))),

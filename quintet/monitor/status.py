@@ -14,7 +14,7 @@ from typing import Literal
 
 import msgspec
 
-from quintet.errors import DONE, INTERRUPTED, DataError, GivenUp, QuintetError
+from quintet.errors import DONE, INTERRUPTED, DataError, GivenUp, QuintetError, UsageError
 from quintet.monitor.metrics import Event, Record
 
 Verdict = Literal["running", "done", "interrupted", "failed"]
@@ -81,7 +81,8 @@ class StatusFile:
         self, run_directory: Path, *, resumed: bool = False, every_seconds: float = 5.0, clock: Callable[[], float] = time.time
     ) -> None:
         self._directory, self._every, self._clock = run_directory, every_seconds, clock
-        self._ours = resumed or not run_directory.exists()
+        self._resumed, self._ours = resumed, resumed or not run_directory.exists()
+        self._began = False
         self._status = Status(
             verdict="running",
             exit_code=None,
@@ -95,7 +96,7 @@ class StatusFile:
         )
 
     def write(self, event: Event) -> None:
-        self._ours = True
+        self._ours = self._began = True
         if isinstance(event, Record):
             self._status = replace(self._status, step=event.step, num_steps=event.num_steps)
         if self._clock() - self._status.updated >= self._every:
@@ -118,6 +119,8 @@ class StatusFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, UsageError) and self._resumed and not self._began:
+            return  # such as: another process trains here, and this is its file
         if isinstance(error, QuintetError):
             self.finish(error.exit_code, str(error))
         elif error is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from quintet.errors import DataError, NumericsError
+from quintet.errors import DataError, NumericsError, UsageError
 from quintet.monitor.metrics import Message
 from quintet.monitor.status import Status, StatusFile, read_status, write_status
 from tests.monitor.events import record
@@ -66,6 +66,13 @@ def test_a_resume_that_fails_at_once_is_told(tmp_path: Path) -> None:
     with pytest.raises(DataError), StatusFile(tmp_path, resumed=True):
         raise DataError("no shards")
     assert status_of(tmp_path).exit_code == 10
+
+
+def test_a_resume_beside_a_running_process_leaves_its_status_alone(tmp_path: Path) -> None:
+    StatusFile(tmp_path).write(record(5))
+    with pytest.raises(UsageError), StatusFile(tmp_path, resumed=True):
+        raise UsageError("another process is training here")
+    assert (status_of(tmp_path).verdict, status_of(tmp_path).step) == ("running", 5)
 
 
 def test_a_run_that_never_made_its_directory_writes_nothing(tmp_path: Path) -> None:
