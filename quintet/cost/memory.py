@@ -86,10 +86,10 @@ def step_memory(model: Model, train: Train, *, sequence_length: int, device: Dev
     def block(moe: bool, policy: Train) -> int:
         return block_bytes(model, policy, moe=moe, sequence_length=sequence_length, device=device)
 
-    # Per loss the last norm's input and the gradient of its output. Per module its embedding and the input of eh_proj; a module that is
-    # recomputed keeps the embedding in place of its block's input.
+    # Per loss the last norm's input and the gradient of its output. Per module the inputs of its two norms and of eh_proj; a module that
+    # is recomputed keeps the first two only, one of them in place of its block's input.
     losses = (1 + modules) * tokens * (2 * size * width + FP32 + 2 * INDEX)
-    inputs = 0 if train.recompute == "full" else modules * tokens * (3 * size * width + 2 * FP32)
+    inputs = modules * tokens * (size * width if train.recompute == "full" else 4 * size * width + 2 * FP32)
     chunk = 2 * size * min(train.loss_chunk, tokens) * model.vocab_size
     return Memory(
         weights=size * count,
