@@ -46,14 +46,16 @@ SHAPE = dict(
 def quintet_step(dtype: str, seq: int, *, compile: bool) -> Callable[[], None]:
     import torch
 
+    from quintet.data.loader import Batch
     from quintet.model.transformer import Transformer
     from quintet.ops.pointwise import REFERENCE, fused
+    from quintet.spec.curriculum import Settings
     from quintet.spec.model import Model
     from quintet.spec.run import Optimizer, Train
     from quintet.train import device
     from quintet.train.optimizer import AdamW
     from quintet.train.precision import cast
-    from quintet.train.step import Rates, Tokens, run_step
+    from quintet.train.step import run_step
 
     train = Train(micro_batch=TOKENS // seq, precision=dtype, balance_weight=0.0)
     device.prepare(train)
@@ -61,9 +63,14 @@ def quintet_step(dtype: str, seq: int, *, compile: bool) -> Callable[[], None]:
     model.initialize(0)
     optimizer = AdamW(*cast(model, train.precision), Optimizer())
     data = torch.randint(0, SHAPE["vocab_size"], (TOKENS // seq, seq + 1), generator=torch.Generator().manual_seed(0))
-    batch = Tokens(inputs=data[:, :-1].contiguous(), labels=data[:, 1:].contiguous(), document_ids=None)
-    rates = Rates(learning_rate=1e-4, mtp_weight=0.0, bias_speed=0.001)
-    return lambda: print("loss", run_step(model, optimizer, batch, rates=rates, train=train, step=1).loss, file=sys.stderr)
+    batch = Batch(inputs=data[:, :-1].contiguous(), labels=data[:, 1:].contiguous(), document_ids=torch.zeros_like(data[:, 1:]).int())
+    settings = Settings(batch_sequences=len(data), learning_rate=1e-4, mtp_weight=0.0, bias_speed=0.001)
+
+    def step() -> None:
+        result = run_step(model, optimizer, batch, settings=settings, train=train, document_mask=False, step=1)
+        print("loss", result.loss, file=sys.stderr)
+
+    return step
 
 
 def transformers_step(dtype: str, seq: int, *, experts: str, compile: bool, amp: bool, onednn: bool) -> Callable[[], None]:

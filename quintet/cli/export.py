@@ -33,6 +33,14 @@ def main(arguments: list[str]) -> int:
     trained = open_trained(given.model)
     dtype = torch.bfloat16 if given.dtype == "bf16" else torch.float32
     state = trained.model.state_dict()
-    huggingface.export(state, trained.run.model, given.directory, tokenizer_file=trained.tokenizer_file, dtype=dtype)
+    huggingface.export(
+        state,
+        trained.run.model,
+        given.directory,
+        tokenizer_file=trained.tokenizer_file,
+        bos_token_id=trained.tokenizer.bos_id,
+        eos_token_id=trained.tokenizer.eos_id,
+        dtype=dtype,
+    )
     Console(stderr=True).print(f"wrote {given.directory}", markup=False, highlight=False, soft_wrap=True)
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.console import Console
 
@@ -42,7 +41,10 @@ def train(run: Run) -> int:
     """Prepare what is not prepared yet, then train."""
     from quintet.cli.prepare import prepare
     from quintet.cli.watch import watched
+    from quintet.train import directory
+
+    directory.refuse_existing(run)
+    prepare(run, Console(stderr=True))
     from quintet.train import trainer
 
-    prepare(run, Console(stderr=True))
-    return watched(run, Path(run.directory) / run.name, lambda sinks: trainer.train(run, sinks=sinks))
+    return watched(run, directory.of(run), lambda sinks: trainer.train(run, sinks=sinks))

@@ -19,6 +19,9 @@ from quintet.ops.attention import CoreAttention, attention, visible
 from quintet.ops.pointwise import Kernels, rotate
 from quintet.spec.model import Model
 
+LATENT_NORM_EPS = 1e-6
+"""Of the norms on the latents: fixed in V3's code and in transformers, whatever `rms_norm_eps` says."""
+
 
 @dataclass
 class LatentCache:
@@ -47,10 +50,10 @@ class LatentAttention(nn.Module):
             self.wq = Linear(model.hidden_size, heads * model.qk_head_dim)
         else:
             self.wq_a = Linear(model.hidden_size, model.q_lora_rank)
-            self.q_norm = RMSNorm(model.q_lora_rank, eps=model.rms_norm_eps, kernels=kernels)
+            self.q_norm = RMSNorm(model.q_lora_rank, eps=LATENT_NORM_EPS, kernels=kernels)
             self.wq_b = Linear(model.q_lora_rank, heads * model.qk_head_dim)
         self.wkv_a = Linear(model.hidden_size, model.kv_lora_rank + model.qk_rope_head_dim)
-        self.kv_norm = RMSNorm(model.kv_lora_rank, eps=model.rms_norm_eps, kernels=kernels)
+        self.kv_norm = RMSNorm(model.kv_lora_rank, eps=LATENT_NORM_EPS, kernels=kernels)
         self.wkv_b = Linear(model.kv_lora_rank, heads * (model.qk_nope_head_dim + model.v_head_dim))
         self.wo = Linear(heads * model.v_head_dim, model.hidden_size)
 

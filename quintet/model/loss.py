@@ -58,8 +58,9 @@ def training_loss(
     up to the step's mean whatever their padding.
     """
     output = model(inputs, labels=labels, document_ids=document_ids)
+    kernel = model.kernels.cross_entropy
     losses = [
-        head_loss(hidden.flatten(0, 1), model.head_weight, shifted(labels, depth).flatten(), chunk=chunk, kernel=model.kernels.cross_entropy)
+        head_loss(hidden.flatten(0, 1), model.head_weight, shifted(labels, depth).flatten(), chunk=chunk, kernel=kernel)
         / max(num_labels[depth], 1)
         for depth, hidden in enumerate((output.hidden, *output.mtp))
     ]

@@ -15,6 +15,7 @@ from quintet.ops.cross_entropy import IGNORED
 from quintet.ops.pointwise import Kernels
 from quintet.spec.model import Model
 
+
 class MtpModule(nn.Module):
     """h' = M [norm(Emb(t_{i+k})); norm(h_i)], then a block (V3 eq. 21-22); embedding and head are the main model's.
 

@@ -49,7 +49,7 @@ def recomputed(tensors: tuple[Tensor, ...], make: Callable[[], tuple[Tensor, ...
 
     def pack(t: Tensor) -> Tensor | _View:
         index = index_of.get(t.untyped_storage().data_ptr())
-        return t if index is None else _View(recipe, index, t.size(), t.stride(), t.storage_offset())
+        return t if index is None else _View(recipe, index, t.size(), t.stride(), int(t.storage_offset()))
 
     def unpack(saved: Tensor | _View) -> Tensor:
         return saved.recipe.view(saved) if isinstance(saved, _View) else saved

@@ -82,14 +82,13 @@ class Transformer(nn.Module):
         x = self.embed(inputs)
         for block in self.layers:
             x = self._run(block, statistics, x, turn, document_ids)
-        hidden = self.norm(x)
-        mtp: list[Tensor] = []
+        hidden = [self.norm(x)]
+        # Each depth continues from the normalised states of the one before, as the inference of the published weights does.
         for depth, module in enumerate(self.mtp if labels is not None else ()):
             assert labels is not None and isinstance(module, MtpModule)
             embedded = self.embed(shifted(labels, depth).clamp(min=0))
-            x = self._run(module, statistics, x, embedded, turn, document_ids)
-            mtp.append(module.norm(x))
-        return Output(hidden=hidden, mtp=tuple(mtp), moe=tuple(statistics))
+            hidden.append(module.norm(self._run(module, statistics, hidden[-1], embedded, turn, document_ids)))
+        return Output(hidden=hidden[0], mtp=tuple(hidden[1:]), moe=tuple(statistics))
 
     def _run(self, part: nn.Module, statistics: list[MoEStatistics], *arguments: object) -> Tensor:
         """Run a block or MTP module, keeping only its inputs for backward if whole blocks are recomputed."""
@@ -107,16 +106,19 @@ class Transformer(nn.Module):
 
     def empty_cache(self, batch: int) -> list[LatentCache]:
         """One latent cache per layer of the main model."""
-        return [block.attention.empty_cache(batch) for block in self.layers]
+        return [block.attention.empty_cache(batch) for block in self._blocks()]
 
     def decode(self, inputs: Tensor, cache: list[LatentCache]) -> Tensor:
         """New tokens [B, S] after those in the cache, which grows -> logits of the last one [B, C]."""
         known = cache[0].kv.shape[1]
         turn = rotation(self.model, torch.arange(known, known + inputs.shape[1], device=inputs.device))
         x = self.embed(inputs)
-        for block, layer_cache in zip(self.layers, cache, strict=True):
+        for block, layer_cache in zip(self._blocks(), cache, strict=True):
             x = block.decode(x, turn, layer_cache)
         return F.linear(self.norm(x[:, -1]), self.head_weight)
+
+    def _blocks(self) -> list[Block]:
+        return [block for block in self.layers if isinstance(block, Block)]
 
     def moe_layers(self) -> Iterator[MixtureOfExperts]:
         """Every mixture of experts in the order of `Output.moe`."""

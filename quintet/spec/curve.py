@@ -75,7 +75,7 @@ class Segment:
     until: Place | None
 
     def at(self, progress: Progress) -> float:
-        if self.shape == "hold" or self.until is None and progress.share >= 1:
+        if self.shape == "hold" or (self.until is None and progress.share >= 1):
             return self.end
         unit: Unit = self.until.unit if self.until else "share"
         last = self.until.value if self.until else 1.0

@@ -50,9 +50,10 @@ def prefer_fast_fp32() -> bool:
     The setting that selects oneDNN permits bf16 rounding, which it uses only on CPUs with AMX; a trial product decides.
     Returns whether the setting is on.
     """
-    matmul = torch.backends.mkldnn.matmul
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
     if not torch.backends.mkldnn.is_available() or not hasattr(matmul, "fp32_precision"):
         return False
+    assert matmul is not None
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.rand(256, 256, generator=generator) for _ in range(2))
     matmul.fp32_precision = "bf16"

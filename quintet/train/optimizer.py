@@ -35,12 +35,11 @@ class AdamW:
         self.slots: dict[str, _Slot] = {}
         for name, parameter in parameters:
             master = masters.get(name, parameter.detach())
-            moments = (torch.zeros_like(master) for _ in range(2))
             # Vectors (norm scales) are not decayed: there is nothing to regularise in a scale.
-            self.slots[name] = _Slot(parameter, master, *moments, decay=parameter.ndim >= 2)
+            self.slots[name] = _Slot(parameter, master, torch.zeros_like(master), torch.zeros_like(master), decay=parameter.ndim >= 2)
 
-    def collect(self, *, last: bool) -> None:
-        """Take over the gradients of a micro-batch's backward; `last` says that no further one follows in this step."""
+    def collect(self, *, alone: bool) -> None:
+        """Take over the gradients of a micro-batch's backward; `alone` says that it is the step's only one."""
         for slot in self.slots.values():
             fresh, slot.parameter.grad = slot.parameter.grad, None
             if fresh is None:
@@ -48,14 +47,20 @@ class AdamW:
             if slot.gradient is not None:
                 slot.gradient += fresh
             else:
-                # A single micro-batch needs no fp32 sum: its gradient is converted when it is used.
-                slot.gradient = fresh if last else fresh.float()
+                # A lone micro-batch needs no sum: its gradient is converted when it is used.
+                slot.gradient = fresh if alone else fresh.float()
+
+    def discard(self) -> None:
+        """Forget the gradients that were collected."""
+        for slot in self.slots.values():
+            slot.gradient = None
 
     def gradient_norm(self) -> Tensor:
         """Euclidean norm of all gradients together, in fp32: a scalar."""
         gradients = [slot.gradient for slot in self.slots.values() if slot.gradient is not None]
         norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
-        return torch.linalg.vector_norm(torch.stack(norms))
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        return norm
 
     @torch.no_grad()
     def step(self, learning_rate: float, gradient_norm: Tensor) -> None:
@@ -96,10 +101,6 @@ class AdamW:
             if slot.master.dtype != slot.parameter.dtype:
                 state[f"master.{name}"] = slot.master
         return state
-
-    def masters(self) -> Mapping[str, Tensor]:
-        """The fp32 weights by parameter name."""
-        return {name: slot.master for name, slot in self.slots.items()}
 
     def restore_count(self, num_steps: int) -> None:
         """Continue the bias correction after `num_steps` updates; the tensors of `state` are filled in place by the loader."""

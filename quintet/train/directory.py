@@ -1,0 +1,55 @@
+"""A run's directory: the names in it, making it, and holding it against a second trainer. Imports no torch."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from quintet.data.tokenizer import Tokenizer
+from quintet.errors import UsageError
+from quintet.spec import parse
+from quintet.spec.run import Run
+
+RECIPE, TOKENIZER, CHECKPOINTS, METRICS = "recipe.toml", "tokenizer.json", "checkpoints", "metrics.jsonl"
+"""Names in a run's directory; the first two stand in each checkpoint too."""
+
+
+def of(run: Run) -> Path:
+    """Where the run lives."""
+    return Path(run.directory) / run.name
+
+
+def refuse_existing(run: Run) -> None:
+    """Raise UsageError if the run's directory exists: a run is never overwritten."""
+    if of(run).exists():
+        raise UsageError(
+            f"{of(run)} exists already and is not overwritten; continue it with: quintet resume {of(run)}, or choose another --name"
+        )
+
+
+def create(run: Run, tokenizer: Tokenizer) -> Path:
+    """Make the run's directory with its recipe and tokenizer. Raises UsageError if it exists or cannot be made."""
+    refuse_existing(run)
+    directory = of(run)
+    try:
+        directory.mkdir(parents=True)
+        (directory / RECIPE).write_text(parse.dumps(run))
+    except OSError as error:
+        raise UsageError(f"cannot make the run's directory {directory}: {error.strerror}; choose another --directory") from None
+    tokenizer.save(directory / TOKENIZER)
+    return directory
+
+
+@contextmanager
+def held(directory: Path) -> Iterator[None]:
+    """Hold the run's directory; a second trainer on it gets UsageError. The lock ends with the process, however that ends."""
+    if not (directory / RECIPE).is_file():
+        raise UsageError(f"{directory} is not a run's directory: it has no {RECIPE}")
+    with (directory / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(f"another process is training in {directory}; wait for it, or stop it first") from None
+        yield

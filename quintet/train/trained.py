@@ -1,0 +1,118 @@
+"""Opening what was trained: the model of a run or checkpoint, and a run made of somebody else's model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quintet.checkpoint import huggingface
+from quintet.checkpoint.load import latest, load, read_extra, read_manifest
+from quintet.checkpoint.manifest import step_of
+from quintet.data.tokenizer import Tokenizer
+from quintet.errors import CheckpointError
+from quintet.model.transformer import Transformer
+from quintet.spec import parse
+from quintet.spec.model import Model
+from quintet.spec.run import Data, Phase, Precision, Run, Source, Train
+from quintet.train import device as machine
+from quintet.train import state
+from quintet.train.build import build
+from quintet.train.directory import CHECKPOINTS, RECIPE, TOKENIZER, create, refuse_existing
+from quintet.train.precision import DTYPES, cast
+from quintet.train.state import Position
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A model ready to be used."""
+
+    run: Run
+    """The recipe that it was trained with."""
+    model: Transformer
+    """On `device`, in the run's precision."""
+    tokenizer: Tokenizer
+    """The one that its data was made with."""
+    tokenizer_file: Path
+    """Its tokenizer.json."""
+    device: torch.device
+    """Where the model lies."""
+    step: int
+    """Optimizer steps done."""
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that `path` is, or the newest complete one of the run that it is. Raises CheckpointError."""
+    if step_of(path.name) is not None:
+        return path
+    if not (path / RECIPE).is_file():
+        raise CheckpointError(f"{path} is neither a run nor a checkpoint; name runs/NAME or runs/NAME/{CHECKPOINTS}/step-...")
+    return latest(path / CHECKPOINTS)
+
+
+def open_trained(path: Path) -> Trained:
+    """The weights of a run's newest checkpoint, or of the checkpoint that `path` names. Raises CheckpointError, DataError."""
+    checkpoint = find_checkpoint(path)
+    step = read_manifest(checkpoint).step
+    run = parse.loads(read_extra(checkpoint, RECIPE), origin=f"{checkpoint}/{RECIPE}")
+    device = machine.prepare(Train(num_threads=run.train.num_threads))
+    with torch.device("meta"):
+        model = Transformer(run.model)
+    cast(model, run.train.precision)
+    model.to_empty(device=device)
+    load({f"model.{name}": tensor for name, tensor in model.state_dict().items()}, checkpoint, strict=False)
+    read_extra(checkpoint, TOKENIZER)  # verified before it is parsed
+    file = checkpoint / TOKENIZER
+    return Trained(run=run, model=model, tokenizer=Tokenizer.from_file(file), tokenizer_file=file, device=device, step=step)
+
+
+def import_run(source: Path, directory: Path) -> None:
+    """Make a run, with recipe and a checkpoint of step 0, of a model in Hugging Face's format with a tokenizer.json.
+
+    The recipe trains on the default corpus; edit it before `quintet resume`. Raises CheckpointError for a directory that is not such
+    a model, DataError for its tokenizer, UsageError if the run's directory exists.
+    """
+    spec = huggingface.read_config(source)
+    tokenizer = Tokenizer.from_file(source)
+    weights = dict(huggingface.import_(source))
+    run = _imported_recipe(spec, directory, precision=_precision(weights))
+    refuse_existing(run)
+    model, optimizer = build(run, torch.device("cpu"), on_message=lambda text: None, weights=weights)
+    create(run, tokenizer)
+    # No data state: the first resume begins the data anew.
+    state.write(directory, run, state.gather(model, optimizer, {}, Position()), step=0)
+
+
+def _imported_recipe(model: Model, directory: Path, *, precision: Precision) -> Run:
+    tokenizer = str((directory / TOKENIZER).resolve())
+    return Run(
+        name=directory.name,
+        directory=str(directory.parent),
+        model=model,
+        train=Train(precision=precision),
+        data=Data(
+            directory=f"prepared/{directory.name}",
+            tokenizer=tokenizer,
+            sources=(
+                Source(name="stdlib", paths=("python:stdlib",), domain="code", weight=87),
+                Source(name="docs", paths=("python:docs",), domain="prose", weight=13),
+            ),
+        ),
+        phases=(
+            Phase(
+                name="continue",
+                length="100 steps",
+                sequence_length=min(model.max_context, 512),
+                batch=("8",),
+                learning_rate=("linear to 1e-5 until 10%", "cosine to 1e-6"),
+            ),
+        ),
+    )
+
+
+def _precision(weights: dict[str, Tensor]) -> Precision:
+    kinds: set[Any] = {tensor.dtype for name, tensor in weights.items() if not name.endswith("expert_bias")}
+    return next((name for name, dtype in DTYPES.items() if kinds == {dtype}), "fp32")

@@ -1,0 +1,253 @@
+"""The training loop: data, step, record, evaluation, checkpoint, until the curriculum ends or a signal comes."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+from quintet.checkpoint.load import latest
+from quintet.cost.flops import flops_per_token
+from quintet.data.loader import Loader
+from quintet.data.prepare import Prepared, open_prepared
+from quintet.errors import DONE, INTERRUPTED
+from quintet.model.generate import generate
+from quintet.monitor.meter import Meter
+from quintet.monitor.metrics import Message, Record, Saved, truncate_after
+from quintet.monitor.report import write_report
+from quintet.monitor.sinks import Sink
+from quintet.spec import parse
+from quintet.spec.curriculum import PhaseCurves, Settings, Stretch, curriculum
+from quintet.spec.run import Run
+from quintet.train import device as machine
+from quintet.train import directory, state
+from quintet.train.build import build, refuse_many_devices
+from quintet.train.held_out import held_out_loss
+from quintet.train.state import Position
+from quintet.train.step import StepResult, run_step
+
+
+def train(run: Run, *, sinks: Sink) -> int:
+    """Train a new run on prepared data; returns the exit code, 0 (done) or 75 (stopped by a signal, resumable).
+
+    Raises UsageError if the run's directory exists, DataError, CheckpointError, NumericsError.
+    """
+    refuse_many_devices(run)
+    prepared = open_prepared(run.data, run.model.vocab_size)
+    device = machine.prepare(run.train)
+    where = directory.create(run, prepared.tokenizer)
+    with directory.held(where):
+        return _Session(run, where, prepared, sinks, device=device).loop(Position())
+
+
+def resume(where: Path, *, sinks: Sink) -> int:
+    """Continue the run in directory `where` from its newest complete checkpoint as if it had not stopped; returns and raises as `train`."""
+    run = parse.read(where / directory.RECIPE)
+    refuse_many_devices(run)
+    prepared = open_prepared(run.data, run.model.vocab_size)
+    device = machine.prepare(run.train)
+    with directory.held(where):
+        found = latest(where / directory.CHECKPOINTS, verify_content=True, report=lambda text: sinks.write(Message(text=text)))
+        session = _Session(run, where, prepared, sinks, device=device)
+        position, data = state.restore(found, session.model, session.optimizer)
+        truncate_after(where / directory.METRICS, position.step)
+        session.enter(position.phase)
+        if data:
+            session.loader.restore(data)
+        sinks.write(Message(text=f"resumed from {found}"))
+        return session.loop(position)
+
+
+@dataclass(frozen=True)
+class _Due:
+    """What follows a step."""
+
+    evaluation: bool
+    checkpoint: bool
+
+
+class _Session:
+    """One process's share of a run: everything that is open while it trains."""
+
+    def __init__(self, run: Run, where: Path, prepared: Prepared, sinks: Sink, *, device: torch.device) -> None:
+        self.run, self.where, self.prepared, self.sinks, self.device = run, where, prepared, sinks, device
+        self.model, self.optimizer = build(run, device, on_message=lambda text: sinks.write(Message(text=text)))
+        self.stretches = curriculum(run)
+        self.num_steps = sum(stretch.num_steps for stretch in self.stretches)
+        self.peak_flops = machine.measured_peak(device, run.train.precision)
+        self.enter(0)
+
+    def enter(self, phase: int) -> None:
+        """Make the loader and the curves of a phase; the loader stands at the beginning of the data."""
+        self.stretch: Stretch = self.stretches[phase]
+        self.curves = PhaseCurves(self.stretch.phase)
+        length = self.stretch.phase.sequence_length
+        self.loader = Loader(self.prepared, self.run.data, sequence_length=length, seed=self.run.seed)
+        flops = flops_per_token(self.run.model, sequence_length=length, mtp=True).total
+        self.meter = Meter(flops_per_token=flops, peak_flops=self.peak_flops)
+
+    def loop(self, position: Position) -> int:
+        """Train from `position` to the end or to a signal."""
+        with _stop_signals() as stop:
+            clock = _Clock(self.device, position.tokens)
+            while position.step < self.num_steps:
+                if self.curves.is_over(position.phase_steps, position.phase_tokens):
+                    position, data = position.next_phase(), self.loader.state()
+                    self.enter(position.phase)
+                    self.loader.restore(data)
+                position, result, settings = self._step(position)
+                if position.step % self.run.monitor.every == 0 or position.step == self.num_steps:
+                    self._record(position, result, settings, *clock.lap(position.tokens))
+                with clock.paused():
+                    due = self._due(position.step)
+                    if due.evaluation and not stop:
+                        self._evaluate(position)
+                    if due.checkpoint or stop:
+                        self._save(position)
+                if stop and position.step < self.num_steps:
+                    return INTERRUPTED
+            self._finish(position)
+        return DONE
+
+    def _step(self, position: Position) -> tuple[Position, StepResult, Settings]:
+        settings = self.curves.settings(position.phase_steps, position.phase_tokens)
+        batch = self.loader.next_batch(settings.batch_sequences)
+        result = run_step(
+            self.model,
+            self.optimizer,
+            batch,
+            settings=settings,
+            train=self.run.train,
+            document_mask=self.run.data.document_mask,
+            step=position.step + 1,
+        )
+        return position.after_step(batch.inputs.numel()), result, settings
+
+    def _due(self, step: int) -> _Due:
+        last = step == self.num_steps
+        every, save_every = self.run.evaluation.every, self.run.checkpoint.every
+        return _Due(
+            evaluation=last or (every is not None and step % every == 0),
+            checkpoint=last or (save_every is not None and step % save_every == 0),
+        )
+
+    def _record(self, position: Position, result: StepResult, settings: Settings, tokens: int, seconds: float) -> None:
+        self.sinks.write(
+            Record(
+                step=position.step,
+                num_steps=self.num_steps,
+                phase=self.stretch.phase.name,
+                tokens=position.tokens,
+                loss=result.loss,
+                main_loss=result.main_loss,
+                mtp_loss=result.mtp_loss if self.run.model.num_mtp_modules else None,
+                balance_loss=result.balance_loss,
+                learning_rate=settings.learning_rate,
+                grad_norm=result.gradient_norm,
+                batch_sequences=settings.batch_sequences,
+                seconds=seconds,
+                tokens_per_second=self.meter.tokens_per_second(tokens, seconds),
+                mfu=self.meter.mfu(tokens, seconds),
+                expert_load=_shares(result.load),
+                peak_memory_bytes=peak_memory(self.device),
+            )
+        )
+
+    def _evaluate(self, position: Position) -> None:
+        length = self.stretch.phase.sequence_length
+        self.sinks.write(held_out_loss(self.model, self.prepared, self.run, sequence_length=length, step=position.step))
+
+    def _save(self, position: Position) -> None:
+        begin = time.perf_counter()
+        gathered = state.gather(self.model, self.optimizer, self.loader.state(), position)
+        path = state.write(self.where, self.run, gathered, step=position.step)
+        size = sum(file.stat().st_size for file in path.iterdir())
+        self.sinks.write(Saved(step=position.step, path=str(path), seconds=time.perf_counter() - begin, num_bytes=size))
+
+    def _finish(self, position: Position) -> None:
+        samples = [(prompt, self._sample(prompt)) for prompt in self.run.monitor.prompts]
+        report = write_report(self.where, recipe_toml=parse.dumps(self.run), samples=samples)
+        self.sinks.write(Message(text=f"report: {report}"))
+
+    def _sample(self, prompt: str) -> str:
+        tokenizer = self.prepared.tokenizer
+        ids = torch.from_numpy(tokenizer.encode_batch([prompt])[0].astype("int64")).to(self.device)
+        room = self.run.model.max_context - ids.numel()
+        if not ids.numel() or room <= 0:
+            return ""
+        generator = torch.Generator(self.device).manual_seed(self.run.seed)
+        num_tokens = min(self.run.monitor.sample_tokens, room)
+        drawn = [*generate(self.model, ids, num_tokens=num_tokens, eos_id=tokenizer.eos_id, generator=generator)]
+        return tokenizer.decode(drawn)
+
+
+class _Clock:
+    """Tokens and seconds from one record to the next, pauses left out."""
+
+    def __init__(self, device: torch.device, tokens: int) -> None:
+        self.device, self.tokens, self.begin = device, tokens, time.perf_counter()
+
+    def lap(self, tokens: int) -> tuple[int, float]:
+        """Tokens and seconds since the lap before."""
+        machine.synchronize(self.device)
+        now = time.perf_counter()
+        done = tokens - self.tokens, now - self.begin
+        self.tokens, self.begin = tokens, now
+        return done
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that does not count."""
+        machine.synchronize(self.device)
+        stopped = time.perf_counter()
+        yield
+        self.begin += time.perf_counter() - stopped
+
+
+def _shares(load: Tensor) -> tuple[tuple[float, ...], ...]:
+    """load [layers, E] -> each expert's share of its layer's assignments."""
+    shares = load.double() / load.sum(1, keepdim=True).clamp(min=1)
+    return tuple(tuple(round(share, 5) for share in layer) for layer in shares.tolist())
+
+
+def peak_memory(device: torch.device) -> int:
+    """Largest memory held so far, in bytes: of the CUDA device, else of the process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class _Stop:
+    """Set by SIGTERM and SIGINT; the loop looks at it between steps, so a step and a save are never cut in two."""
+
+    def __init__(self) -> None:
+        self.num_signals = 0
+
+    def __bool__(self) -> bool:
+        return self.num_signals > 0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.num_signals += 1
+        if self.num_signals >= 3:  # somebody insists: leave at once, the last complete checkpoint stays
+            os._exit(128 + number)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[_Stop]:
+    stop = _Stop()
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
