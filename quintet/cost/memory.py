@@ -19,7 +19,6 @@ width, K experts per token, S sequence), a layer keeps
     dense ffn   x, norm(x)                2 D
                 gate and up, product      3 F
     MoE ffn     x, norm(x)                2 D
-                norm(x) in fp32           D fp32             the router's input, a copy if the rest is bf16
                 shared experts            3 F_s
                 routed experts            K (D + 3 F_e)      gathered inputs, gate and up, product times the router's gate
 
@@ -113,7 +112,7 @@ def block_bytes(model: Model, train: Train, *, moe: bool, sequence_length: int, 
         kept += 3 * model.dense_ffn_size
     else:
         kept += 3 * model.num_shared_experts * model.expert_ffn_size
-        exact += model.num_routed_experts + (width if size < FP32 else 0)
+        exact += model.num_routed_experts
     per_token = size * (kept + (again if train.recompute == "none" else 0)) + FP32 * exact
     return tokens * per_token + (_routed_bytes(model, tokens, size=size) if moe else 0)
 
