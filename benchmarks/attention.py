@@ -51,7 +51,11 @@ def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, padded, is_causal=True, scale=SCALE)[..., :VALUE_WIDTH]
 
 
-CONTESTANTS: dict[str, Core] = {"math": _math, "flash, value padded": _flash, "quintet blocked": lambda q, k, v: attention(q, k, v, scale=SCALE)}
+def _quintet(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attention(q, k, v, scale=SCALE)
+
+
+CONTESTANTS: dict[str, Core] = {"math": _math, "flash, value padded": _flash, "quintet blocked": _quintet}
 
 
 def compare(batch: int, length: int, dtype: str, *, rounds: int) -> dict[str, dict[str, float]]:
@@ -111,8 +115,10 @@ def sum_turn(*, keep: bool) -> Callable[[], dict[str, float]]:
 
 def allocator(*, rounds: int, threads: int) -> dict[str, dict[str, float]]:
     """Median seconds and page faults of a sum, with and without kept memory."""
-    workers = {"glibc as it is": ["returned"], "freed memory kept": ["kept"]}
-    found = take_turns({n: [__file__, "--threads", str(threads), "--worker", *w] for n, w in workers.items()}, rounds=rounds, threads=threads)
+    worker = [__file__, "--threads", str(threads), "--worker"]
+    found = take_turns(
+        {"glibc as it is": [*worker, "returned"], "freed memory kept": [*worker, "kept"]}, rounds=rounds, threads=threads
+    )
     rows = {name: {key: statistics.median(turn[key] for turn in turns) for key in turns[0]} for name, turns in found.items()}
     base = rows["glibc as it is"]["seconds"]
     return {name: {**row, "ratio": base / row["seconds"]} for name, row in rows.items()}
