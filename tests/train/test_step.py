@@ -1,0 +1,138 @@
+"""One optimizer step: micro-batches add up to the batch, the router's bias moves once, and what is not finite changes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from quintet.data.loader import Batch, Loader
+from quintet.data.prepare import Prepared
+from quintet.errors import NumericsError
+from quintet.model.router import updated_bias
+from quintet.model.transformer import Transformer
+from quintet.spec.curriculum import Settings
+from quintet.spec.run import Run
+from quintet.train import step as step_module
+from quintet.train.build import build
+from quintet.train.optimizer import AdamW
+from quintet.train.state import tensors
+from quintet.train.step import StepResult, run_step
+
+SETTINGS = Settings(batch_sequences=4, learning_rate=1e-2, mtp_weight=0.3, bias_speed=0.01)
+
+
+def batch_of(prepared: Prepared, run: Run, num_sequences: int, *, sequence_length: int = 32) -> Batch:
+    return Loader(prepared, run.data, sequence_length=sequence_length, seed=0).next_batch(num_sequences)
+
+
+def built(run: Run) -> tuple[Transformer, AdamW]:
+    return build(run, torch.device("cpu"), on_message=lambda text: None)
+
+
+def one_step(run: Run, batch: Batch, *, micro_batch: int, document_mask: bool = False) -> tuple[Transformer, AdamW, StepResult]:
+    model, optimizer = built(run)
+    train = replace(run.train, micro_batch=micro_batch)
+    result = run_step(model, optimizer, batch, settings=SETTINGS, train=train, document_mask=document_mask, step=1)
+    return model, optimizer, result
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+@pytest.mark.parametrize("micro_batch", [1, 2, 3])
+def test_micro_batches_of_any_size_are_the_whole_batch(run: Run, prepared: Prepared, micro_batch: int, document_mask: bool) -> None:
+    batch = batch_of(prepared, run, 4)
+    batch.labels[1, 5:] = -100  # unequal numbers of labels, so that a mean of the micro-batches' means would differ
+    _, whole, expected = one_step(run, batch, micro_batch=4, document_mask=document_mask)
+    _, optimizer, result = one_step(run, batch, micro_batch=micro_batch, document_mask=document_mask)
+    for name in ("loss", "main_loss", "mtp_loss", "balance_loss", "gradient_norm"):
+        assert getattr(result, name) == pytest.approx(getattr(expected, name), rel=1e-5)
+    assert torch.equal(result.load, expected.load)
+    # After one step the first moment is a tenth of the gradient: linear in it, unlike the update.
+    for name, moment in whole.state().items():
+        torch.testing.assert_close(optimizer.state()[name], moment, rtol=1e-3, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_batch_of_more_than_a_thousand_sequences_is_its_micro_batches(run: Run, prepared: Prepared) -> None:
+    batch = batch_of(prepared, run, 1030, sequence_length=4)
+    _, _, whole = one_step(run, batch, micro_batch=1030)
+    _, _, cut = one_step(run, batch, micro_batch=100)
+    assert cut.loss == pytest.approx(whole.loss, rel=1e-5)
+    assert cut.gradient_norm == pytest.approx(whole.gradient_norm, rel=1e-4)
+    assert torch.equal(cut.load, whole.load)
+    assert int(cut.load[0].sum()) == 1030 * 4 * run.model.num_experts_per_token
+
+
+def test_the_loss_is_the_weighted_sum_of_its_parts(run: Run, prepared: Prepared) -> None:
+    train = replace(run.train, balance_weight=0.5)
+    _, _, result = one_step(replace(run, train=train), batch_of(prepared, run, 4), micro_batch=2)
+    assert result.balance_loss > 0
+    assert result.loss == pytest.approx(result.main_loss + 0.3 * result.mtp_loss + 0.5 * result.balance_loss, rel=1e-6)
+
+
+def test_the_routers_bias_moves_once_per_step_by_the_load_of_the_whole_batch(
+    run: Run, prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[torch.Tensor] = []
+
+    def noted(bias: torch.Tensor, load: torch.Tensor, speed: float) -> torch.Tensor:
+        loads.append(load)
+        return updated_bias(bias, load, speed)
+
+    monkeypatch.setattr(step_module, "updated_bias", noted)
+    model, _, result = one_step(run, batch_of(prepared, run, 4), micro_batch=1)
+    layers = [*model.moe_layers()]
+    assert len(loads) == len(layers) == 2
+    for i, layer in enumerate(layers):
+        assert torch.equal(loads[i], result.load[i])
+        expected = 0.01 * torch.sign(result.load[i].float().mean() - result.load[i])
+        torch.testing.assert_close(layer.router.expert_bias, expected)
+        assert layer.router.expert_bias.dtype == torch.float32
+
+
+def test_a_bias_speed_of_zero_leaves_the_bias(run: Run, prepared: Prepared) -> None:
+    model, optimizer = built(run)
+    settings = replace(SETTINGS, bias_speed=0.0)
+    run_step(model, optimizer, batch_of(prepared, run, 4), settings=settings, train=run.train, document_mask=False, step=1)
+    assert all(not layer.router.expert_bias.any() for layer in model.moe_layers())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_told_and_changes_nothing(run: Run, prepared: Prepared, precision: str, poison: float) -> None:
+    run = replace(run, train=replace(run.train, precision=precision))  # type: ignore[arg-type]
+    model, optimizer = built(run)
+    batch = batch_of(prepared, run, 4)
+    run_step(model, optimizer, batch, settings=SETTINGS, train=run.train, document_mask=False, step=1)
+    with torch.no_grad():
+        model.head.weight[0, 0] = poison
+    before = {name: tensor.clone() for name, tensor in tensors(model, optimizer).items()}
+    with pytest.raises(NumericsError, match=r"step 2: loss \S+, gradient norm \S+; both must be finite\. The weights are those of step 1"):
+        run_step(model, optimizer, batch, settings=SETTINGS, train=run.train, document_mask=False, step=2)
+    assert optimizer.num_steps == 1
+    for name, tensor in tensors(model, optimizer).items():
+        assert torch.equal(tensor.nan_to_num(7.0), before[name].nan_to_num(7.0)), name
+    assert all(slot.gradient is None and slot.parameter.grad is None for slot in optimizer.slots.values())
+
+
+def test_a_gradient_that_overflows_under_a_finite_loss_is_told(run: Run, prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = built(run)
+    monkeypatch.setattr(AdamW, "gradient_norm", lambda self: torch.tensor(float("inf")))
+    with pytest.raises(NumericsError, match="gradient norm inf"):
+        run_step(model, optimizer, batch_of(prepared, run, 4), settings=SETTINGS, train=run.train, document_mask=False, step=1)
+
+
+def test_a_model_of_dense_layers_alone_trains(run: Run, prepared: Prepared) -> None:
+    dense = replace(run, model=replace(run.model, num_dense_layers=2, num_mtp_modules=0))
+    _, _, result = one_step(dense, batch_of(prepared, run, 4), micro_batch=2)
+    assert (result.mtp_loss, result.balance_loss, result.load.numel()) == (0.0, 0.0, 0)
+    assert result.loss == result.main_loss > 0
+
+
+def test_training_learns(run: Run, prepared: Prepared) -> None:
+    model, optimizer = built(run)
+    batch = batch_of(prepared, run, 4)
+    losses = [
+        run_step(model, optimizer, batch, settings=SETTINGS, train=run.train, document_mask=False, step=i).main_loss for i in range(1, 16)
+    ]
+    assert losses[-1] < 0.6 * losses[0]
