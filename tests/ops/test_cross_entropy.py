@@ -63,11 +63,11 @@ def test_without_gradients_the_loss_is_the_same(labels: Tensor, chunk: int) -> N
 
 @pytest.mark.parametrize("wanted", [0, 1])
 def test_only_the_gradients_that_are_wanted_are_made(wanted: int) -> None:
-    tensors = [t.detach() for t in tokens(5)]
-    tensors[wanted].requires_grad_()
+    tensors = hidden, weight = tokens(5)
+    tensors[1 - wanted].requires_grad_(False)
     labels = torch.tensor([1, 2, IGNORED, 4, 5])
-    grad = torch.autograd.grad(head_loss(*tensors, labels, chunk=2, kernel=cross_entropy), tensors[wanted])[0]
-    expected = torch.autograd.grad(head_loss_reference(*tensors, labels), tensors[wanted])[0]
+    grad = torch.autograd.grad(head_loss(hidden, weight, labels, chunk=2, kernel=cross_entropy), tensors[wanted])[0]
+    expected = torch.autograd.grad(head_loss_reference(hidden, weight, labels), tensors[wanted])[0]
     torch.testing.assert_close(grad, expected)
 
 
@@ -87,8 +87,8 @@ def test_in_bf16_loss_and_gradients_stay_within_its_rounding() -> None:
     hidden, weight = tokens(64, dtype=torch.bfloat16)
     labels = torch.randint(VOCABULARY, (64,))
     loss = head_loss(hidden, weight, labels, chunk=16, kernel=cross_entropy)
-    exact = [t.detach().float().requires_grad_() for t in (hidden, weight)]
-    expected = head_loss_reference(*exact, labels)
+    exact = hidden.detach().float().requires_grad_(), weight.detach().float().requires_grad_()
+    expected = head_loss_reference(exact[0], exact[1], labels)
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.item(), rel=5e-3)
     for our, their in zip(torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(expected, exact), strict=True):
         assert our.dtype == torch.bfloat16
