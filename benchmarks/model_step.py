@@ -137,12 +137,58 @@ def work(name: str, dtype: str, seq: int, threads: int, profile: bool) -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(json.dumps({"cpu": cpu, "wall": wall, "peak": peak}), flush=True)
     if profile:
-        from torch.profiler import ProfilerActivity
-        from torch.profiler import profile as record
+        print(json.dumps(components(step)), flush=True)
 
-        with record(activities=[ProfilerActivity.CPU]) as found:
-            step()
-        print(name, found.key_averages().table(sort_by="self_cpu_time_total", row_limit=30, max_name_column_width=60), file=sys.stderr)
+
+COMPONENTS: dict[str, tuple[str, ...]] = {
+    "linear maps": ("aten::linear", "MmBackward0", "TBackward0"),
+    "routed experts' products": ("_GroupedMatmul", "_GroupedMatmulBackward"),
+    "core attention": ("BlockedAttention", "BlockedAttentionBackward"),
+    "head and loss": ("_HeadLoss", "_HeadLossBackward"),
+    "norms, rotation, SwiGLU (fused)": ("CompiledFunction", "CompiledFunctionBackward"),
+    "routing and moving rows": (
+        "_Spread", "_SpreadBackward", "_Collect", "_CollectBackward", "_ExactLinear", "_ExactLinearBackward", "aten::topk", "aten::sort",
+        "aten::scatter", "aten::bincount",
+    ),
+    "embedding": ("aten::embedding", "EmbeddingBackward0"),
+    "gradient norm": ("gradient norm",),
+    "AdamW": ("optimizer",),
+}  # fmt: skip
+"""Part of Quintet's step -> the profiler's names of it, whose times include what they call."""
+
+
+def components(step: Callable[[], None]) -> dict[str, float]:
+    """Milliseconds of CPU time per part of one step of Quintet's."""
+    from torch.profiler import ProfilerActivity, record_function
+    from torch.profiler import profile as record
+
+    from quintet.train.optimizer import AdamW
+
+    for name, label in (("step", "optimizer"), ("gradient_norm", "gradient norm")):
+        setattr(AdamW, name, record_function(label)(getattr(AdamW, name)))
+    with record(activities=[ProfilerActivity.CPU]) as found:
+        step()
+    times = {entry.key: entry.cpu_time_total / 1e3 for entry in found.key_averages()}
+    total = sum(entry.self_cpu_time_total for entry in found.key_averages()) / 1e3
+    parts = {part: sum(times.get(name, 0.0) for name in names) for part, names in COMPONENTS.items()}
+    return {**parts, "rest (additions, copies, Python)": total - sum(parts.values()), "total": total}
+
+
+def matmul_peak(dtype: str, threads: int) -> float:
+    """FLOP/s of a large product in a process of its own, by the faster library for fp32."""
+    code = (
+        "import torch; from quintet.spec.run import Train; from quintet.train import device as d; "
+        f"torch.set_num_threads({threads}); print(d.measured_peak(d.prepare(Train(device='cpu')), {dtype!r}))"
+    )
+    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
+def flops_of_a_step(seq: int) -> float:
+    """Model FLOPs (causal, no MTP, no recomputation) of one step."""
+    from quintet.cost.flops import flops_per_token
+    from quintet.spec.model import Model
+
+    return TOKENS * flops_per_token(Model(**SHAPE), sequence_length=seq).total
 
 
 def main() -> None:
@@ -167,7 +213,7 @@ def main() -> None:
     for name in names:
         crew[name] = subprocess.Popen(
             [sys.executable, __file__, "--worker", name, *flags],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=None if args.profile else subprocess.DEVNULL, text=True, env=environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
         )  # fmt: skip
         first[name] = json.loads(crew[name].stdout.readline())["first"]
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in names}
@@ -176,19 +222,27 @@ def main() -> None:
             crew[name].stdin.write("step\n")
             crew[name].stdin.flush()
             rows[name].append(json.loads(crew[name].stdout.readline()))
-    for process in crew.values():
+    for name, process in crew.items():
         process.stdin.close()
+        if args.profile and name.startswith("quintet"):
+            parts = json.loads(process.stdout.readline())
+            print(f"\nwhere {name} spends its step (ms of CPU time, share)")
+            for part, ms in parts.items():
+                print(f"  {part:36}{ms:9.1f}{ms / parts['total']:8.1%}")
         process.wait()
+    peak_flops = matmul_peak(args.dtype, args.threads)
+    flops = flops_of_a_step(args.seq)
+    print(f"\nmatmul peak {peak_flops / 1e9:.0f} GFLOP/s on {args.threads} thread(s); a step needs {flops / 1e9:.0f} GFLOP")
     rate = {n: {k: TOKENS / statistics.median(r[k] for r in rows[n][1:]) for k in ("cpu", "wall")} for n in names}
     peers = [n for n in names if n.startswith("transformers") and "compiled" not in n]
     best = {k: max((rate[n][k] for n in peers), default=float("nan")) for k in ("cpu", "wall")}
     print(f"{args.dtype}, {TOKENS // args.seq} x {args.seq} tokens, {args.threads} thread(s), {args.rounds} rounds")
-    print(f"{'':34}{'tok/s cpu':>10}{'tok/s wall':>11}{'ratio cpu':>10}{'ratio wall':>11}{'peak GB':>9}{'first s':>9}")
+    print(f"{'':34}{'tok/s cpu':>10}{'tok/s wall':>11}{'ratio cpu':>10}{'ratio wall':>11}{'MFU wall':>9}{'peak GB':>9}{'first s':>9}")
     for n in names:
         r, peak = rate[n], rows[n][-1]["peak"] / 1e9
-        print(
-            f"{n:34}{r['cpu']:10.0f}{r['wall']:11.0f}{r['cpu'] / best['cpu']:10.2f}{r['wall'] / best['wall']:11.2f}{peak:9.2f}{first[n]:9.1f}"
-        )
+        mfu = r["wall"] / TOKENS * flops / peak_flops
+        ratios = f"{r['cpu'] / best['cpu']:10.2f}{r['wall'] / best['wall']:11.2f}"
+        print(f"{n:34}{r['cpu']:10.0f}{r['wall']:11.0f}{ratios}{mfu:9.1%}{peak:9.2f}{first[n]:9.1f}")
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ def kernels(run: Run, device: torch.device, *, on_message: Callable[[str], None]
     if not run.train.compile:
         return REFERENCE
     if can_compile(device):
+        on_message("compiling fused functions in the first step: half a minute the first time, seconds when they are cached")
         return fused()
     on_message("no C++ compiler: training runs without fused functions, more slowly; see: quintet doctor")
     return REFERENCE
