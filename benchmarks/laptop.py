@@ -42,12 +42,11 @@ from quintet.spec.run import Run
 
 if TYPE_CHECKING:
     import torch
-    from transformers import DeepseekV3ForCausalLM
 
     from quintet.model.transformer import Output, Transformer
 
 RESULT = ROOT / "benchmarks/results/laptop.json"
-PEER_SHAPE = dict(
+PEER_SHAPE: dict[str, Any] = dict(
     hidden_size=256,
     num_hidden_layers=6,
     first_k_dense_replace=1,
@@ -123,7 +122,7 @@ def main() -> None:
     execute([QUINTET, "prepare", given.recipe], log=Path(os.devnull), cores=given.cores)
     with tempfile.TemporaryDirectory() as folder:
         courses = measure(given, Path(folder), run)
-    domains = {source.name: source.domain for source in run.data.sources}
+    domains: dict[str, str] = {source.name: source.domain for source in run.data.sources}
     result = {
         "recipe": Path(given.recipe).name,
         "cores_used": given.cores,
@@ -319,8 +318,8 @@ def peer(given: argparse.Namespace) -> None:
     (given.worker / "extra.json").write_text(json.dumps(extra))
 
 
-def peer_model(vocab_size: int, sequence_length: int, *, seed: int) -> DeepseekV3ForCausalLM:
-    """transformers' model with random weights."""
+def peer_model(vocab_size: int, sequence_length: int, *, seed: int) -> Any:
+    """transformers' DeepseekV3ForCausalLM with random weights."""
     import torch
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
@@ -329,20 +328,22 @@ def peer_model(vocab_size: int, sequence_length: int, *, seed: int) -> DeepseekV
         bos_token_id=None, eos_token_id=None, pad_token_id=None, **PEER_SHAPE,
     )  # fmt: skip
     torch.manual_seed(seed)
-    return DeepseekV3ForCausalLM._from_config(config, experts_implementation="grouped_mm").train()
+    peer_type: Any = DeepseekV3ForCausalLM  # transformers' types do not cover what it offers
+    return peer_type._from_config(config, experts_implementation="grouped_mm").train()
 
 
 class AsTransformer:
     """transformers' model with the names that Quintet's held-out loss asks for."""
 
-    def __init__(self, model: DeepseekV3ForCausalLM) -> None:
+    def __init__(self, model: Any) -> None:
         from quintet.ops.pointwise import REFERENCE
 
         self.model, self.embed, self.kernels = model, model.model.embed_tokens, REFERENCE
 
     @property
     def head_weight(self) -> torch.Tensor:
-        return self.model.lm_head.weight
+        weight: torch.Tensor = self.model.lm_head.weight
+        return weight
 
     def __call__(self, inputs: torch.Tensor, *, document_ids: None) -> Output:
         import torch
@@ -354,7 +355,7 @@ class AsTransformer:
         return Output(hidden=hidden.float(), mtp=(), moe=())
 
 
-def peer_samples(model: DeepseekV3ForCausalLM, tokenizer: Any, run: Run) -> dict[str, str]:
+def peer_samples(model: Any, tokenizer: Any, run: Run) -> dict[str, str]:
     """What the peer writes, drawn as `quintet generate` draws."""
     import torch
 

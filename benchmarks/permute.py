@@ -18,36 +18,37 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from startup import answer, circumstances, headline, take_turns, write_json
 
-from quintet.ops import permute
-from quintet.ops.grouped_matmul import grouped_matmul
-from quintet.ops.permute import sort_by_expert
-from quintet.train.device import keep_freed_memory, prefer_fast_fp32
-
 TOKENS, HIDDEN, WIDTH, EXPERTS, PER_TOKEN = 2048, 512, 256, 32, 4
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Forward and backward are three products of the same size; the gate and up projections together are twice the down projection.
 FLOPS = 3 * 2 * TOKENS * PER_TOKEN * HIDDEN * 3 * WIDTH
 
 
-def product_turn(alignment: int, dtype: str) -> Callable[[], dict[str, float]]:
+def product_turn(alignment: int, dtype: str, threads: int) -> Callable[[], dict[str, float]]:
     """A worker's turn: one new routing, both products forward and backward."""
+    import torch
+
+    from quintet.ops import permute
+    from quintet.ops.grouped_matmul import grouped_matmul
+    from quintet.train.device import keep_freed_memory, prefer_fast_fp32
+    from quintet.train.precision import DTYPES
+
+    torch.set_num_threads(threads)
     permute.ROW_ALIGNMENT = alignment
     keep_freed_memory()
     prefer_fast_fp32()
-    generator = torch.Generator().manual_seed(0)
-    w13 = torch.randn(EXPERTS, 2 * WIDTH, HIDDEN, generator=generator).to(DTYPES[dtype]).requires_grad_()
-    w2 = torch.randn(EXPERTS, HIDDEN, WIDTH, generator=generator).to(DTYPES[dtype]).requires_grad_()
-    x = torch.randn(TOKENS, HIDDEN, generator=generator).to(DTYPES[dtype])
+    generator, kind = torch.Generator().manual_seed(0), DTYPES["bf16" if dtype == "bf16" else "fp32"]
+    w13 = torch.randn(EXPERTS, 2 * WIDTH, HIDDEN, generator=generator).to(kind).requires_grad_()
+    w2 = torch.randn(EXPERTS, HIDDEN, WIDTH, generator=generator).to(kind).requires_grad_()
+    x = torch.randn(TOKENS, HIDDEN, generator=generator).to(kind)
     sizes: set[int] = set()
 
     def turn() -> dict[str, float]:
         # Experts are not equally liked, and which ones are changes from step to step.
         liking = torch.randn(EXPERTS, generator=generator) / 2
         experts = (torch.randn(TOKENS, EXPERTS, generator=generator) + liking).topk(PER_TOKEN).indices
-        to = sort_by_expert(experts, EXPERTS)
+        to = permute.sort_by_expert(experts, EXPERTS)
         rows = x[to.token_of_row].requires_grad_()
         sizes.update(to.ends.diff(prepend=to.ends.new_zeros(1)).tolist())
         cpu, wall = time.process_time(), time.perf_counter()
@@ -66,14 +67,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--alignments", type=int, nargs="+", default=[1, 8, 16, 32, 64], metavar="ROWS")
     parser.add_argument("--json", type=Path, help="write the result there too")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    torch.set_num_threads(given.threads)
     if given.worker:
-        return answer(product_turn(given.worker, given.dtype))
+        return answer(product_turn(given.worker, given.dtype, given.threads))
     # `sort_by_expert` pads only where there are enough rows for it.
     largest = TOKENS * PER_TOKEN // (4 * EXPERTS)
     if bad := [a for a in given.alignments if not 1 <= a <= largest]:

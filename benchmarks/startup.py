@@ -72,9 +72,9 @@ def take_turns(workers: Mapping[str, Sequence[str]], *, rounds: int, threads: in
     answers: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     try:
         for name in names:
-            crew[name] = subprocess.Popen(
-                [sys.executable, *workers[name]], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-            )
+            command = [sys.executable, *workers[name]]
+            crew[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        for name in names:
             _read(crew[name], name)
         for i in range(rounds):
             for name in rotated(names, i):

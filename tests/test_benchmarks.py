@@ -1,0 +1,176 @@
+"""The benchmark scripts: each explains itself, and a miniature of each runs and says what a result must say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+SCRIPTS = sorted(BENCHMARKS.glob("*.py"))
+
+RECIPE = """
+name = "mini"
+
+[model]
+vocab_size = 320
+hidden_size = 32
+num_layers = 2
+num_dense_layers = 1
+num_heads = 2
+kv_lora_rank = 16
+qk_nope_head_dim = 8
+qk_rope_head_dim = 8
+v_head_dim = 16
+dense_ffn_size = 32
+expert_ffn_size = 16
+num_routed_experts = 4
+num_shared_experts = 1
+num_experts_per_token = 2
+num_mtp_modules = 0
+max_context = 64
+
+[data]
+directory = "{folder}/prepared"
+held_out = 0.3
+
+[[data.sources]]
+name = "programs"
+paths = ["{folder}/text"]
+domain = "code"
+weight = 1.0
+
+[[phases]]
+name = "only"
+length = "100 steps"
+sequence_length = 32
+batch = ["2"]
+learning_rate = ["1e-3"]
+
+[train]
+micro_batch = 2
+compile = false
+
+[evaluation]
+num_sequences = 2
+
+[monitor]
+tensorboard = false
+prompts = ["def "]
+sample_tokens = 4
+"""
+
+
+def run_script(name: str, *arguments: str | Path) -> str:
+    """The standard output of a benchmark; fails with its error output."""
+    done = subprocess.run([sys.executable, str(BENCHMARKS / name), *map(str, arguments)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def result_of(path: Path) -> dict[str, Any]:
+    """The JSON result, whose circumstances are complete."""
+    result = json.loads(path.read_text())
+    stated = {"date", "commit", "uncommitted_changes", "processor", "cores", "load_average", "versions", "command"}
+    assert result["circumstances"].keys() == stated
+    return result
+
+
+@pytest.fixture
+def laptop(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """benchmarks/laptop.py as a module."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import laptop
+
+    return laptop
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_every_script_explains_itself_and_the_readme_knows_it(script: Path) -> None:
+    assert "usage:" in run_script(script.name, "--help")
+    assert f"`{script.name}`" in (BENCHMARKS / "README.md").read_text()
+
+
+def test_startup_compares_every_command_with_a_bare_interpreter(tmp_path: Path) -> None:
+    printed = run_script("startup.py", "--rounds", "1", "--json", tmp_path / "r.json")
+    seconds = result_of(tmp_path / "r.json")["seconds"]
+    assert seconds["python -c pass"]["ratio"] == 1.0
+    assert all(name in printed for name in seconds)
+    assert not any(row["imports_torch"] for row in seconds.values())
+
+
+def test_attention_compares_three_ways_that_agree_and_two_allocators(tmp_path: Path) -> None:
+    run_script("attention.py", "--rounds", "1", "--shapes", "1x160", "--dtypes", "fp32", "--json", tmp_path / "r.json")
+    result = result_of(tmp_path / "r.json")
+    (table,) = result["attention"]
+    assert (table["batch"], table["length"], table["dtype"]) == (1, 160, "fp32")
+    assert {*table["contestants"]} == {"math", "flash, value padded", "quintet blocked"}
+    assert all(row["largest_error"] < 1e-5 for row in table["contestants"].values())
+    assert table["contestants"]["math"]["both_ratio"] == 1.0
+    if sys.platform == "linux":
+        returned, kept = result["sum"]["glibc as it is"], result["sum"]["freed memory kept"]
+        assert kept["page_faults"] < returned["page_faults"]
+
+
+def test_permute_counts_what_padding_costs_and_how_many_sizes_it_leaves(tmp_path: Path) -> None:
+    run_script("permute.py", "--rounds", "2", "--alignments", "1", "32", "--json", tmp_path / "r.json")
+    rows = result_of(tmp_path / "r.json")["alignments"]
+    assert rows["1"]["padding"] == 0 < rows["32"]["padding"]
+    assert rows["32"]["sizes"] < rows["1"]["sizes"]
+    assert rows["1"]["ratio_cpu"] == 1.0
+
+
+def test_permute_refuses_an_alignment_that_would_not_be_applied() -> None:
+    command = [sys.executable, str(BENCHMARKS / "permute.py"), "--alignments", "1", "128"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "[128]: must lie between 1 and 64" in done.stderr
+
+
+def test_laptop_gives_both_the_same_time_and_measures_both_with_one_function(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for i in range(12):
+        (tmp_path / f"text/{i}.py").write_text(f"def number_{i}():\n    return {i}\n\n\n" * (20 + i))
+    (tmp_path / "mini.toml").write_text(RECIPE.replace("{folder}", str(tmp_path)))
+    flags = ["--recipe", tmp_path / "mini.toml", "--steps", "3", "--points", "1", "--cores", "1", "--json", tmp_path / "r.json"]
+    printed = run_script("laptop.py", *flags)
+    result = result_of(tmp_path / "r.json")
+    ours, theirs = result["courses"]["quintet"], result["courses"]["transformers"]
+    assert ours["steps"] == 3
+    assert theirs["held_out"][-1]["minutes"] >= ours["held_out"][-1]["minutes"] > 0
+    for course in (ours, theirs):
+        assert course["startup_seconds"] > 0
+        assert course["held_out"][-1]["tokens"] == course["steps"] * 2 * 32
+        assert 3 < course["held_out"][-1]["nats"]["programs"] < 9
+        assert course["samples"].keys() == {"def "}
+    assert "code (programs)" in printed
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "r.svg").read_text()
+
+
+def test_a_loss_is_reached_where_the_line_between_two_evaluations_crosses_it(laptop: ModuleType) -> None:
+    curve = [(1.0, 6.0), (2.0, 5.0), (3.0, 4.0)]
+    assert laptop.minutes_to(curve, 4.5) == 2.5
+    assert laptop.minutes_to(curve, 6.5) == 1.0
+    assert laptop.minutes_to(curve, 3.9) is None
+
+
+def test_the_launch_is_where_the_clock_of_the_steps_begins(laptop: ModuleType, tmp_path: Path) -> None:
+    losses: dict[str, Any] = {"losses": {"a": 5.0}, "bits_per_byte": {"a": 2.0}}
+    lines = [
+        {"kind": "message", "text": "hello"},
+        {"kind": "record", "step": 1, "tokens": 10, "main_loss": 6.0, "seconds": 20.0},
+        {"kind": "record", "step": 2, "tokens": 20, "main_loss": 5.0, "seconds": 2.0},
+        {"kind": "evaluated", "step": 2, **losses},
+        {"kind": "record", "step": 3, "tokens": 30, "main_loss": 4.0, "seconds": 4.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    course = laptop.course_of(tmp_path / "metrics.jsonl", 28.0, name="x", num_parameters=1)
+    assert (course.startup_seconds, course.first_step_seconds, course.step_seconds) == (8.0, 20.0, 3.0)
+    assert course.held_out == [laptop.Point(minutes=0.5, step=2, tokens=20, nats={"a": 5.0}, bits={"a": 2.0})]
+    assert [loss for _, loss in course.training] == [6.0, 5.0, 4.0]
