@@ -17,14 +17,14 @@ class Weights:
     """Weights of the parts of the loss."""
 
     mtp: float
-    """lambda: weight of the mean of the MTP losses."""
+    """lambda: weight of the mean of the MTP losses; at 0 the modules do not run."""
     balance: float
     """alpha: weight of the sum over layers of the sequence-wise balance loss."""
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Parts of one micro-batch's share of the step's loss: scalars in fp32, `load` [layers, E] int64.
+    """Parts of one micro-batch's share of the step's loss: scalars in fp32, `load` [layers, E] int64, MTP modules last.
 
     `total` carries the graph, the others are detached: cross-entropies in nats per token of the whole step.
     """
@@ -57,7 +57,7 @@ def training_loss(
     `num_labels` (see count_labels) and `num_sequences` are those of the whole step, so that the shares of its micro-batches add
     up to the step's mean whatever their padding.
     """
-    output = model(inputs, labels=labels, document_ids=document_ids)
+    output = model(inputs, labels=labels if weights.mtp else None, document_ids=document_ids)
     kernel = model.kernels.cross_entropy
     losses = [
         head_loss(hidden.flatten(0, 1), model.head_weight, shifted(labels, depth).flatten(), chunk=chunk, kernel=kernel)
@@ -67,6 +67,8 @@ def training_loss(
     none = torch.zeros((), device=inputs.device)
     mtp = torch.stack(losses[1:]).mean() if output.mtp else none
     balance = torch.stack([s.balance_loss for s in output.moe]).sum() * (inputs.shape[0] / num_sequences) if output.moe else none
-    load = torch.stack([s.load for s in output.moe]) if output.moe else torch.zeros(0, 0, dtype=torch.int64, device=inputs.device)
+    load = torch.zeros(model.num_moe_layers, model.model.num_routed_experts, dtype=torch.int64, device=inputs.device)
+    for row, statistics in zip(load, output.moe, strict=False):  # modules that did not run have no load
+        row.copy_(statistics.load)
     total = losses[0] + weights.mtp * mtp + weights.balance * balance
     return Loss(total=total, main=losses[0].detach(), mtp=mtp.detach(), balance=balance.detach(), load=load)

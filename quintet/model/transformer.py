@@ -120,6 +120,11 @@ class Transformer(nn.Module):
     def _blocks(self) -> list[Block]:
         return [block for block in self.layers if isinstance(block, Block)]
 
+    @property
+    def num_moe_layers(self) -> int:
+        """Mixtures of experts, those of MTP modules included."""
+        return self.model.num_moe_layers + self.model.num_mtp_modules
+
     def moe_layers(self) -> Iterator[MixtureOfExperts]:
         """Every mixture of experts in the order of `Output.moe`."""
         blocks = [*self.layers, *(module.block for module in self.mtp)]

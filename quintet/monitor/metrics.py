@@ -29,13 +29,13 @@ class Record:
     tokens: int
     """Tokens trained on since the run began, this step included."""
     loss: float
-    """What was minimized: main loss, weighted MTP loss and balance loss, in nats per token."""
+    """What was minimized: main loss, and MTP and balance loss times their weights, in nats per token."""
     main_loss: float
     """Cross-entropy of the next token, in nats."""
     mtp_loss: float | None
     """Mean cross-entropy of the MTP modules, in nats; absent without modules."""
     balance_loss: float
-    """Weighted sequence-wise balance loss."""
+    """Sequence-wise balance loss, summed over the MoE layers, before its weight (`train.balance_weight`)."""
     learning_rate: float
     """Learning rate of this step."""
     grad_norm: float
@@ -55,8 +55,11 @@ class Record:
 
     @property
     def expert_load_cv(self) -> float:
-        """Coefficient of variation (standard deviation / mean) of the load over a layer's experts, mean over layers; 0 is balanced."""
-        return _mean([_cv(layer) for layer in self.expert_load])
+        """Coefficient of variation (standard deviation / mean) of the load over a layer's experts; 0 is balanced.
+
+        The mean over the layers that ran.
+        """
+        return _mean([_cv(layer) for layer in self.expert_load if sum(layer) > 0])
 
     @property
     def max_violation(self) -> float:

@@ -119,7 +119,7 @@ class Phase:
     learning_rate: tuple[str, ...]
     """Curve of the learning rate."""
     mtp_weight: tuple[str, ...] = ("0.3",)
-    """Curve of the weight of the MTP losses' mean (lambda)."""
+    """Curve of the weight of the MTP losses' mean (lambda); while it is 0 the modules cost nothing."""
     bias_speed: tuple[str, ...] = ("0.001",)
     """Curve of the router bias update speed (gamma)."""
 
