@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from quintet.data.prepare import Prepared
 from quintet.data.tokenizer import Tokenizer
-from quintet.errors import UsageError
+from quintet.errors import DataError, UsageError
 from quintet.spec import parse
 from quintet.spec.run import Run
 
@@ -40,6 +41,16 @@ def create(run: Run, tokenizer: Tokenizer) -> Path:
         raise UsageError(f"cannot make the run's directory {directory}: {error.strerror}; choose another --directory") from None
     tokenizer.save(directory / TOKENIZER)
     return directory
+
+
+def refuse_other_tokenizer(own: Tokenizer, prepared: Prepared) -> None:
+    """Raise DataError if the data's tokenizer is not the model's `own`: every id would mean another word."""
+    if own.fingerprint != prepared.tokenizer.fingerprint:
+        raise DataError(
+            f"{prepared.directory} was prepared with another tokenizer ({prepared.tokenizer.fingerprint[:12]}) than the model's "
+            f"({own.fingerprint[:12]}, {own.origin}); set data.tokenizer in the run's {RECIPE} to {own.origin} and data.directory to "
+            "a folder of its own, then run: quintet prepare RECIPE"
+        )
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from quintet.checkpoint.load import latest
 from quintet.cost.flops import flops_per_token
 from quintet.data.loader import Loader
 from quintet.data.prepare import Prepared, open_prepared
+from quintet.data.tokenizer import Tokenizer
 from quintet.errors import DONE, INTERRUPTED
 from quintet.model.generate import generate
 from quintet.monitor.meter import Meter
@@ -56,14 +57,18 @@ def resume(where: Path, *, sinks: Sink) -> int:
     prepared = open_prepared(run.data, run.model.vocab_size)
     device = machine.prepare(run.train)
     with directory.held(where):
-        found = latest(where / directory.CHECKPOINTS, verify_content=True, report=lambda text: sinks.write(Message(text=text)))
+        directory.refuse_other_tokenizer(Tokenizer.from_file(where / directory.TOKENIZER), prepared)
+        told: list[str] = []
+        found = latest(where / directory.CHECKPOINTS, verify_content=True, report=told.append)
         session = _Session(run, where, prepared, sinks, device=device)
         position, data = state.restore(found, session.model, session.optimizer)
-        truncate_after(where / directory.METRICS, position.step)
         session.enter(position.phase)
         if data:
             session.loader.restore(data)
-        sinks.write(Message(text=f"resumed from {found}"))
+        # Only now that nothing can refuse any more; and what is told earlier would be cut too.
+        truncate_after(where / directory.METRICS, position.step)
+        for text in (*told, f"resumed from {found}"):
+            sinks.write(Message(text=text))
         return session.loop(position)
 
 
@@ -84,6 +89,7 @@ class _Session:
         self.stretches = curriculum(run)
         self.num_steps = sum(stretch.num_steps for stretch in self.stretches)
         self.peak_flops = machine.measured_peak(device, run.train.precision)
+        torch.manual_seed(run.seed)  # whatever draws from the global generators, now or later, draws the same in every run of this seed
         self.enter(0)
 
     def enter(self, phase: int) -> None:
@@ -109,7 +115,7 @@ class _Session:
                     self._record(position, result, settings, *clock.lap(position.tokens))
                 with clock.paused():
                     due = self._due(position.step)
-                    if due.evaluation and not stop:
+                    if due.evaluation and (not stop or position.step == self.num_steps):
                         self._evaluate(position)
                     if due.checkpoint or stop:
                         self._save(position)
@@ -149,7 +155,7 @@ class _Session:
                 tokens=position.tokens,
                 loss=result.loss,
                 main_loss=result.main_loss,
-                mtp_loss=result.mtp_loss if self.run.model.num_mtp_modules else None,
+                mtp_loss=result.mtp_loss if self.run.model.num_mtp_modules and settings.mtp_weight else None,
                 balance_loss=result.balance_loss,
                 learning_rate=settings.learning_rate,
                 grad_norm=result.gradient_norm,
@@ -250,4 +256,3 @@ def _stop_signals() -> Iterator[_Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
