@@ -57,7 +57,8 @@ def open_trained(path: Path) -> Trained:
     """The weights of a run's newest checkpoint, or of the checkpoint that `path` names. Raises CheckpointError, DataError."""
     checkpoint = find_checkpoint(path)
     step = read_manifest(checkpoint).step
-    run = parse.loads(read_extra(checkpoint, RECIPE), origin=f"{checkpoint}/{RECIPE}")
+    # A run's own recipe may have been edited since, to name other data for example, and `resume` follows it too.
+    run = parse.read(path / RECIPE) if checkpoint != path else parse.loads(read_extra(checkpoint, RECIPE), origin=f"{checkpoint}/{RECIPE}")
     device = machine.prepare(Train(num_threads=run.train.num_threads))
     with torch.device("meta"):
         model = Transformer(run.model)
