@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from quintet.checkpoint.load import list_checkpoints
 from quintet.errors import DONE, INTERRUPTED, CheckpointError
@@ -148,7 +147,6 @@ def saved_every_second_step(run: Run) -> Run:
 
 @pytest.fixture(scope="module")
 def counted(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Counted:
-    torch.manual_seed(20241226)  # as every test begins
     run = saved_every_second_step(tiny_run(data, tmp_path_factory.mktemp("whole")))
     calls: dict[str, Calls] = {}
     with pytest.MonkeyPatch.context() as patch:

@@ -1,0 +1,133 @@
+"""Real signals: SIGTERM and SIGINT end in a complete checkpoint and 75, more of them do no harm, and kill -9 costs little."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from quintet.checkpoint.load import latest, list_checkpoints
+from quintet.cli.main import main
+from quintet.errors import DONE, INTERRUPTED
+from quintet.monitor.metrics import Evaluated, read_events
+from quintet.monitor.status import Status, read_status
+from quintet.spec.run import Checkpoint, Data, Run
+from tests.train.runs import At, assert_same, records, resume, send, tiny_run, train, where, write_recipe
+
+COMMAND = "import sys; from quintet.cli.main import main; sys.exit(main())"
+
+
+def status_of(run: Run) -> Status:
+    status = read_status(where(run))
+    assert status is not None
+    return status
+
+
+def signalled(run: Run, recipe: Path, number: signal.Signals, *, at_step: int) -> tuple[int, str]:
+    """Train in a process of its own, send it a signal once it tells of a step, and give its exit code and what it told afterwards."""
+    arguments = [sys.executable, "-c", COMMAND, "train", str(write_recipe(run, recipe))]
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith(f"step {at_step}/"):
+                process.send_signal(number)
+                break
+        told = process.stderr.read()
+    return process.returncode, told
+
+
+@pytest.fixture(scope="module")
+def whole(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The same run, never stopped."""
+    run = long_run(tiny_run(data, tmp_path_factory.mktemp("whole")))
+    train(run)
+    return run
+
+
+def long_run(run: Run) -> Run:
+    """Long enough for a signal to arrive before its end."""
+    return replace(run, train=replace(run.train, steps=40), checkpoint=Checkpoint(every=10, keep_last=2))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_process_exits_with_75_and_resumes_to_the_same_end(run: Run, whole: Run, tmp_path: Path, number: signal.Signals) -> None:
+    run = long_run(run)
+    code, told = signalled(run, tmp_path / "r.toml", number, at_step=5)
+    assert code == INTERRUPTED
+    assert f"stopped; continue with: quintet resume {where(run)}" in told and "Traceback" not in told
+    status = status_of(run)
+    assert (status.verdict, status.exit_code, status.remedy) == ("interrupted", 75, f"quintet resume {where(run)}")
+    saved = list_checkpoints(where(run) / "checkpoints")
+    assert [found.problem for found in saved] == [None] * len(saved)
+    assert 5 <= saved[-1].step == status.step == records(run)[-1].step < 40
+    assert main(["resume", str(where(run))]) == DONE
+    assert (status_of(run).verdict, status_of(run).exit_code) == ("done", 0)
+    assert_same(whole, run)
+
+
+def test_a_process_killed_with_9_resumes_from_its_last_checkpoint_to_the_same_end(run: Run, whole: Run, tmp_path: Path) -> None:
+    run = long_run(run)
+    code, _ = signalled(run, tmp_path / "r.toml", signal.SIGKILL, at_step=23)
+    assert code == -signal.SIGKILL
+    assert status_of(run).verdict == "running", "nobody was left to write another"
+    assert main(["resume", str(where(run))]) == DONE
+    assert_same(whole, run)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_second_signal_during_the_save_does_no_harm(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, sent = os.fsync, []
+
+    def fsync(fd: int) -> None:
+        if not sent:
+            sent.append(send(signal.SIGTERM))
+        real(fd)
+
+    def stop() -> None:
+        send(signal.SIGTERM)
+        monkeypatch.setattr(os, "fsync", fsync)
+
+    assert train(run, At(5, stop)) == INTERRUPTED
+    assert len(sent) == 1
+    assert latest(where(run) / "checkpoints", verify_content=True).name == "step-00000005"
+
+
+@pytest.mark.usefixtures("quick")
+def test_somebody_who_insists_gets_out_at_once_and_the_checkpoint_before_stays(run: Run) -> None:
+    run = replace(run, checkpoint=Checkpoint(every=4))
+    child = os.fork()
+    if child == 0:
+        patch, real = pytest.MonkeyPatch(), os.fsync
+
+        def fsync(fd: int) -> None:
+            for _ in range(3):
+                send(signal.SIGTERM)
+            real(fd)
+
+        try:
+            train(run, At(6, lambda: patch.setattr(os, "fsync", fsync)))
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM
+    assert latest(where(run) / "checkpoints", verify_content=True).name == "step-00000004"
+    assert resume(run) == DONE
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_signal_at_the_last_step_is_too_late_to_stop_anything(run: Run) -> None:
+    assert train(run, At(10, lambda: send(signal.SIGTERM))) == DONE
+    evaluated = [event.step for event in read_events(where(run) / "metrics.jsonl") if isinstance(event, Evaluated)]
+    assert evaluated == [10]
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_signal_handlers_of_the_caller_come_back(run: Run) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    train(replace(run, train=replace(run.train, steps=1)))
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
