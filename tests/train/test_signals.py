@@ -16,8 +16,8 @@ from quintet.cli.main import main
 from quintet.errors import DONE, INTERRUPTED
 from quintet.monitor.metrics import Evaluated, read_events
 from quintet.monitor.status import Status, read_status
-from quintet.spec.run import Checkpoint, Data, Run
-from tests.train.runs import At, assert_same, records, resume, send, tiny_run, train, where, write_recipe
+from quintet.spec.run import Checkpoint, Run
+from tests.train.runs import At, assert_same, records, resume, send, train, where, write_recipe
 
 COMMAND = "import sys; from quintet.cli.main import main; sys.exit(main())"
 
@@ -28,10 +28,9 @@ def status_of(run: Run) -> Status:
     return status
 
 
-def signalled(run: Run, recipe: Path, number: signal.Signals, *, at_step: int) -> tuple[int, str]:
-    """Train in a process of its own, send it a signal once it tells of a step, and give its exit code and what it told afterwards."""
-    arguments = [sys.executable, "-c", COMMAND, "train", str(write_recipe(run, recipe))]
-    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as process:
+def signalled(number: signal.Signals, *arguments: str | Path, at_step: int) -> tuple[int, str]:
+    """Run the command in a process of its own, send it a signal once it tells of a step, and give its exit code and its last words."""
+    with subprocess.Popen([sys.executable, "-c", COMMAND, *map(str, arguments)], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if line.startswith(f"step {at_step}/"):
@@ -41,42 +40,32 @@ def signalled(run: Run, recipe: Path, number: signal.Signals, *, at_step: int) -
     return process.returncode, told
 
 
-@pytest.fixture(scope="module")
-def whole(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The same run, never stopped."""
-    run = long_run(tiny_run(data, tmp_path_factory.mktemp("whole")))
-    train(run)
-    return run
-
-
-def long_run(run: Run) -> Run:
-    """Long enough for a signal to arrive before its end."""
-    return replace(run, train=replace(run.train, steps=40), checkpoint=Checkpoint(every=10, keep_last=2))
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_process_exits_with_75_and_resumes_to_the_same_end(run: Run, whole: Run, tmp_path: Path, number: signal.Signals) -> None:
-    run = long_run(run)
-    code, told = signalled(run, tmp_path / "r.toml", number, at_step=5)
+def assert_stopped(run: Run, code: int, told: str, *, after: int) -> None:
+    """The process ended with 75, said how to go on, and its newest checkpoint is of its last step."""
     assert code == INTERRUPTED
     assert f"stopped; continue with: quintet resume {where(run)}" in told and "Traceback" not in told
     status = status_of(run)
     assert (status.verdict, status.exit_code, status.remedy) == ("interrupted", 75, f"quintet resume {where(run)}")
     saved = list_checkpoints(where(run) / "checkpoints")
     assert [found.problem for found in saved] == [None] * len(saved)
-    assert 5 <= saved[-1].step == status.step == records(run)[-1].step < 40
-    assert main(["resume", str(where(run))]) == DONE
-    assert (status_of(run).verdict, status_of(run).exit_code) == ("done", 0)
-    assert_same(whole, run)
+    assert after <= saved[-1].step == status.step == records(run)[-1].step < 40
 
 
-def test_a_process_killed_with_9_resumes_from_its_last_checkpoint_to_the_same_end(run: Run, whole: Run, tmp_path: Path) -> None:
-    run = long_run(run)
-    code, _ = signalled(run, tmp_path / "r.toml", signal.SIGKILL, at_step=23)
+def test_processes_stopped_by_sigterm_kill_9_and_sigint_reach_the_same_end_as_one_that_was_left_alone(run: Run, tmp_path: Path) -> None:
+    long = replace(run, train=replace(run.train, steps=40), checkpoint=Checkpoint(every=5, keep_last=2))
+    whole, cut = replace(long, directory=str(tmp_path / "whole")), replace(long, directory=str(tmp_path / "cut"))
+    assert train(whole) == DONE
+    code, told = signalled(signal.SIGTERM, "train", write_recipe(cut, tmp_path / "r.toml"), at_step=3)
+    assert_stopped(cut, code, told, after=3)
+    code, _ = signalled(signal.SIGKILL, "resume", where(cut), at_step=17)
     assert code == -signal.SIGKILL
-    assert status_of(run).verdict == "running", "nobody was left to write another"
-    assert main(["resume", str(where(run))]) == DONE
-    assert_same(whole, run)
+    assert status_of(cut).verdict == "running", "nobody was left to write another"
+    code, told = signalled(signal.SIGINT, "resume", where(cut), at_step=23)
+    assert "resumed from" in (where(cut) / "metrics.jsonl").read_text()
+    assert_stopped(cut, code, told, after=23)
+    assert main(["resume", str(where(cut))]) == DONE
+    assert (status_of(cut).verdict, status_of(cut).exit_code) == ("done", 0)
+    assert_same(whole, cut)
 
 
 @pytest.mark.usefixtures("quick")
