@@ -1,0 +1,132 @@
+"""What is trained can be used, leaves in Hugging Face's format, comes back the same, and trains on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from quintet.checkpoint.load import list_checkpoints
+from quintet.cli.main import main
+from quintet.errors import CheckpointError
+from quintet.monitor.metrics import Evaluated, read_events
+from quintet.spec import parse
+from quintet.spec.run import Checkpoint, Data, Precision, Run
+from quintet.train.trained import find_checkpoint, open_trained
+from tests.train.runs import PHASE, make_quick, records, resume, tiny_run, train, where, write_recipe
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+@pytest.fixture(scope="module", params=["fp32", "bf16"])
+def trained(request: pytest.FixtureRequest, data: Data, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished run in each precision, with checkpoints of steps 5 and 10."""
+    precision: Precision = request.param
+    run = tiny_run(data, tmp_path_factory.mktemp("trained"))
+    run = replace(run, train=replace(run.train, precision=precision), checkpoint=Checkpoint(every=5))
+    with pytest.MonkeyPatch.context() as patch:
+        make_quick(patch)
+        train(run)
+    return run
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """What a command that goes through prints on stdout."""
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    return captured.out
+
+
+def losses(capsys: pytest.CaptureFixture[str], path: Path) -> dict[str, float]:
+    return json.loads(told(capsys, "evaluate", path, "--json"))["losses"]  # type: ignore[no-any-return]
+
+
+def test_evaluating_a_run_gives_the_loss_that_its_training_ended_with(trained: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    ended = [event for event in read_events(where(trained) / "metrics.jsonl") if isinstance(event, Evaluated)][-1]
+    evaluated = json.loads(told(capsys, "evaluate", where(trained), "--json"))
+    assert evaluated["losses"] == pytest.approx(ended.losses, rel=1e-6)
+    assert evaluated["tokens"] == ended.tokens
+    assert evaluated["bits_per_byte"] == pytest.approx(ended.bits_per_byte, rel=1e-6)
+    shown = told(capsys, "evaluate", where(trained))
+    assert all(f"{loss:.4f}" in shown for loss in ended.losses.values())
+
+
+def test_a_run_means_its_newest_checkpoint_and_a_checkpoint_itself(trained: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    older, newer = (found.path for found in list_checkpoints(where(trained) / "checkpoints"))
+    assert losses(capsys, newer) == losses(capsys, where(trained)) != losses(capsys, older)
+    assert (open_trained(older).step, open_trained(where(trained)).step) == (5, 10)
+
+
+def test_the_same_seed_draws_the_same_text_and_another_one_another(trained: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    def drawn(*options: str) -> str:
+        return told(capsys, "generate", where(trained), "--prompt", "def alpha", "--tokens", "30", *options)
+
+    assert drawn().startswith("def alpha")
+    assert drawn() == drawn("--seed", "0") != drawn("--seed", "1")
+    assert drawn("--temperature", "0", "--seed", "1") == drawn("--temperature", "0", "--seed", "2")
+
+
+def test_more_text_than_the_context_holds_is_a_usage_error(trained: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(where(trained)), "--prompt", "def ", "--tokens", "100"]) == 2
+    assert "exceed the model's context of 64; ask for at most" in capsys.readouterr().err
+
+
+def test_an_exported_model_comes_back_with_the_same_loss_and_trains_on(
+    trained: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    told(capsys, "export", where(trained), tmp_path / "hf", "--dtype", trained.train.precision)
+    told(capsys, "import", tmp_path / "hf", tmp_path / "runs" / "again")
+    imported = parse.read(tmp_path / "runs" / "again" / "recipe.toml")
+    assert imported.train.precision == trained.train.precision
+    again = replace(
+        imported,
+        data=replace(trained.data, tokenizer=imported.data.tokenizer),
+        phases=(replace(PHASE, length="3 steps"),),
+        evaluation=trained.evaluation,
+        train=trained.train,
+        monitor=trained.monitor,
+    )
+    # As the person does who has other text: the run's own recipe is edited, then prepared; here nothing is left to prepare.
+    recipe = write_recipe(again, where(again) / "recipe.toml")
+    told(capsys, "prepare", recipe)
+    before = losses(capsys, where(again))
+    assert before == pytest.approx(losses(capsys, where(trained)), rel=1e-6)
+    told(capsys, "resume", where(again))
+    assert [record.step for record in records(again)] == [1, 2, 3]
+    assert losses(capsys, where(again)) != before
+    first = records(again)[0].main_loss
+    assert abs(first - sum(before.values()) / 2) < 0.5, "it goes on from the imported weights"
+
+
+def test_an_imported_run_resumes_bit_for_bit_like_any_other(trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told(capsys, "export", where(trained), tmp_path / "hf")
+    ends = []
+    for name in ("one", "two"):
+        told(capsys, "import", tmp_path / "hf", tmp_path / name / "again")
+        imported = parse.read(tmp_path / name / "again" / "recipe.toml")
+        again = replace(trained, name="again", directory=imported.directory, train=replace(trained.train, precision="bf16", steps=4))
+        write_recipe(again, where(again) / "recipe.toml")
+        resume(again)
+        ends.append(records(again))
+    assert ends[0] == ends[1]
+
+
+def test_an_import_never_overwrites_a_run(trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told(capsys, "export", where(trained), tmp_path / "hf")
+    assert main(["import", str(tmp_path / "hf"), str(where(trained))]) == 2
+    assert "exists already and is not overwritten" in capsys.readouterr().err
+
+
+def test_an_export_never_overwrites_a_directory(trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    assert main(["export", str(where(trained)), str(tmp_path / "hf")]) != 0
+    assert (tmp_path / "hf" / "config.json").read_text() == "{}"
+
+
+def test_what_is_neither_run_nor_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is neither a run nor a checkpoint"):
+        find_checkpoint(tmp_path)
