@@ -98,8 +98,9 @@ class _Session:
         self.curves = PhaseCurves(self.stretch.phase)
         length = self.stretch.phase.sequence_length
         self.loader = Loader(self.prepared, self.run.data, sequence_length=length, seed=self.run.seed)
-        flops = flops_per_token(self.run.model, sequence_length=length, mtp=True).total
-        self.meter = Meter(flops_per_token=flops, peak_flops=self.peak_flops)
+        # Without and with MTP, which does not run while its weight is 0.
+        flops = (flops_per_token(self.run.model, sequence_length=length, mtp=mtp).total for mtp in (False, True))
+        self.meters = tuple(Meter(flops_per_token=count, peak_flops=self.peak_flops) for count in flops)
 
     def loop(self, position: Position) -> int:
         """Train from `position` to the end or to a signal."""
@@ -147,6 +148,7 @@ class _Session:
         )
 
     def _record(self, position: Position, result: StepResult, settings: Settings, tokens: int, seconds: float) -> None:
+        meter = self.meters[settings.mtp_weight > 0]
         self.sinks.write(
             Record(
                 step=position.step,
@@ -161,8 +163,8 @@ class _Session:
                 grad_norm=result.gradient_norm,
                 batch_sequences=settings.batch_sequences,
                 seconds=seconds,
-                tokens_per_second=self.meter.tokens_per_second(tokens, seconds),
-                mfu=self.meter.mfu(tokens, seconds),
+                tokens_per_second=meter.tokens_per_second(tokens, seconds),
+                mfu=meter.mfu(tokens, seconds),
                 expert_load=_shares(result.load),
                 peak_memory_bytes=peak_memory(self.device),
             )
