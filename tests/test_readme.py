@@ -22,6 +22,7 @@ import pytest
 
 from quintet import errors
 from quintet.cli.main import main
+from quintet.cost.flops import parameters
 from quintet.data import sources
 from quintet.errors import QuintetError
 from quintet.spec import parse
@@ -156,6 +157,17 @@ def test_every_recipe_on_a_page_is_one(page: str) -> None:
 def merged(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """The tree with the changes; tables are merged, anything else is replaced."""
     return tree | {k: merged(tree[k], v) if isinstance(v, dict) and k in tree else v for k, v in changes.items()}
+
+
+def test_the_sizes_of_the_recipes_are_counted() -> None:
+    rows = re.findall(
+        r"^\| `(recipes/.*?)` \| ([\d.]+) ([MB])\b[^|]*?([\d.]+) ([MB]) active", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    assert {row[0] for row in rows} == {str(path.relative_to(ROOT)) for path in (ROOT / "recipes").glob("*.toml")}
+    for recipe, *shown in rows:
+        weights = parameters(parse.read(ROOT / recipe).model)
+        for number, digits, unit in zip((weights.total, weights.active), shown[::2], shown[1::2], strict=True):
+            assert abs(number / {"M": 1e6, "B": 1e9}[unit] / float(digits) - 1) < 0.025, recipe
 
 
 def test_the_exit_codes_are_the_programs_own() -> None:
