@@ -4,15 +4,17 @@
 
 First `quintet train RECIPE` runs as a user would start it, cold (no compiled kernels); then the peer gets exactly the same wall time.
 The peer is DeepseekV3ForCausalLM with about 11 M parameters from random weights: bf16 autocast, grouped_mm experts (the best eager
-setting), equal head widths (so that its attention is fused), fused AdamW, clipping, and the recipe's shape of learning-rate curve
-over its own time. Both read the same rows of the same prepared data in the same order, in batches of the same size.
+setting), equal head widths (so that its attention is fused), fused AdamW and clipping. Both read the same rows of the same prepared data
+in the same order. Over its own time the peer follows the recipe's curves of batch size and learning rate, the latter scaled to a peak
+of its own; `--peer-batch` gives it a constant batch.
 
 Time is the wall time since the process was launched, imports and compilation included, evaluations left out: both clocks stand
 still meanwhile. Held-out loss is measured by one function (`quintet.train.held_out`) on the same held-out sequences, at the same wall
 times. `--minutes` finds the recipe's number of steps from a short trial run; `--steps` sets it, and the peer gets the time that it took.
 
-Writes the result as JSON, beside it the plot as PNG and SVG, and samples of both into the JSON. `--only peer` runs the peer alone and
-writes nothing unless `--json` is given: for choosing its learning rate, of which it takes several then.
+Writes the result as JSON, beside it the plot as PNG and SVG, and samples of both into the JSON. `--only peer` runs the peer alone, once
+for each learning rate, and writes nothing unless `--json` is given; with `--steps` all make the same number, whatever else the machine
+does: for choosing the learning rate.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -29,6 +32,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -36,8 +40,7 @@ from startup import QUINTET, ROOT, circumstances, headline, write_json
 
 from quintet.cost.flops import parameters
 from quintet.spec import parse
-from quintet.spec.curve import Curve as ValueCurve
-from quintet.spec.curve import Progress
+from quintet.spec.curriculum import PhaseCurves, curriculum
 from quintet.spec.run import Run
 
 if TYPE_CHECKING:
@@ -68,8 +71,7 @@ PEER_SHAPE: dict[str, Any] = dict(
     initializer_range=0.02,
 )
 """With a vocabulary of 4,096: 11.0 M parameters."""
-PEER_CURVE = ("linear to {peak} until 5%", "hold until 60%", "cosine to {floor}")
-TRIAL_STEPS = 20
+TRIAL_STEPS, TRIAL_PARTS = 60, 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +101,8 @@ class Course:
     """The first step, which compiles."""
     step_seconds: float
     """Median of the later steps."""
+    tokens_per_second: float
+    """Of the later steps together."""
     steps: int
     training: list[tuple[float, float]]
     """(minutes, loss of the training batch in nats per token) of each step."""
@@ -118,13 +122,16 @@ def main() -> None:
     run = parse.read(Path(given.recipe))
     if len(run.phases) != 1 or run.data.document_mask:
         sys.exit("the peer knows one phase and no document mask; give a recipe of one phase with data.document_mask = false")
-    tell("preparing data")
-    execute([QUINTET, "prepare", given.recipe], log=Path(os.devnull), cores=given.cores)
+    name = Path(given.recipe).name
     with tempfile.TemporaryDirectory() as folder:
+        given.recipe = shutil.copy(given.recipe, folder)  # what changes in the meantime does not count
+        tell("preparing data")
+        execute([QUINTET, "prepare", given.recipe], log=Path(folder, "prepare.log"), cores=given.cores)
         courses = measure(given, Path(folder), run)
     domains: dict[str, str] = {source.name: source.domain for source in run.data.sources}
     result = {
-        "recipe": Path(given.recipe).name,
+        "recipe": {"file": name, "text": parse.dumps(run)},
+        "peer": {**PEER_SHAPE, "learning_rate": given.peer_learning_rate, "batch": given.peer_batch},
         "cores_used": given.cores,
         "domains": domains,
         "courses": {name: asdict(course) for name, course in courses.items()},
@@ -133,7 +140,7 @@ def main() -> None:
     show(courses, facts=facts, domains=domains, cores=given.cores, verdict=result["verdict"])
     if given.json:
         write_json(given.json, facts, result)
-        plot(courses, given.json, title=f"{facts['processor']}, {given.cores} cores, {facts['date'][:10]}, commit {facts['commit']}")
+        plot(courses, given.json, title=f"{facts['processor']}, {given.cores} core(s), {facts['date'][:10]}, commit {facts['commit']}")
 
 
 def arguments() -> argparse.Namespace:
@@ -146,11 +153,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--recipe", default=str(ROOT / "recipes/laptop.toml"))
     parser.add_argument("--points", type=int, default=10, help="evaluations along the way, about (default 10)")
     parser.add_argument("--peer-learning-rate", type=float, nargs="+", default=[3e-3], help="its peak; several with --only peer")
+    parser.add_argument("--peer-batch", type=int, help="sequences of each of its batches; absent: the recipe's curve")
     parser.add_argument("--only", choices=("peer",), help="run no Quintet: for choosing the peer's learning rate")
     parser.add_argument("--json", type=Path, help=f"where the result goes (default {RESULT.relative_to(ROOT)}), the plot beside it")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--since", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--at", type=float, nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--by-steps", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if not given.only and len(given.peer_learning_rate) > 1:
         parser.error("several --peer-learning-rate need --only peer")
@@ -162,7 +171,7 @@ def arguments() -> argparse.Namespace:
 def measure(given: argparse.Namespace, folder: Path, run: Run) -> dict[str, Course]:
     """Quintet, then the peer for the same time; or peers alone, one per learning rate."""
     if given.only:
-        times = [given.minutes * 60 * (i + 1) / given.points for i in range(given.points)]
+        times = [(given.steps or given.minutes * 60) * (i + 1) / given.points for i in range(given.points)]
         names = [f"transformers at {rate:g}" for rate in given.peer_learning_rate]
         return {name: peer_course(given, folder, name, rate, times) for name, rate in zip(names, given.peer_learning_rate, strict=True)}
     steps = given.steps or steps_within(given.minutes * 60, given, folder, run)
@@ -175,8 +184,16 @@ def steps_within(seconds: float, given: argparse.Namespace, folder: Path, run: R
     """Optimizer steps that Quintet makes in so many seconds from launch, by a short trial run."""
     tell(f"trial run of {TRIAL_STEPS} steps")
     course = quintet_training(given, folder, run, name="trial", steps=TRIAL_STEPS, points=1)
-    left = seconds - course.startup_seconds - course.first_step_seconds
-    return max(2, 1 + math.floor(left / course.step_seconds))
+    times = [60 * minutes for minutes, _ in course.training]
+    step = steady([later - earlier for earlier, later in pairwise(times)], TRIAL_PARTS)
+    once = times[-1] - step * (len(times) - 1)  # start-up and compilation
+    return max(2, 1 + math.floor((seconds - once) / step))
+
+
+def steady(seconds: Sequence[float], parts: int) -> float:
+    """Mean seconds of a step, compilation left out: the mean of the medians of `parts` parts, as batch and losses change on the way."""
+    bounds = [len(seconds) * i // parts for i in range(parts + 1)]
+    return statistics.mean(statistics.median(seconds[begin:end]) for begin, end in pairwise(bounds))
 
 
 def quintet_course(given: argparse.Namespace, folder: Path, run: Run, *, steps: int) -> Course:
@@ -201,11 +218,13 @@ def quintet_training(given: argparse.Namespace, folder: Path, run: Run, *, name:
 
 
 def peer_course(given: argparse.Namespace, folder: Path, name: str, rate: float, times: Sequence[float]) -> Course:
-    """Run this file as the peer, which evaluates at `times` (seconds since launch) and ends at the last one."""
-    tell(f"{name}: {times[-1] / 60:.2f} minutes")
+    """Run this file as the peer, which evaluates at `times` (seconds since launch; alone, with --steps: steps) and ends at the last."""
+    by_steps = bool(given.only and given.steps)
+    tell(f"{name}: {given.steps} steps" if by_steps else f"{name}: {times[-1] / 60:.2f} minutes")
     where = folder / name
     where.mkdir()
     words = [__file__, "--worker", str(where), "--recipe", given.recipe, "--cores", str(given.cores), "--peer-learning-rate", str(rate)]
+    words += [*(["--by-steps"] if by_steps else []), *(["--peer-batch", str(given.peer_batch)] if given.peer_batch else [])]
     command = [sys.executable, *words, "--at", *map(str, times), "--since", str(time.time())]
     first = follow(command, where / "metrics.jsonl", log=folder / f"{name}.log", cores=given.cores, cache=folder / f"{name}-compiled")
     extra = json.loads((where / "extra.json").read_text())
@@ -258,8 +277,9 @@ def course_of(metrics: Path, first: float, *, name: str, num_parameters: int, sa
         startup_seconds=first - records[0]["seconds"],
         first_step_seconds=records[0]["seconds"],
         step_seconds=statistics.median(record["seconds"] for record in records[1:] or records),
+        tokens_per_second=(records[-1]["tokens"] - records[0]["tokens"]) / max(sum(r["seconds"] for r in records[1:]), 1e-9),
         steps=len(records),
-        training=[(round(minutes[r["step"]], 4), round(r["main_loss"], 4)) for r in records],
+        training=[(round(minutes[r["step"]], 5), round(r["main_loss"], 4)) for r in records],
         held_out=[
             Point(minutes=minutes[step], step=step, tokens=tokens[step], nats=found["losses"], bits=found["bits_per_byte"])
             for step, found in held_out.items()
@@ -280,21 +300,20 @@ def peer(given: argparse.Namespace) -> None:
 
     run = parse.read(Path(given.recipe))
     phase = run.phases[0]
-    batch_size = round(ValueCurve.parse(phase.batch).at(Progress(steps=0, tokens=0, share=0.0)))
     prepared = open_prepared(run.data, run.model.vocab_size)
     model = peer_model(run.model.vocab_size, phase.sequence_length, seed=run.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     loader = Loader(prepared, run.data, sequence_length=phase.sequence_length, seed=run.seed)
-    rate = given.peer_learning_rate[0]
-    curve = ValueCurve.parse(tuple(sentence.format(peak=rate, floor=rate / 10) for sentence in PEER_CURVE))
-    begin = clock = time.time() - given.since  # seconds since launch, pauses left out
-    paused = seconds = 0.0
-    step, due = 0, list(given.at)
+    (stretch,), curves = curriculum(run), PhaseCurves(phase)
+    clock = time.time() - given.since  # seconds since launch, pauses left out
+    paused, step, tokens, due = 0.0, 0, 0, list(given.at)
+    begin = now = 0.0 if given.by_steps else clock
     with (given.worker / "metrics.jsonl").open("w", buffering=1) as metrics:
         while due:
-            share = min((clock + seconds - begin) / (given.at[-1] - begin), 1.0)  # where this step will end, as in the recipe
-            optimizer.param_groups[0]["lr"] = curve.at(Progress(steps=step, tokens=0, share=max(share, 1e-3)))
-            batch = loader.next_batch(batch_size)
+            share = (now - begin) / (given.at[-1] - begin)
+            settings = curves.settings(round(share * stretch.num_steps), round(share * stretch.num_tokens))
+            optimizer.param_groups[0]["lr"] = settings.learning_rate / curves.learning_rate.peak * given.peer_learning_rate[0]
+            batch = loader.next_batch(given.peer_batch or settings.batch_sequences)
             with torch.autocast("cpu", torch.bfloat16):
                 logits = model(input_ids=batch.inputs).logits
             loss = F.cross_entropy(logits.float().flatten(0, 1), batch.labels.flatten())
@@ -302,14 +321,14 @@ def peer(given: argparse.Namespace) -> None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            step, before = step + 1, clock
+            step, tokens, before = step + 1, tokens + batch.inputs.numel(), clock
             value = loss.item()
             clock = time.time() - given.since - paused
-            seconds = clock - before
-            record = {"kind": "record", "step": step, "tokens": step * batch.inputs.numel(), "main_loss": value, "seconds": seconds}
+            record = {"kind": "record", "step": step, "tokens": tokens, "main_loss": value, "seconds": clock - before}
             print(json.dumps(record), file=metrics)
-            if clock >= due[0]:
-                due = [at for at in due if at > clock]
+            now = step if given.by_steps else clock
+            if now >= due[0]:
+                due = [at for at in due if at > now]
                 with_quintets_names = cast("Transformer", AsTransformer(model))
                 found = held_out_loss(with_quintets_names, prepared, run, sequence_length=phase.sequence_length, step=step)
                 print(json.dumps(to_json(found)), file=metrics)
@@ -401,10 +420,10 @@ def minutes_to(curve: Sequence[tuple[float, float]], goal: float) -> float | Non
 def show(courses: dict[str, Course], *, facts: dict[str, Any], domains: dict[str, str], cores: int, verdict: dict[str, Any]) -> None:
     """Print what was measured."""
     print(headline(facts))
-    print(f"{cores} cores; minutes since launch, start-up included, evaluations left out; one contestant after the other\n")
+    print(f"{cores} core(s); minutes since launch, start-up included, evaluations left out; one contestant after the other\n")
     print(f"{'':26}{'parameters':>12}{'start-up s':>12}{'first step s':>14}{'step s':>8}{'steps':>7}{'tokens/s':>10}")
     for course in courses.values():
-        speed = course.held_out[-1].tokens / course.steps / course.step_seconds
+        speed = course.tokens_per_second
         start = f"{course.num_parameters:12,}{course.startup_seconds:12.1f}{course.first_step_seconds:14.1f}"
         print(f"{course.name:26}{start}{course.step_seconds:8.3f}{course.steps:7}{speed:10.0f}")
     heads = [f"{domain} ({source})" for source, domain in domains.items()]

@@ -160,6 +160,10 @@ def test_a_loss_is_reached_where_the_line_between_two_evaluations_crosses_it(lap
     assert laptop.minutes_to(curve, 3.9) is None
 
 
+def test_a_step_takes_what_most_steps_of_each_part_take(laptop: ModuleType) -> None:
+    assert laptop.steady([1.0, 9.0, 1.0, 3.0, 3.0, 30.0], 2) == 2.0
+
+
 def test_the_launch_is_where_the_clock_of_the_steps_begins(laptop: ModuleType, tmp_path: Path) -> None:
     losses: dict[str, Any] = {"losses": {"a": 5.0}, "bits_per_byte": {"a": 2.0}}
     lines = [
@@ -174,3 +178,4 @@ def test_the_launch_is_where_the_clock_of_the_steps_begins(laptop: ModuleType, t
     assert (course.startup_seconds, course.first_step_seconds, course.step_seconds) == (8.0, 20.0, 3.0)
     assert course.held_out == [laptop.Point(minutes=0.5, step=2, tokens=20, nats={"a": 5.0}, bits={"a": 2.0})]
     assert [loss for _, loss in course.training] == [6.0, 5.0, 4.0]
+    assert course.tokens_per_second == 20 / 6
