@@ -33,7 +33,7 @@ class Record:
     main_loss: float
     """Cross-entropy of the next token, in nats."""
     mtp_loss: float | None
-    """Mean cross-entropy of the MTP modules, in nats; absent without modules."""
+    """Mean cross-entropy of the MTP modules, in nats; absent where no module ran."""
     balance_loss: float
     """Sequence-wise balance loss, summed over the MoE layers, before its weight (`train.balance_weight`)."""
     learning_rate: float

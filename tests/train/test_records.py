@@ -60,6 +60,14 @@ def test_the_routers_biases_move_at_their_speed_and_stop_when_it_is_zero(run: Ru
 
 
 @pytest.mark.usefixtures("quick")
+def test_an_mtp_loss_is_told_only_where_the_modules_ran(run: Run) -> None:
+    run = replace(run, phases=(replace(PHASE, length="4 steps", mtp_weight=("0 until 3 steps", "0.3")),))
+    train(run)
+    assert [record.mtp_loss is None for record in records(run)] == [True, True, False, False]
+    assert [sum(record.expert_load[-1]) > 0 for record in records(run)] == [False, False, True, True]
+
+
+@pytest.mark.usefixtures("quick")
 def test_steps_of_the_whole_run_replace_the_phases_lengths_in_proportion(run: Run) -> None:
     phases = (PHASE, replace(PHASE, name="second", length="30 steps", sequence_length=16))
     run = replace(run, phases=phases, train=replace(run.train, steps=4))

@@ -40,6 +40,10 @@ def with_document_mask(run: Run) -> Run:
     return replace(run, data=replace(run.data, document_mask=True))
 
 
+def with_mtp_modules_that_join_in_the_sixth_step(run: Run) -> Run:
+    return replace(run, phases=(replace(PHASE, mtp_weight=("0 until 6 steps", "0.3")),))
+
+
 def with_whole_blocks_recomputed(run: Run) -> Run:
     return replace(run, train=replace(run.train, recompute="full"))
 
@@ -70,6 +74,7 @@ CHANGES = [
     with_an_uneven_last_micro_batch,
     with_a_growing_batch,
     with_document_mask,
+    with_mtp_modules_that_join_in_the_sixth_step,
     with_whole_blocks_recomputed,
     evaluated_every_second_step,
     longer_sequences_after(3),

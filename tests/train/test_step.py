@@ -129,6 +129,17 @@ def test_a_model_of_dense_layers_alone_trains(run: Run, prepared: Prepared) -> N
     assert result.loss == result.main_loss > 0
 
 
+def test_mtp_modules_of_weight_zero_do_not_run_and_do_not_move(run: Run, prepared: Prepared) -> None:
+    model, optimizer = built(run)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    settings = replace(SETTINGS, mtp_weight=0.0)
+    result = run_step(model, optimizer, batch_of(prepared, run, 4), settings=settings, train=run.train, document_mask=False, step=1)
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter.detach(), before[name])}
+    assert moved == {name for name in before if not name.startswith("mtp.")}
+    assert result.load[-1].sum() == 0 and result.load[0].sum() > 0
+    assert not model.get_buffer("mtp.0.block.ffn.router.expert_bias").any()
+
+
 def test_training_learns(run: Run, prepared: Prepared) -> None:
     model, optimizer = built(run)
     batch = batch_of(prepared, run, 4)
