@@ -10,6 +10,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+
+from quintet.spec import parse
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SCRIPTS = sorted(BENCHMARKS.glob("*.py"))
@@ -61,8 +64,7 @@ num_sequences = 2
 
 [monitor]
 tensorboard = false
-prompts = ["def "]
-sample_tokens = 4
+prompts = []
 """
 
 
@@ -147,10 +149,33 @@ def test_laptop_gives_both_the_same_time_and_measures_both_with_one_function(tmp
         assert course["startup_seconds"] > 0
         assert course["held_out"][-1]["tokens"] == course["steps"] * 2 * 32
         assert 3 < course["held_out"][-1]["nats"]["programs"] < 9
-        assert course["samples"].keys() == {"def "}
     assert "code (programs)" in printed
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "r.svg").read_text()
+
+
+def test_the_peers_sample_is_what_it_drew_behind_the_prompt_without_the_end_token(laptop: ModuleType, root: Path) -> None:
+    end = 99
+    words = {7: "def ", 8: "f", 9: "():"}
+
+    class Model:
+        def eval(self) -> None: ...
+
+        def generate(self, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+            assert options["max_new_tokens"] == run.monitor.sample_tokens
+            return torch.cat((ids, torch.tensor([[8, 9, end]])), 1)
+
+    class Tokenizer:
+        eos_id = end
+
+        def encode_batch(self, texts: list[str]) -> list[Any]:
+            return [torch.tensor([7]).numpy() for _ in texts]
+
+        def decode(self, ids: list[int]) -> str:
+            return "".join(words[token] for token in ids)
+
+    run = parse.read(root / "recipes/laptop.toml")
+    assert laptop.peer_samples(Model(), Tokenizer(), run) == {prompt: "f():" for prompt in run.monitor.prompts}
 
 
 def test_a_loss_is_reached_where_the_line_between_two_evaluations_crosses_it(laptop: ModuleType) -> None:
