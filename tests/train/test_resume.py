@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from quintet.checkpoint.load import list_checkpoints
 from quintet.errors import DONE, INTERRUPTED, CheckpointError
@@ -106,6 +107,23 @@ def test_a_run_may_be_stopped_and_resumed_at_every_step(run: Run) -> None:
     for step in range(2, 10):
         assert resume(cut, At(step, lambda: send(signal.SIGINT))) == INTERRUPTED
     assert resume(cut) == DONE
+    assert_same(whole, cut)
+
+
+def test_random_numbers_go_on_where_they_stopped(run: Run) -> None:
+    """Nothing in training draws from the global generator yet, so the test does, once a step."""
+    whole, cut = elsewhere(run, "whole"), elsewhere(run, "cut")
+    drawn: dict[str, list[float]] = {"whole": [], "cut": []}
+
+    def draws(name: str, steps: range) -> list[At]:
+        return [At(step, lambda: drawn[name].append(float(torch.rand(())))) for step in steps]
+
+    train(whole, *draws("whole", range(1, 11)))
+    train(cut, *draws("cut", range(1, 6)), At(5, lambda: send(signal.SIGTERM)))
+    torch.manual_seed(1)
+    resume(cut, *draws("cut", range(6, 11)))
+    assert drawn["whole"] == drawn["cut"]
+    assert len(set(drawn["whole"])) == 10
     assert_same(whole, cut)
 
 
