@@ -58,6 +58,17 @@ def test_a_dense_model_has_no_load_and_no_balance_loss() -> None:
     assert loss.load.numel() == 0 and loss.balance == loss.mtp == 0 and torch.equal(loss.total.detach(), loss.main)
 
 
+def test_modules_of_weight_0_do_not_run_and_have_no_load() -> None:
+    net, (inputs, labels) = build(SMALL), padded_rows([10, 4])
+    without, with_them = (loss_of(net, inputs, labels, mtp=weight, balance=0.0) for weight in (0.0, 0.3))
+    assert torch.equal(without.total.detach(), without.main) and torch.equal(without.main, with_them.main)
+    assert without.mtp == 0 < with_them.mtp
+    assert torch.equal(without.load[:2], with_them.load[:2]) and not without.load[2].any() and with_them.load[2].any()
+    assert {name for name, grad in gradients(net, without.total).items() if not grad.any()} == {
+        name for name, _ in net.named_parameters() if name.startswith("mtp.")
+    }
+
+
 def add_up(net: Transformer, inputs: Tensor, labels: Tensor, sizes: list[int]) -> tuple[list[Loss], dict[str, Tensor]]:
     """The losses of consecutive micro-batches of these sizes, and the sum of their gradients."""
     counts, losses, total = count_labels(labels, net.model.num_mtp_modules), [], dict[str, Tensor]()
