@@ -70,6 +70,9 @@ def dispatch(arguments: list[str]) -> int:
         kind = "an option" if first.startswith("-") else "a command"
         known = [*COMMANDS, "--help", "--version", "--print-completion"]
         raise UsageError(f"{first!r} is not {kind} of quintet{did_you_mean(first, known)}; commands: {', '.join(COMMANDS)}")
+    # Read by OpenMP when torch is loaded. Threads that spin while they wait for each other make a step tens of times slower as soon
+    # as another program wants one of the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     return int(importlib.import_module(_module(first)).main(rest))
 
 
@@ -108,3 +111,7 @@ def _tell(message: str) -> None:
     from rich.text import Text
 
     Console(stderr=True).print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

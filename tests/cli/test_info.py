@@ -89,7 +89,7 @@ def test_the_schedule_of_v3_is_that_of_a_walk_through_every_step(root: Path) -> 
 
 def test_steps_are_shared_among_the_phases_in_proportion(run: Run) -> None:
     tree = parse.tree(run)
-    phase = tree["phases"][0]
+    phase = tree["phases"][0] | {"batch": ["16"]}
     tree["phases"] = [phase | {"name": "a", "length": "300 steps"}, phase | {"name": "b", "length": "100 steps"}]
     tree["train"]["steps"] = 40
     phases = run_figures(parse.build(tree, origin="test"))["phases"]

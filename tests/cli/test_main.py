@@ -83,7 +83,7 @@ def test_help_of_train_holds_the_descriptions_of_the_fields_without_a_recipe(tol
 
 def test_help_with_a_recipe_shows_its_values(told: TellMain, recipe: str) -> None:
     _, out, _ = told("train", recipe, "--help")
-    assert "Width of the residual stream. (default: 256)" in " ".join(out.replace("│", " ").split())
+    assert "Width of the residual stream. (default: 192)" in " ".join(out.replace("│", " ").split())
 
 
 def test_dotted_options_replace_the_recipes_values(told: TellMain, recipe: str) -> None:
@@ -121,7 +121,7 @@ def test_an_option_reaches_into_a_section_that_the_recipe_leaves_out(told: TellM
         (["--train.setps", "3"], "Perhaps you meant: --train.steps"),
         (["--train.steps", "many"], "invalid literal for int() with base 10: 'many'"),
         (["--train.precision", "fp23"], "fp23"),
-        (["--model.num-groups", "3"], "num_routed_experts (16) must be divisible by num_groups (3)"),
+        (["--model.num-groups", "3"], "num_routed_experts (56) must be divisible by num_groups (3)"),
         (["--model.max-context", "100"], "sequence_length (256) must be at most model.max_context (100)"),
         (["--phases.0.batch", "cubic to 3"], "'cubic to 3' is not a piece of a curve"),
         (["--name", "../x"], "name '../x' may hold only letters"),
