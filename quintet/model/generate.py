@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from quintet.errors import UsageError
+from quintet.errors import NumericsError, UsageError
 from quintet.model.transformer import Transformer
 
 
 def choose(logits: Tensor, *, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
     """logits [B, C] -> token ids [B]. Temperature 0 takes the likeliest; top_p keeps the smallest set of that probability."""
-    if temperature == 0:
+    if temperature < 1e-5:  # no float32 would tell it from greedy
         return logits.argmax(-1)
     probabilities = (logits.float() / temperature).softmax(-1)
     ordered, indices = probabilities.sort(-1, descending=True)
@@ -44,12 +45,17 @@ def generate(
             f"{prompt.numel()} prompt tokens + {num_tokens} new ones exceed the model's context of {model.model.max_context}; "
             f"ask for at most {max(model.model.max_context - prompt.numel(), 0)} tokens or shorten the prompt"
         )
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise UsageError(f"temperature ({temperature}) must be at least 0 and top_p ({top_p}) in (0, 1]")
+    if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
+        raise UsageError(f"temperature ({temperature}) must be finite and at least 0, and top_p ({top_p}) above 0 and at most 1")
+    if int(prompt.max()) >= model.model.vocab_size:
+        raise UsageError(f"token {int(prompt.max())} of the prompt lies outside the model's vocabulary of {model.model.vocab_size}")
     cache = model.empty_cache(1)
     tokens = prompt[None]
     for _ in range(num_tokens):
-        token = choose(model.decode(tokens, cache), temperature=temperature, top_p=top_p, generator=generator)
+        logits = model.decode(tokens, cache)
+        if not bool(logits.isfinite().all()):
+            raise NumericsError("the model's logits are not finite: its weights are damaged; generate from an earlier checkpoint")
+        token = choose(logits, temperature=temperature, top_p=top_p, generator=generator)
         if int(token) == eos_id:
             return
         yield int(token)

@@ -75,29 +75,28 @@ class BlockedAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, document_ids: Tensor | None, save_memory: bool) -> Tensor:
         batch, heads, length, _ = q.shape
         q, k, v = (t.reshape(batch * heads, length, -1) for t in (q, k, v))
-        foreign = _foreign(document_ids, heads)
         out = torch.empty_like(v)
         keep = not save_memory and length <= KEEP_PROBABILITIES_BELOW and any(ctx.needs_input_grad)
         kept: list[Tensor] = []
         scaled = q * scale
         for begin, end in _blocks(length):
-            p = _probabilities(scaled, k, begin, end, foreign)
+            p = _probabilities(scaled, k, begin, end, document_ids)
             out[:, begin:end] = torch.bmm(p, v[:, :end])
             if keep:
                 kept.append(p)
-        ctx.save_for_backward(q, k, v, foreign, *kept)
+        ctx.save_for_backward(q, k, v, document_ids, *kept)
         ctx.scale = scale
         return out.view(batch, heads, length, -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, foreign, *kept = ctx.saved_tensors
+        q, k, v, document_ids, *kept = ctx.saved_tensors
         batch, heads, length, _ = grads[0].shape
         grad = grads[0].reshape(batch * heads, length, -1)
         scaled = q * ctx.scale
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for i, (begin, end) in enumerate(_blocks(length)):
-            p = kept[i] if kept else _probabilities(scaled, k, begin, end, foreign)
+            p = kept[i] if kept else _probabilities(scaled, k, begin, end, document_ids)
             g = grad[:, begin:end]
             dv[:, :end] += torch.bmm(p.transpose(1, 2), g)
             dp = torch.bmm(g, v[:, :end].transpose(1, 2))
@@ -112,18 +111,12 @@ def _blocks(length: int) -> Iterator[tuple[int, int]]:
     return ((begin, min(begin + QUERY_BLOCK, length)) for begin in range(0, length, QUERY_BLOCK))
 
 
-def _foreign(document_ids: Tensor | None, heads: int) -> Tensor | None:
-    """[B, S] -> [B*H, S, S], True where query and key lie in different documents."""
-    if document_ids is None:
-        return None
-    return (document_ids[:, :, None] != document_ids[:, None, :]).repeat_interleave(heads, 0)
-
-
-def _probabilities(scaled: Tensor, k: Tensor, begin: int, end: int, foreign: Tensor | None) -> Tensor:
+def _probabilities(scaled: Tensor, k: Tensor, begin: int, end: int, document_ids: Tensor | None) -> Tensor:
     """Softmax of the scores of queries begin..end against keys 0..end: [B*H, end-begin, end]."""
     scores = torch.bmm(scaled[:, begin:end], k[:, :end].transpose(1, 2))
     size = end - begin
     scores[:, :, begin:].add_(torch.full((size, size), -math.inf, dtype=scores.dtype).triu_(1))
-    if foreign is not None:
-        scores.masked_fill_(foreign[:, begin:end, :end], -math.inf)
+    if document_ids is not None:
+        foreign = document_ids[:, begin:end, None] != document_ids[:, None, :end]
+        scores.unflatten(0, (document_ids.shape[0], -1)).masked_fill_(foreign[:, None], -math.inf)
     return torch.softmax(scores, -1)

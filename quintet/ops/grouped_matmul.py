@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 
 def grouped_matmul_reference(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """rows [N, I], weight [E, O, I], ends [E] (row where each expert's part stops) -> [N, O], by a loop over experts."""
+    """rows [N, I], weight [E, O, I], ends [E] (row where each expert's part stops) -> [ends[-1], O], by a loop over experts."""
     begin, parts = 0, []
     for expert, end in enumerate(ends.tolist()):
         parts.append(rows[begin:end] @ weight[expert].t())
@@ -22,7 +22,12 @@ def grouped_matmul_reference(rows: Tensor, weight: Tensor, ends: Tensor) -> Tens
 
 
 def grouped_matmul(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """As the reference; `ends` is int32 and its last entry is N. I and O must make rows of a multiple of 16 bytes."""
+    """As the reference, except that the last entry of `ends` (int32) may be below N: what comes out behind it is undefined.
+
+    The kernel wants rows of a multiple of 16 bytes; other widths take the loop.
+    """
+    if any(width * weight.element_size() % 16 for width in weight.shape[1:]):
+        return F.pad(grouped_matmul_reference(rows, weight, ends), (0, 0, 0, rows.shape[0] - int(ends[-1])))
     out: Tensor = _GroupedMatmul.apply(rows, weight, ends)
     return out
 

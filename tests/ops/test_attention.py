@@ -124,7 +124,7 @@ def test_in_bf16_output_and_gradients_stay_within_its_rounding() -> None:
         assert error < 0.01
 
 
-def kept_elements(length: int, *, save_memory: bool) -> int:
+def kept_elements(length: int, *, save_memory: bool, document_ids: Tensor | None = None) -> int:
     """Elements that attention saves for backward beside nothing else."""
     kept: list[Tensor] = []
 
@@ -133,12 +133,14 @@ def kept_elements(length: int, *, save_memory: bool) -> int:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        attention(*inputs((1, 1, length, 4, 4)), scale=0.5, save_memory=save_memory)
+        attention(*inputs((1, 1, length, 4, 4)), scale=0.5, save_memory=save_memory, document_ids=document_ids)
     return sum(t.numel() for t in kept)
 
 
 def test_with_save_memory_nothing_of_quadratic_size_is_kept() -> None:
     assert kept_elements(300, save_memory=True) == 3 * 300 * 4
+    documents = torch.zeros(1, 300, dtype=torch.int64)
+    assert kept_elements(300, save_memory=True, document_ids=documents) == 3 * 300 * 4 + 300
     blocks = 128 * 128 + 128 * 256 + 44 * 300
     assert kept_elements(300, save_memory=False) == 3 * 300 * 4 + blocks
 

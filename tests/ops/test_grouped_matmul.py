@@ -83,3 +83,14 @@ def test_a_gradient_that_nobody_wants_is_left_out(wanted: int) -> None:
     tensors[wanted].requires_grad_()
     grouped_matmul(tensors[0], tensors[1], ends_of([2, 3])).sum().backward()
     assert tensors[wanted].grad is not None and tensors[1 - wanted].grad is None
+
+
+def test_widths_that_the_kernel_refuses_take_the_loop(generator: torch.Generator) -> None:
+    rows = torch.randn(9, 10, generator=generator, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(3, 6, 10, generator=generator, dtype=torch.bfloat16, requires_grad=True)
+    ends = torch.tensor([4, 4, 7], dtype=torch.int32)
+    out = grouped_matmul(rows, weight, ends)
+    assert out.shape == (9, 6)
+    assert torch.equal(out[:7], grouped_matmul_reference(rows, weight, ends))
+    out[:7].sum().backward()
+    assert weight.grad is not None and not weight.grad[1].any()
