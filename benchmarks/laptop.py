@@ -1,6 +1,6 @@
 """The yardstick of `make train`: what the same minutes on the same cores yield with Quintet and with a plain transformers loop.
 
-    python benchmarks/laptop.py [--minutes 5 | --steps 600] [--cores 2] [--peer-learning-rate 3e-3] [--json FILE]
+    python benchmarks/laptop.py [--minutes 5 | --steps 600] [--cores 2] [--peer-learning-rate 2e-3] [--json FILE]
 
 First `quintet train RECIPE` runs as a user would start it, cold (no compiled kernels); then the peer gets exactly the same wall time.
 The peer is DeepseekV3ForCausalLM with about 11 M parameters from random weights: bf16 autocast, grouped_mm experts (the best eager
@@ -152,7 +152,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cores", type=int, default=2, help="cores, and threads, of each (default 2)")
     parser.add_argument("--recipe", default=str(ROOT / "recipes/laptop.toml"))
     parser.add_argument("--points", type=int, default=10, help="evaluations along the way, about (default 10)")
-    parser.add_argument("--peer-learning-rate", type=float, nargs="+", default=[3e-3], help="its peak; several with --only peer")
+    parser.add_argument("--peer-learning-rate", type=float, nargs="+", default=[2e-3], help="its peak (default 2e-3); several with --only peer")
     parser.add_argument("--peer-batch", type=int, help="sequences of each of its batches; absent: the recipe's curve")
     parser.add_argument("--only", choices=("peer",), help="run no Quintet: for choosing the peer's learning rate")
     parser.add_argument("--json", type=Path, help=f"where the result goes (default {RESULT.relative_to(ROOT)}), the plot beside it")
