@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,7 +24,6 @@ def choose(logits: Tensor, *, temperature: float, top_p: float, generator: torch
     return indices.gather(-1, torch.multinomial(ordered, 1, generator=generator))[:, 0]
 
 
-@torch.no_grad()
 def generate(
     model: Transformer,
     prompt: Tensor,
@@ -49,13 +49,19 @@ def generate(
         raise UsageError(f"temperature ({temperature}) must be finite and at least 0, and top_p ({top_p}) above 0 and at most 1")
     if int(prompt.max()) >= model.model.vocab_size:
         raise UsageError(f"token {int(prompt.max())} of the prompt lies outside the model's vocabulary of {model.model.vocab_size}")
+    pick = partial(choose, temperature=temperature, top_p=top_p, generator=generator)
+    return _draw(model, prompt, num_tokens, pick, eos_id)
+
+
+@torch.no_grad()
+def _draw(model: Transformer, prompt: Tensor, num_tokens: int, pick: Callable[[Tensor], Tensor], eos_id: int | None) -> Iterator[int]:
     cache = model.empty_cache(1)
     tokens = prompt[None]
     for _ in range(num_tokens):
         logits = model.decode(tokens, cache)
         if not bool(logits.isfinite().all()):
             raise NumericsError("the model's logits are not finite: its weights are damaged; generate from an earlier checkpoint")
-        token = choose(logits, temperature=temperature, top_p=top_p, generator=generator)
+        token = pick(logits)
         if int(token) == eos_id:
             return
         yield int(token)

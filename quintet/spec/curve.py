@@ -122,6 +122,8 @@ class Curve:
                         f"{sentence!r} begins at a place in {begin.unit} and ends at one in {until.unit if until else 'share'}; "
                         "a sloped piece needs both in one unit: put a 'hold' piece between, or change the unit"
                     )
+            if not (math.isfinite(start) and math.isfinite(end)):
+                raise SpecError(f"{sentence!r} holds a number beyond float64; a curve takes finite values")
             if begin and until and begin.unit == until.unit and until.value < begin.value:
                 raise SpecError(f"{sentence!r} ends before it begins; places must not go backwards")
             segments.append(Segment(shape=shape, start=start, end=end, begin=begin, until=until))

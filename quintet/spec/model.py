@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from quintet.errors import SpecError
@@ -25,8 +26,8 @@ class Yarn:
     """Weight of 0.1 ln(s) in the scale of the attention logits; 0 leaves them alone."""
 
     def __post_init__(self) -> None:
-        if self.factor < 1:
-            raise SpecError(f"yarn.factor ({self.factor}) must be at least 1")
+        if not 1 <= self.factor < math.inf:
+            raise SpecError(f"yarn.factor ({self.factor}) must be at least 1 and finite")
         if self.original_context < 1:
             raise SpecError(f"yarn.original_context ({self.original_context}) must be at least 1 token")
         if self.beta_fast <= self.beta_slow:
@@ -97,8 +98,8 @@ class Model:
             "rms_norm_eps init_std"
         ).split()
         for name in positive:
-            if getattr(self, name) <= 0:
-                raise SpecError(f"{name} ({getattr(self, name)}) must be larger than 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise SpecError(f"{name} ({getattr(self, name)}) must be larger than 0 and finite")
         for name in ("num_dense_layers", "num_shared_experts", "num_mtp_modules"):
             if getattr(self, name) < 0:
                 raise SpecError(f"{name} ({getattr(self, name)}) must not be negative")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,8 +18,8 @@ Recompute = Literal["none", "selective", "full"]
 
 def _positive(section: object, *names: str) -> None:
     for name in names:
-        if getattr(section, name) <= 0:
-            raise SpecError(f"{name} ({getattr(section, name)}) must be larger than 0")
+        if not 0 < getattr(section, name) < math.inf:
+            raise SpecError(f"{name} ({getattr(section, name)}) must be larger than 0 and finite")
 
 
 def _share(section: object, *names: str) -> None:
@@ -100,8 +101,8 @@ class Optimizer:
     def __post_init__(self) -> None:
         _positive(self, "eps", "clip_norm")
         _share(self, "beta1", "beta2")
-        if self.weight_decay < 0:
-            raise SpecError(f"weight_decay ({self.weight_decay}) must not be negative")
+        if not 0 <= self.weight_decay < math.inf:
+            raise SpecError(f"weight_decay ({self.weight_decay}) must be finite and not negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +164,8 @@ class Train:
 
     def __post_init__(self) -> None:
         _positive(self, "micro_batch", "loss_chunk")
+        if not 0 <= self.balance_weight < math.inf:
+            raise SpecError(f"balance_weight ({self.balance_weight}) must be finite and not negative")
         if self.steps is not None:
             _positive(self, "steps")
         if self.num_threads is not None:

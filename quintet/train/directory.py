@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from quintet.data.prepare import Prepared
@@ -38,6 +39,8 @@ def create(run: Run, tokenizer: Tokenizer) -> Path:
         directory.mkdir(parents=True)
         (directory / RECIPE).write_text(parse.dumps(run))
     except OSError as error:
+        with suppress(OSError):  # an empty directory would refuse the next attempt
+            shutil.rmtree(directory)
         raise UsageError(f"cannot make the run's directory {directory}: {error.strerror}; choose another --directory") from None
     tokenizer.save(directory / TOKENIZER)
     return directory

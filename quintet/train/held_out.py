@@ -8,6 +8,7 @@ import torch
 
 from quintet.data.loader import held_out_batches
 from quintet.data.prepare import Prepared
+from quintet.errors import DataError
 from quintet.model.transformer import Transformer
 from quintet.monitor.metrics import Evaluated
 from quintet.ops.cross_entropy import head_loss
@@ -17,6 +18,7 @@ from quintet.spec.run import Run
 @torch.no_grad()
 def held_out_loss(model: Transformer, prepared: Prepared, run: Run, *, sequence_length: int, step: int) -> Evaluated:
     """Cross-entropy of the next token over the same held-out sequences each time; sources without held-out documents are left out.
+    Raises DataError if no source has any.
 
     Bits per byte are nats per token, times the source's tokens per byte, over ln 2.
     """
@@ -46,4 +48,6 @@ def held_out_loss(model: Transformer, prepared: Prepared, run: Run, *, sequence_
         losses[name], tokens[name], domains[name] = total / max(counted, 1), counted, part.source.domain
         meta = part.held_out.meta
         bits[name] = losses[name] * meta.num_tokens / max(meta.num_bytes, 1) / math.log(2)
+    if not losses:
+        raise DataError(f"no source in {prepared.directory} has a held-out document; raise data.held_out or add text, then prepare again")
     return Evaluated(step=step, losses=losses, domains=domains, bits_per_byte=bits, tokens=tokens)

@@ -65,8 +65,8 @@ def run_step(
     if not (math.isfinite(total) and math.isfinite(gradient_norm)):
         optimizer.discard()
         raise NumericsError(
-            f"step {step}: loss {total}, gradient norm {gradient_norm}; both must be finite. The weights are those of step {step - 1}: "
-            "lower the learning rate, or look at the data of this step"
+            f"step {step}: loss {total}, gradient norm {gradient_norm}; both must be finite. Nothing was updated: "
+            "lower the learning rate in the run's recipe.toml, or look at the data of this step, and resume from the newest checkpoint"
         )
     optimizer.step(settings.learning_rate, norm)
     for layer, counts in zip(model.moe_layers(), load, strict=True):

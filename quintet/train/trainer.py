@@ -15,7 +15,7 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from quintet.checkpoint.load import latest
+from quintet.checkpoint.load import latest, list_checkpoints
 from quintet.cost.flops import flops_per_token
 from quintet.data.loader import Loader
 from quintet.data.prepare import Prepared, open_prepared
@@ -51,7 +51,10 @@ def train(run: Run, *, sinks: Sink) -> int:
 
 
 def resume(where: Path, *, sinks: Sink) -> int:
-    """Continue the run in directory `where` from its newest complete checkpoint as if it had not stopped; returns and raises as `train`."""
+    """Continue the run in directory `where` from its newest complete checkpoint as if it had not stopped; returns and raises as `train`.
+
+    A run that stopped before its first checkpoint begins anew, which its seed makes the same.
+    """
     run = parse.read(where / directory.RECIPE)
     refuse_many_devices(run)
     prepared = open_prepared(run.data, run.model.vocab_size)
@@ -59,15 +62,18 @@ def resume(where: Path, *, sinks: Sink) -> int:
     with directory.held(where):
         directory.refuse_other_tokenizer(Tokenizer.from_file(where / directory.TOKENIZER), prepared)
         told: list[str] = []
-        found = latest(where / directory.CHECKPOINTS, verify_content=True, report=told.append)
+        position, data = Position(), dict[str, int]()
+        root = where / directory.CHECKPOINTS
+        found = latest(root, verify_content=True, report=told.append) if list_checkpoints(root) else None
         session = _Session(run, where, prepared, sinks, device=device)
-        position, data = state.restore(found, session.model, session.optimizer)
+        if found:
+            position, data = state.restore(found, session.model, session.optimizer)
         session.enter(position.phase)
         if data:
             session.loader.restore(data)
         # Only now that nothing can refuse any more; and what is told earlier would be cut too.
         truncate_after(where / directory.METRICS, position.step)
-        for text in (*told, f"resumed from {found}"):
+        for text in (*told, f"resumed from {found}" if found else "no checkpoint was written yet: beginning anew"):
             sinks.write(Message(text=text))
         return session.loop(position)
 
@@ -89,6 +95,9 @@ class _Session:
         self.stretches = curriculum(run)
         self.num_steps = sum(stretch.num_steps for stretch in self.stretches)
         self.peak_flops = machine.measured_peak(device, run.train.precision)
+        for name, part in prepared.sources.items():
+            if not part.held_out.num_documents:
+                sinks.write(Message(text=f"source {name!r} has no held-out document and is not evaluated; raise data.held_out or add text"))
         torch.manual_seed(run.seed)  # whatever draws from the global generators, now or later, draws the same in every run of this seed
         self.enter(0)
 
@@ -171,6 +180,8 @@ class _Session:
         )
 
     def _evaluate(self, position: Position) -> None:
+        if not any(part.held_out.num_documents for part in self.prepared.sources.values()):
+            return  # told at the start
         length = self.stretch.phase.sequence_length
         self.sinks.write(held_out_loss(self.model, self.prepared, self.run, sequence_length=length, step=position.step))
 
@@ -183,8 +194,11 @@ class _Session:
 
     def _finish(self, position: Position) -> None:
         samples = [(prompt, self._sample(prompt)) for prompt in self.run.monitor.prompts]
-        report = write_report(self.where, recipe_toml=parse.dumps(self.run), samples=samples)
-        self.sinks.write(Message(text=f"report: {report}"))
+        try:
+            told = f"report: {write_report(self.where, recipe_toml=parse.dumps(self.run), samples=samples)}"
+        except OSError as error:  # the run itself is done and saved
+            told = f"no report could be written to {self.where}: {error.strerror}"
+        self.sinks.write(Message(text=told))
 
     def _sample(self, prompt: str) -> str:
         tokenizer = self.prepared.tokenizer

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from quintet.data.loader import held_out_batches
 from quintet.data.prepare import Prepared, prepare
+from quintet.errors import DataError
 from quintet.evaluate.perplexity import evaluate
 from quintet.model.transformer import Transformer
 from quintet.spec.run import Evaluation, Run
@@ -75,12 +76,13 @@ def test_documents_see_only_themselves_where_the_recipe_masks(run: Run, prepared
     assert held_out_loss(model, prepared, masked, sequence_length=64, step=0).losses != plain.losses
 
 
-def test_a_source_without_held_out_documents_is_left_out(tmp_path: Path, model: Transformer) -> None:
+def test_without_any_held_out_document_there_is_nothing_to_evaluate(tmp_path: Path, model: Transformer) -> None:
     data = corpus(tmp_path)
     data = replace(data, held_out=0.0)
     without = tiny_run(data, tmp_path / "runs")
-    evaluated = held_out_loss(model, prepare(data, vocab_size=MODEL.vocab_size, seed=0), without, sequence_length=16, step=0)
-    assert (evaluated.losses, evaluated.tokens) == ({}, {})
+    prepared = prepare(data, vocab_size=MODEL.vocab_size, seed=0)
+    with pytest.raises(DataError, match=r"no source in .* has a held-out document; raise data\.held_out or add text"):
+        held_out_loss(model, prepared, without, sequence_length=16, step=0)
 
 
 def test_evaluation_leaves_the_model_and_the_random_numbers_alone(run: Run, prepared: Prepared, model: Transformer) -> None:

@@ -85,7 +85,9 @@ def test_an_empty_prompt_is_refused() -> None:
         next(generate(build(SMALL), torch.empty(0, dtype=torch.int64), num_tokens=3))
 
 
-@pytest.mark.parametrize("values", [{"temperature": -0.1}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_p": -1.0}], ids=str)
+@pytest.mark.parametrize(
+    "values", [{"temperature": -0.1}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_p": -1.0}], ids=str
+)
 def test_sampling_values_out_of_range_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=r"temperature \(.*\) must be finite and at least 0, and top_p \(.*\) above 0 and at most 1"):
         next(generate(build(SMALL), some_tokens(SMALL, 3), num_tokens=3, **values))

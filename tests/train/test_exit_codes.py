@@ -338,7 +338,7 @@ def test_numbers_that_are_not_finite_are_12_and_the_checkpoint_before_is_whole(t
     code, err = tell("train", write_recipe(run, tmp_path / "r.toml"))
     assert code == 12
     assert "error: step 6: loss" in err
-    assert "both must be finite. The weights are those of step 5: lower the learning rate" in err
+    assert "both must be finite. Nothing was updated: lower the learning rate" in err
     assert verdict(run) == ("failed", 12)
     assert latest(checkpoints(run), verify_content=True).name == "step-00000004"
     # The remedy works: with a lower rate the run goes on from there.

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from quintet.checkpoint.load import list_checkpoints
-from quintet.errors import DONE, INTERRUPTED, CheckpointError
+from quintet.errors import DONE, INTERRUPTED
 from quintet.monitor.metrics import Record, Saved, read_events
 from quintet.spec.run import Checkpoint, Data, Evaluation, Phase, Run
 from tests.train.runs import PHASE, At, assert_same, checkpoint, make_quick, records, resume, send, tiny_run, train, where
@@ -199,10 +199,10 @@ def test_kill_9_at_a_random_moment_and_a_resume_equal_a_whole_run(run: Run, coun
     assert sorted(path.name for path in (where(run) / "checkpoints").iterdir()) == ["step-00000008", "step-00000010"]
 
 
-def test_a_run_that_is_killed_before_its_first_checkpoint_says_so(run: Run) -> None:
+def test_a_run_that_is_killed_before_its_first_checkpoint_begins_anew(run: Run) -> None:
     assert killed(lambda: train(run, At(3, lambda: send(signal.SIGKILL))))
-    with pytest.raises(CheckpointError, match=r"no checkpoint under .* a run writes one every"):
-        resume(run)
+    assert resume(run) == DONE
+    assert [record.step for record in records(run)] == [*range(1, 11)]
 
 
 def test_resuming_a_finished_run_changes_nothing(run: Run) -> None:

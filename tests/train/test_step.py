@@ -107,7 +107,7 @@ def test_what_is_not_finite_is_told_and_changes_nothing(run: Run, prepared: Prep
     with torch.no_grad():
         model.head.weight[0, 0] = poison
     before = {name: tensor.clone() for name, tensor in tensors(model, optimizer).items()}
-    with pytest.raises(NumericsError, match=r"step 2: loss \S+, gradient norm \S+; both must be finite\. The weights are those of step 1"):
+    with pytest.raises(NumericsError, match=r"step 2: loss \S+, gradient norm \S+; both must be finite\. Nothing was updated"):
         run_step(model, optimizer, batch, settings=SETTINGS, train=run.train, document_mask=False, step=2)
     assert optimizer.num_steps == 1
     for name, tensor in tensors(model, optimizer).items():
