@@ -152,7 +152,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cores", type=int, default=2, help="cores, and threads, of each (default 2)")
     parser.add_argument("--recipe", default=str(ROOT / "recipes/laptop.toml"))
     parser.add_argument("--points", type=int, default=10, help="evaluations along the way, about (default 10)")
-    parser.add_argument("--peer-learning-rate", type=float, nargs="+", default=[2e-3], help="its peak (default 2e-3); several with --only peer")
+    parser.add_argument("--peer-learning-rate", type=float, nargs="+", default=[2e-3], help="its peak; several with --only peer")
     parser.add_argument("--peer-batch", type=int, help="sequences of each of its batches; absent: the recipe's curve")
     parser.add_argument("--only", choices=("peer",), help="run no Quintet: for choosing the peer's learning rate")
     parser.add_argument("--json", type=Path, help=f"where the result goes (default {RESULT.relative_to(ROOT)}), the plot beside it")
