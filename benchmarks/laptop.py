@@ -251,7 +251,7 @@ def execute(command: Sequence[str], *, log: Path, cores: int) -> None:
 def started(command: Sequence[str], *, log: Path, cores: int, cache: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
     """A process, awaited at the end of the block; its output goes to `log`. Exits with the output's tail if it fails."""
     # `quintet` lets waiting threads sleep, without which a busy machine slows a step many times: the peer gets the same.
-    environment = {"OMP_WAIT_POLICY": "passive", **os.environ, "OMP_NUM_THREADS": str(cores), "MKL_NUM_THREADS": str(cores)}
+    environment = {"GOMP_SPINCOUNT": "2000", **os.environ, "OMP_NUM_THREADS": str(cores), "MKL_NUM_THREADS": str(cores)}
     if cache is not None:
         environment["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
     with log.open("wb") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment) as process:

@@ -70,9 +70,9 @@ def dispatch(arguments: list[str]) -> int:
         kind = "an option" if first.startswith("-") else "a command"
         known = [*COMMANDS, "--help", "--version", "--print-completion"]
         raise UsageError(f"{first!r} is not {kind} of quintet{did_you_mean(first, known)}; commands: {', '.join(COMMANDS)}")
-    # Read by OpenMP when torch is loaded. Threads that spin while they wait for each other make a step tens of times slower as soon
-    # as another program wants one of the cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Read by OpenMP when torch is loaded. By default its threads spin while they wait for each other, and a step becomes tens of times
+    # slower as soon as another program wants one of the cores; a short spin is as fast on a quiet machine, and bears a busy one.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     return int(importlib.import_module(_module(first)).main(rest))
 
 
