@@ -16,10 +16,8 @@ from quintet.data.mix import Mixture
 from quintet.data.pack import PADDING, Rows, stream_key
 from quintet.data.prepare import Prepared
 from quintet.errors import DataError
+from quintet.ops.cross_entropy import IGNORED
 from quintet.spec.run import Data
-
-IGNORED = -100
-"""Label of positions that have no loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
