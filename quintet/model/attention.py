@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from quintet.model.layers import Linear, RMSNorm
+from quintet.model.layers import Alone, Exchange, Linear, RMSNorm
 from quintet.model.recompute import recomputed
 from quintet.model.rope import softmax_scale
-from quintet.ops.attention import CoreAttention, attention, visible
+from quintet.ops.attention import attention, visible
 from quintet.ops.pointwise import Kernels, rotate
 from quintet.spec.model import Model
 
@@ -36,13 +37,43 @@ class LatentCache:
         self.k_pe = torch.cat((self.k_pe, k_pe), 1)
 
 
+@dataclass(frozen=True)
+class Latents:
+    """What attention is made of, before any projection up to heads: q [B, S, .] (the hidden state where queries are not compressed),
+    kv [B, S, C] not yet normalised, and k_pe [B, S, R] not yet rotated."""
+
+    q: Tensor
+    kv: Tensor
+    k_pe: Tensor
+
+
+class Attend(Protocol):
+    """The seam that ring attention replaces: from latents to the heads' outputs, with the weights of `layer`."""
+
+    def __call__(self, layer: LatentAttention, x: Latents, rotation: tuple[Tensor, Tensor], document_ids: Tensor | None) -> Tensor:
+        """Latents of S tokens, rotation cos and sin [S, R/2], document_ids [B, S] or None -> [B, H, S, V]."""
+        ...
+
+
+def attend_alone(layer: LatentAttention, x: Latents, rotation: tuple[Tensor, Tensor], document_ids: Tensor | None) -> Tensor:
+    """The whole sequence is here: project up, then causal attention."""
+
+    def up() -> tuple[Tensor, Tensor, Tensor]:
+        return layer.up_project(x, rotation)
+
+    q, k, v = up()
+    with recomputed((q, k, v), up, active=layer.recompute):
+        return attention(q, k, v, scale=layer.scale, document_ids=document_ids, save_memory=layer.recompute)
+
+
 class LatentAttention(nn.Module):
-    """MLA with the rotary part apart; `core` is the seam that ring attention replaces."""
+    """MLA with the rotary part apart. `attend` and `exchange` are seams; with split heads the weights hold only this rank's."""
 
     def __init__(self, model: Model, *, kernels: Kernels) -> None:
         super().__init__()
         self.model, self.kernels = model, kernels
-        self.core: CoreAttention = attention
+        self.attend: Attend = attend_alone
+        self.exchange: Exchange = Alone()
         self.recompute = False
         self.scale = softmax_scale(model)
         heads = model.num_heads
@@ -58,29 +89,24 @@ class LatentAttention(nn.Module):
         self.wo = Linear(heads * model.v_head_dim, model.hidden_size)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], document_ids: Tensor | None) -> Tensor:
-        """x [B, S, D], rotation cos and sin [S, R/2], document_ids [B, S] or None -> [B, S, D]."""
-        q_latent = x if self.model.q_lora_rank is None else self.wq_a(x)
-        kv_latent, k_pe = self.wkv_a(x).split((self.model.kv_lora_rank, self.model.qk_rope_head_dim), -1)
+        """x [B, S, D], rotation cos and sin [S, R/2], document_ids [B, S] or None -> [B, S, D].
 
-        def up() -> tuple[Tensor, Tensor, Tensor]:
-            return self._up_project(q_latent, kv_latent, k_pe, rotation)
+        Under tensor parallelism x holds this rank's S/tp tokens: the latents, not the hidden states, are what ranks exchange.
+        """
+        q_latent, kv_a = self.exchange.gather(x if self.model.q_lora_rank is None else self.wq_a(x), self.wkv_a(x), dim=1)
+        kv_latent, k_pe = kv_a.split((self.model.kv_lora_rank, self.model.qk_rope_head_dim), -1)
+        out = self.attend(self, Latents(q_latent, kv_latent, k_pe), rotation, document_ids)
+        return self.exchange.scatter(self.wo(out.transpose(1, 2).flatten(2)), dim=1)
 
-        q, k, v = up()
-        with recomputed((q, k, v), up, active=self.recompute):
-            out = self.core(q, k, v, scale=self.scale, document_ids=document_ids, save_memory=self.recompute)
-        return self.wo(out.transpose(1, 2).flatten(2))
+    def up_project(self, x: Latents, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents of S tokens -> q [B, H, S, N+R] and k [B, H, S, N+R], rotated, and v [B, H, S, V]."""
+        q = self.queries(x.q)
+        normed = self.kv_norm(x.kv)
+        with recomputed((normed,), lambda: (self.kv_norm(x.kv),), active=self.recompute):
+            kv = self.wkv_b(normed).unflatten(-1, (-1, self.model.qk_nope_head_dim + self.model.v_head_dim))
+        return self.kernels.assemble_qkv(q, kv, x.k_pe, *rotation)
 
-    def _up_project(
-        self, q_latent: Tensor, kv_latent: Tensor, k_pe: Tensor, rotation: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents [B, S, .] -> q [B, H, S, N+R], k [B, H, S, N+R], v [B, H, S, V]."""
-        q = self._queries(q_latent)
-        normed = self.kv_norm(kv_latent)
-        with recomputed((normed,), lambda: (self.kv_norm(kv_latent),), active=self.recompute):
-            kv = self.wkv_b(normed).unflatten(-1, (self.model.num_heads, -1))
-        return self.kernels.assemble_qkv(q, kv, k_pe, *rotation)
-
-    def _queries(self, q_latent: Tensor) -> Tensor:
+    def queries(self, q_latent: Tensor) -> Tensor:
         """[B, S, .] -> [B, S, H, N+R], not yet rotated."""
         if self.model.q_lora_rank is None:
             q = self.wq(q_latent)
@@ -88,7 +114,7 @@ class LatentAttention(nn.Module):
             normed = self.q_norm(q_latent)
             with recomputed((normed,), lambda: (self.q_norm(q_latent),), active=self.recompute):
                 q = self.wq_b(normed)
-        return q.unflatten(-1, (self.model.num_heads, self.model.qk_head_dim))
+        return q.unflatten(-1, (-1, self.model.qk_head_dim))
 
     def empty_cache(self, batch: int) -> LatentCache:
         """A cache without tokens for `batch` sequences, in the weights' dtype and on their device."""
@@ -102,13 +128,12 @@ class LatentAttention(nn.Module):
         and sum p (W_UV c) = W_UV (sum p c), so keys and values are never expanded.
         """
         q_latent = x if self.model.q_lora_rank is None else self.wq_a(x)
-        q_nope, q_pe = self._queries(q_latent).split((self.model.qk_nope_head_dim, self.model.qk_rope_head_dim), -1)
+        q_nope, q_pe = self.queries(q_latent).split((self.model.qk_nope_head_dim, self.model.qk_rope_head_dim), -1)
         cos, sin = rotation
         kv_latent, k_pe = self.wkv_a(x).split((self.model.kv_lora_rank, self.model.qk_rope_head_dim), -1)
         cache.append(self.kv_norm(kv_latent), rotate(k_pe, cos, sin))
-        up_k, up_v = self.wkv_b.weight.view(self.model.num_heads, -1, self.model.kv_lora_rank).split(
-            (self.model.qk_nope_head_dim, self.model.v_head_dim), 1
-        )
+        widths = (self.model.qk_nope_head_dim, self.model.v_head_dim)
+        up_k, up_v = self.wkv_b.weight.view(-1, sum(widths), self.model.kv_lora_rank).split(widths, 1)
         absorbed = torch.einsum("bshn,hnc->bhsc", q_nope, up_k)
         scores = absorbed @ cache.kv[:, None].transpose(2, 3) + rotate(q_pe, cos[:, None], sin[:, None]).transpose(1, 2) @ cache.k_pe[
             :, None

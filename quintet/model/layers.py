@@ -1,12 +1,40 @@
-"""The small parts that every block is made of: linear map, RMSNorm, gated feed-forward."""
+"""The small parts that every block is made of: linear map, RMSNorm, gated feed-forward; and the seam where a sequence is shared out."""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quintet.ops.pointwise import Kernels
+
+
+class Exchange(Protocol):
+    """The seam of tensor parallelism around products whose weights are split: tokens come in from, and sums go back to, the ranks that
+    share a sequence (arXiv 2205.05198, section 4.2.2). Alone, both do nothing.
+    """
+
+    def gather(self, *shards: Tensor, dim: int) -> tuple[Tensor, ...]:
+        """Tensors that hold this rank's tokens along `dim` -> the same with the tokens of all ranks, in their order."""
+        ...
+
+    def scatter(self, partial: Tensor, *, dim: int) -> Tensor:
+        """This rank's term of a sum over the ranks, for all tokens -> the whole sum, for this rank's tokens along `dim`."""
+        ...
+
+
+class Alone:
+    """The exchange of a single device."""
+
+    def gather(self, *shards: Tensor, dim: int) -> tuple[Tensor, ...]:
+        """All tokens are here."""
+        return shards
+
+    def scatter(self, partial: Tensor, *, dim: int) -> Tensor:
+        """All terms are here."""
+        return partial
 
 
 class Linear(nn.Module):
@@ -33,13 +61,16 @@ class RMSNorm(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """w2(silu(w1 x) * w3 x): [T, D] -> [T, D]. w1 and w3 are stored as one tensor [2, F, D] so that one product serves both."""
+    """w2(silu(w1 x) * w3 x): [..., D] -> [..., D]. w1 and w3 are stored as one tensor [2, F, D] so that one product serves both."""
 
     def __init__(self, hidden_size: int, ffn_size: int, *, kernels: Kernels) -> None:
         super().__init__()
         self.w13 = nn.Parameter(torch.empty(2, ffn_size, hidden_size))
         self.w2 = nn.Parameter(torch.empty(hidden_size, ffn_size))
         self.kernels = kernels
+        self.exchange: Exchange = Alone()
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.kernels.swiglu(F.linear(x, self.w13.flatten(0, 1))), self.w2)
+        (tokens,) = self.exchange.gather(x.flatten(0, -2), dim=0)
+        out = F.linear(self.kernels.swiglu(F.linear(tokens, self.w13.flatten(0, 1))), self.w2)
+        return self.exchange.scatter(out, dim=0).view_as(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,6 @@ from torch import Tensor
 
 from quintet.model.mtp import shifted
 from quintet.model.transformer import Transformer
-from quintet.ops.cross_entropy import head_loss
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Weights:
 class Loss:
     """Parts of one micro-batch's share of the step's loss: scalars in fp32, `load` [layers, E] int64, MTP modules last.
 
-    `total` carries the graph, the others are detached: cross-entropies in nats per token of the whole step.
+    `total` carries the graph, the others are detached: cross-entropies in nats per token of the whole step. The shares of all
+    micro-batches on all ranks add up to the step's loss, and their gradients to its gradient.
     """
 
     total: Tensor
@@ -36,37 +37,41 @@ class Loss:
     load: Tensor
 
 
-def count_labels(labels: Tensor, num_mtp_modules: int) -> tuple[int, ...]:
-    """Predicted positions of labels [B, S]: of the main model, then of each MTP depth."""
-    return tuple(int((shifted(labels, depth) >= 0).sum()) for depth in range(num_mtp_modules + 1))
+def targets_by_depth(labels: Tensor, num_mtp_modules: int) -> Tensor:
+    """labels [B, S] of whole sequences -> [M+1, B, S]: the targets of the main model, then of each MTP module."""
+    return torch.stack([shifted(labels, depth) for depth in range(num_mtp_modules + 1)])
+
+
+def count_targets(targets: Tensor) -> Tensor:
+    """targets [M+1, B, S] -> how many are predicted at each depth: int64 [M+1]."""
+    return (targets >= 0).sum((1, 2))
 
 
 def training_loss(
     model: Transformer,
     inputs: Tensor,
-    labels: Tensor,
+    targets: Tensor,
     *,
+    positions: Tensor | None = None,
     document_ids: Tensor | None = None,
     weights: Weights,
-    num_labels: tuple[int, ...],
+    num_targets: Sequence[int],
     num_sequences: int,
     chunk: int,
 ) -> Loss:
-    """inputs, labels and document_ids [B, S] of a micro-batch -> its share of the loss of a step.
+    """inputs and document_ids [B, S] and targets [M+1, B, S] (see targets_by_depth) of a micro-batch -> its share of the loss of a step.
 
-    `num_labels` (see count_labels) and `num_sequences` are those of the whole step, so that the shares of its micro-batches add
-    up to the step's mean whatever their padding.
+    `num_targets` (see count_targets) and `num_sequences` are those of the whole step, so that the shares of its micro-batches add
+    up to the step's mean whatever their padding. `positions` [S] are the tokens' places in their sequence, if not 0, 1, 2 ...
     """
-    output = model(inputs, labels=labels if weights.mtp else None, document_ids=document_ids)
-    kernel = model.kernels.cross_entropy
+    output = model(inputs, targets=targets if weights.mtp else None, positions=positions, document_ids=document_ids)
     losses = [
-        head_loss(hidden.flatten(0, 1), model.head_weight, shifted(labels, depth).flatten(), chunk=chunk, kernel=kernel)
-        / max(num_labels[depth], 1)
+        model.loss(hidden, targets[depth], chunk=chunk) / max(num_targets[depth], 1)
         for depth, hidden in enumerate((output.hidden, *output.mtp))
     ]
     none = torch.zeros((), device=inputs.device)
     mtp = torch.stack(losses[1:]).mean() if output.mtp else none
-    balance = torch.stack([s.balance_loss for s in output.moe]).sum() * (inputs.shape[0] / num_sequences) if output.moe else none
+    balance = torch.stack([s.balance_loss for s in output.moe]).sum() / num_sequences if output.moe else none
     load = torch.zeros(model.num_moe_layers, model.model.num_routed_experts, dtype=torch.int64, device=inputs.device)
     for row, statistics in zip(load, output.moe, strict=False):  # modules that did not run have no load
         row.copy_(statistics.load)

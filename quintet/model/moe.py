@@ -5,6 +5,7 @@ Letters: T tokens, N token-expert rows (padded per expert), D hidden, F expert i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,7 +22,8 @@ from quintet.spec.model import Model
 
 @dataclass(frozen=True)
 class MoEStatistics:
-    """Of one MoE layer and micro-batch: load [E] (tokens per expert, int64) and the balance loss (scalar)."""
+    """Of one MoE layer and micro-batch: load [E] (tokens per expert, int64) and the balance loss summed over sequences (scalar); where
+    sequences are shared out over ranks, this rank's share of both."""
 
     load: Tensor
     balance_loss: Tensor
@@ -43,7 +45,8 @@ class Experts(nn.Module):
 
 
 class Dispatch(Protocol):
-    """The seam that expert parallelism replaces: bring rows to their experts, compute, bring the sums back."""
+    """The seam that expert parallelism replaces: bring rows to their experts, compute, bring the sums back. `experts` holds this rank's
+    experts only, all of them where it is alone."""
 
     def __call__(self, x: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor, Tensor]:
         """x [T, D] -> the gated sum of each token's experts [T, D], and the load [E]."""
@@ -58,7 +61,8 @@ def local_dispatch(x: Tensor, routing: Routing, experts: Experts) -> tuple[Tenso
 
 
 class MixtureOfExperts(nn.Module):
-    """Shared plus routed experts; `dispatch` is the seam."""
+    """Shared plus routed experts. `dispatch` is a seam, and so is `whole_count`, which adds up counts [B, E] over the ranks that share
+    the sequences."""
 
     def __init__(self, model: Model, *, kernels: Kernels) -> None:
         super().__init__()
@@ -71,6 +75,7 @@ class MixtureOfExperts(nn.Module):
             else None
         )
         self.dispatch: Dispatch = local_dispatch
+        self.whole_count: Callable[[Tensor], Tensor] = lambda count: count
 
     def forward(self, x: Tensor) -> tuple[Tensor, MoEStatistics]:
         """x [B, S, D] -> [B, S, D] and the layer's statistics."""
@@ -79,6 +84,6 @@ class MixtureOfExperts(nn.Module):
         out, load = self.dispatch(tokens, routing, self.experts)
         if self.shared is not None:
             out = out + self.shared(tokens)
-        balance = sequence_balance_loss(routing.scores, x.shape[0], self.model.num_experts_per_token)
+        balance = sequence_balance_loss(routing.scores, x.shape[0], self.model.num_experts_per_token, whole_count=self.whole_count)
         return out.view_as(x), MoEStatistics(load=load, balance_loss=balance)
 

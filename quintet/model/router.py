@@ -5,6 +5,7 @@ Letters: T tokens, D hidden, E experts, K experts per token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -66,13 +67,19 @@ def updated_bias(bias: Tensor, load: Tensor, speed: float) -> Tensor:
     return bias + speed * torch.sign(load.mean() - load)
 
 
-def sequence_balance_loss(scores: Tensor, num_sequences: int, experts_per_token: int) -> Tensor:
-    """V3 eq. 17-20 without alpha: scores [T, E], T = num_sequences * S -> the mean over sequences of sum_i f_i P_i."""
-    per_sequence = scores.unflatten(0, (num_sequences, -1))
-    length, num_experts = per_sequence.shape[1:]
+def sequence_balance_loss(
+    scores: Tensor, num_sequences: int, experts_per_token: int, *, whole_count: Callable[[Tensor], Tensor] = lambda count: count
+) -> Tensor:
+    """V3 eq. 17-20 without alpha: scores [T, E], T = num_sequences * S -> the sum over sequences of sum_i f_i P_i.
+
+    Where ranks hold parts of the sequences, `whole_count` adds up their counts [B, E]; f is a constant to the gradient and P a mean over
+    tokens, so the results of the ranks are shares that add up, and so do their gradients.
+    """
+    per_sequence = scores.view(num_sequences, -1 if num_sequences else 1, scores.shape[1])
     chosen = per_sequence.detach().topk(experts_per_token, dim=2).indices.flatten(1)
-    count = torch.zeros(num_sequences, num_experts, dtype=scores.dtype, device=scores.device)
-    count.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=scores.dtype))
-    f = count * (num_experts / (experts_per_token * length))
-    p = (per_sequence / per_sequence.sum(2, keepdim=True)).mean(1)
-    return (f * p).sum(1).mean()
+    count = torch.zeros(num_sequences, scores.shape[1], dtype=scores.dtype, device=scores.device)
+    count = whole_count(count.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=scores.dtype)))
+    length = count.sum(1, keepdim=True) / experts_per_token
+    f = count * (scores.shape[1] / experts_per_token) / length
+    p = (per_sequence / per_sequence.sum(2, keepdim=True)).sum(1) / length
+    return (f * p).sum()

@@ -5,8 +5,9 @@ Letters: B batch, S sequence, D hidden, C vocabulary, M number of MTP modules.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,9 @@ from quintet.model.attention import LatentAttention, LatentCache
 from quintet.model.block import Block
 from quintet.model.layers import RMSNorm
 from quintet.model.moe import MixtureOfExperts, MoEStatistics
-from quintet.model.mtp import MtpModule, shifted
+from quintet.model.mtp import MtpModule
 from quintet.model.rope import rotation
+from quintet.ops.cross_entropy import CrossEntropy, head_loss
 from quintet.ops.pointwise import REFERENCE, Kernels
 from quintet.spec.model import Model
 from quintet.spec.run import Recompute
@@ -34,15 +36,29 @@ class Output:
     moe: tuple[MoEStatistics, ...]
 
 
+class HeadLoss(Protocol):
+    """The seam that a head with a split vocabulary replaces."""
+
+    def __call__(self, hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk: int, kernel: CrossEntropy) -> Tensor:
+        """hidden [B, S, D], weight [C, D], labels [B, S] (negative: ignored) -> sum of the losses, `chunk` tokens' logits at a time."""
+        ...
+
+
+def local_head_loss(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk: int, kernel: CrossEntropy) -> Tensor:
+    """All rows of the head are here."""
+    return head_loss(hidden.flatten(0, 1), weight, labels.flatten(), chunk=chunk, kernel=kernel)
+
+
 class Embedding(nn.Module):
-    """Token ids [B, S] -> [B, S, D]."""
+    """Token ids [B, S] -> [B, S, D]. `lookup`, from ids and weight, is the seam that a split vocabulary replaces."""
 
     def __init__(self, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+        self.lookup: Callable[[Tensor, Tensor], Tensor] = F.embedding
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.weight)
+        return self.lookup(tokens, self.weight)
 
 
 class Head(nn.Module):
@@ -69,24 +85,30 @@ class Transformer(nn.Module):
             self.head = Head(model.vocab_size, model.hidden_size)
         self.mtp = nn.ModuleList(MtpModule(model, kernels=kernels) for _ in range(model.num_mtp_modules))
         self.recompute_blocks = False
+        self.head_loss: HeadLoss = local_head_loss
 
     @property
     def head_weight(self) -> Tensor:
         """The output head's matrix [C, D], the embedding's own where they are tied."""
         return self.embed.weight if self.model.tie_embeddings else self.head.weight
 
-    def forward(self, inputs: Tensor, *, labels: Tensor | None = None, document_ids: Tensor | None = None) -> Output:
-        """inputs [B, S] -> Output. With labels [B, S] (the next tokens) the MTP modules run too."""
-        turn = rotation(self.model, torch.arange(inputs.shape[1], device=inputs.device))
+    def forward(
+        self, inputs: Tensor, *, targets: Tensor | None = None, positions: Tensor | None = None, document_ids: Tensor | None = None
+    ) -> Output:
+        """inputs [B, S] at `positions` [S] of their sequences (default: 0, 1, 2 ...) -> Output.
+
+        With targets [M+1, B, S] the MTP modules run too: module k reads the tokens that depth k - 1 predicts.
+        """
+        turn = rotation(self.model, torch.arange(inputs.shape[1], device=inputs.device) if positions is None else positions)
         statistics: list[MoEStatistics] = []
         x = self.embed(inputs)
         for block in self.layers:
             x = self._run(block, statistics, x, turn, document_ids)
         hidden = [self.norm(x)]
         # Each depth continues from the normalised states of the one before, as the inference of the published weights does.
-        for depth, module in enumerate(self.mtp if labels is not None else ()):
-            assert labels is not None and isinstance(module, MtpModule)
-            embedded = self.embed(shifted(labels, depth).clamp(min=0))
+        for depth, module in enumerate(self.mtp if targets is not None else ()):
+            assert targets is not None and isinstance(module, MtpModule)
+            embedded = self.embed(targets[depth].clamp(min=0))
             hidden.append(module.norm(self._run(module, statistics, hidden[-1], embedded, turn, document_ids)))
         return Output(hidden=hidden[0], mtp=tuple(hidden[1:]), moe=tuple(statistics))
 
@@ -99,6 +121,10 @@ class Transformer(nn.Module):
         if found is not None:
             statistics.append(found)
         return x
+
+    def loss(self, hidden: Tensor, labels: Tensor, *, chunk: int) -> Tensor:
+        """hidden [B, S, D] as in Output, labels [B, S] (negative: ignored) -> sum of the cross-entropies in nats."""
+        return self.head_loss(hidden, self.head_weight, labels, chunk=chunk, kernel=self.kernels.cross_entropy)
 
     def logits(self, inputs: Tensor, *, document_ids: Tensor | None = None) -> Tensor:
         """inputs [B, S] -> logits [B, S, C] of the main model, all at once: for inspection and tests, not for training."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,17 +21,6 @@ QUERY_BLOCK = 128
 """Queries of one block: the score block of one head then stays in the second-level cache."""
 KEEP_PROBABILITIES_BELOW = 2048
 """Sequences up to this length keep their probabilities for backward, unless memory is to be saved; longer ones never do."""
-
-
-class CoreAttention(Protocol):
-    """The seam that ring attention replaces: softmax(q k^T scale) v with a causal mask."""
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_ids: Tensor | None, save_memory: bool) -> Tensor:
-        """q [B, H, S, D], k [B, H, S, D], v [B, H, S, V], document_ids [B, S] or None -> [B, H, S, V].
-
-        With save_memory nothing of size S x S is kept for backward.
-        """
-        ...
 
 
 def visible(num_queries: int, num_keys: int, *, document_ids: Tensor | None, device: torch.device) -> Tensor:
@@ -47,7 +36,8 @@ def visible(num_queries: int, num_keys: int, *, document_ids: Tensor | None, dev
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_ids: Tensor | None = None) -> Tensor:
-    """softmax(q k^T scale) v as written; queries may be the last S of K keys. Shapes as CoreAttention."""
+    """softmax(q k^T scale) v as written, with a causal mask: q [B, H, S, D], k [B, H, K, D], v [B, H, K, V], document_ids [B, K] or
+    None -> [B, H, S, V]. The queries are the last S of K keys."""
     mask = visible(q.shape[2], k.shape[2], document_ids=document_ids, device=q.device)
     scores = (q @ k.transpose(2, 3)).float() * scale
     return scores.masked_fill(~mask, -math.inf).softmax(-1).to(v.dtype) @ v
@@ -56,7 +46,8 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, *, scale: float, docume
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_ids: Tensor | None = None, save_memory: bool = False
 ) -> Tensor:
-    """The fastest path for the device at hand; equals `attention_reference`. Shapes as CoreAttention."""
+    """The fastest path for the device at hand; equals `attention_reference` with S = K. With save_memory nothing of size S x S is kept
+    for backward."""
     if q.device.type == "cpu":
         out: Tensor = BlockedAttention.apply(q, k, v, scale, document_ids, save_memory)
         return out

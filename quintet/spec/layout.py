@@ -1,11 +1,40 @@
-"""The degrees of parallelism, and every rule between them."""
+"""The degrees of parallelism, who sits where, and every rule between the degrees, the model and the batch.
+
+Ranks are numbered with tp innermost, then cp, dp and pp: rank = ((pp_index dp + dp_index) cp + cp_index) tp + tp_index, so that what
+talks most lies closest. A stage's dp x cp replicas, numbered dp_index cp + cp_index, are divided into neighbouring runs of ep ranks that
+together hold all experts once; an expert's own replicas are the ranks at the same place of each run.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from quintet.errors import SpecError
+from quintet.spec.model import Model
+
+Degree = Literal["dp", "tp", "pp", "ep", "cp", "expert_tp"]
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Where a rank sits on each axis; `expert_dp` counts the replicas of its experts, `ep` its place among them."""
+
+    pp: int
+    dp: int
+    cp: int
+    tp: int
+    ep: int
+    expert_dp: int
+    expert_tp: int
+
+    def along(self, axis: str) -> int:
+        """The place on one axis."""
+        place: int = getattr(self, axis)
+        return place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,27 +42,213 @@ class Layout:
     """How many ways each dimension is split; all 1 is a single device."""
 
     dp: int = 1
-    """Data-parallel replicas."""
+    """Data-parallel replicas: each takes its share of the batch."""
     tp: int = 1
-    """Tensor-parallel ways."""
+    """Tensor-parallel ways: heads, feed-forwards and vocabulary are split, and the tokens outside of them."""
     pp: int = 1
     """Pipeline stages."""
     ep: int = 1
-    """Expert-parallel ways, inside dp x cp."""
+    """Expert-parallel ways, inside dp x cp: the routed experts are split."""
     cp: int = 1
-    """Context-parallel ways: the sequence is split."""
+    """Context-parallel ways: the sequence is split, and keys and values go round a ring."""
+    expert_tp: int = 1
+    """Tensor-parallel ways of each routed expert: 1 (experts whole) or tp."""
     zero: Literal[0, 1, 2, 3] = 0
-    """ZeRO stage: what the data-parallel replicas shard (1 optimizer, 2 and gradients, 3 and weights)."""
+    """ZeRO stage: what replicas shard (1 optimizer state; 2 gradients too; 3 weights too)."""
+    zero_ranks: int | None = None
+    """Replicas that share one set of ZeRO's shards (hybrid sharding); absent: all of dp x cp."""
+    node_size: int = 8
+    """Devices of one node, between which links are fast."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if field.name != "zero" and getattr(self, field.name) < 1:
-                raise SpecError(f"{field.name} ({getattr(self, field.name)}) must be at least 1")
-        if (self.dp * self.cp) % self.ep:
-            divisors = [d for d in range(1, self.dp * self.cp + 1) if (self.dp * self.cp) % d == 0]
-            raise SpecError(f"dp x cp ({self.dp * self.cp}) must be divisible by ep ({self.ep}); choose ep from {divisors}")
+            value = getattr(self, field.name)
+            if field.name != "zero" and value is not None and value < 1:
+                raise SpecError(f"layout.{field.name} ({value}) must be at least 1")
 
     @property
     def num_ranks(self) -> int:
         """Devices that the layout takes."""
         return self.dp * self.tp * self.pp * self.cp
+
+    @property
+    def num_replicas(self) -> int:
+        """Ranks of a stage that hold the same dense weights: dp x cp."""
+        return self.dp * self.cp
+
+    @property
+    def expert_dp(self) -> int:
+        """Ranks of a stage, at one place of tp, that hold the same experts."""
+        return self.num_replicas // self.ep
+
+    def degree(self, axis: str) -> int:
+        """Ranks along an axis."""
+        degree: int = getattr(self, axis)
+        return degree
+
+    def coordinates(self, rank: int) -> Coordinates:
+        """Where `rank` sits."""
+        rest, tp = divmod(rank, self.tp)
+        replica, pp = rest % self.num_replicas, rest // self.num_replicas
+        return Coordinates(
+            pp=pp,
+            dp=replica // self.cp,
+            cp=replica % self.cp,
+            tp=tp,
+            ep=replica % self.ep,
+            expert_dp=replica // self.ep,
+            expert_tp=tp if self.expert_tp > 1 else 0,
+        )
+
+    def group_of(self, rank: int, axis: str) -> tuple[int, ...]:
+        """The ranks that `rank` exchanges with along an axis of `GROUPS`, itself among them, ascending."""
+        at, same = self.coordinates(rank), GROUPS[axis]
+        num_in_stage = self.num_ranks // self.pp
+        others = range(self.num_ranks) if axis == "pp" else range(at.pp * num_in_stage, (at.pp + 1) * num_in_stage)
+        key = same(self, at)
+        return tuple(other for other in others if same(self, self.coordinates(other)) == key)
+
+    def nodes_of(self, ranks: Iterable[int]) -> tuple[int, ...]:
+        """The nodes that the ranks lie on."""
+        return tuple(sorted({rank // self.node_size for rank in ranks}))
+
+    def __str__(self) -> str:
+        shown = {"pp": self.pp, "dp": self.dp, "cp": self.cp, "tp": self.tp, "ep": self.ep, "expert_tp": self.expert_tp, "zero": self.zero}
+        text = " ".join(f"{name}={value}" for name, value in shown.items() if value != (0 if name == "zero" else 1))
+        return (text or "one device") + (f" zero_ranks={self.zero_ranks}" if self.zero_ranks else "")
+
+
+Key = Callable[[Layout, Coordinates], tuple[int, ...]]
+
+HOLDERS: dict[str, Key] = {
+    "replicated": lambda _, at: (at.pp,),
+    "tp_split": lambda _, at: (at.pp, at.tp),
+    "expert": lambda _, at: (at.pp, at.ep),
+    "expert_split": lambda _, at: (at.pp, at.ep, at.tp),
+}
+"""The ranks that hold the same values of a parameter, by what splits it: nothing; tp; ep; ep and expert_tp."""
+
+
+def _shard(holders: Key) -> Key:
+    """Of the holders, those that divide one set of ZeRO's shards among them: each alone without ZeRO."""
+
+    def key(layout: Layout, at: Coordinates) -> tuple[int, ...]:
+        replica = at.dp * layout.cp + at.cp
+        shared = (replica // (layout.zero_ranks or layout.num_replicas),) if layout.zero else (replica, at.tp)
+        return (*holders(layout, at), *shared)
+
+    return key
+
+
+def _replicate(holders: Key) -> Key:
+    """Of the holders, those whose shards are equal."""
+
+    def key(layout: Layout, at: Coordinates) -> tuple[int, ...]:
+        if not layout.zero:
+            return holders(layout, at)
+        ranks = layout.zero_ranks or layout.num_replicas
+        expert = holders in (HOLDERS["expert"], HOLDERS["expert_split"])
+        within = at.expert_dp % max(ranks // layout.ep, 1) if expert else (at.dp * layout.cp + at.cp) % ranks
+        return (*holders(layout, at), within, at.tp)
+
+    return key
+
+
+GROUPS: dict[str, Key] = {
+    "tp": lambda _, at: (at.pp, at.dp, at.cp),
+    "cp": lambda _, at: (at.pp, at.dp, at.tp),
+    "ep": lambda _, at: (at.pp, at.tp, at.expert_dp),
+    "pp": lambda _, at: (at.dp, at.cp, at.tp),
+    # Ranks that share the sequences of one dp replica.
+    "sequence": lambda _, at: (at.pp, at.dp),
+    "stage": lambda _, at: (at.pp,),
+    **{f"{name}.shard": _shard(holders) for name, holders in HOLDERS.items()},
+    **{f"{name}.replicate": _replicate(holders) for name, holders in HOLDERS.items()},
+}
+"""Axis -> what the ranks of one group have in common. `.shard` and `.replicate` are ZeRO's."""
+
+
+def broken_rules(layout: Layout, model: Model, sequence_lengths: Iterable[int]) -> list[str]:
+    """Each rule that the layout breaks, with the values; empty if it is legal."""
+    return list(_rules(layout, model, sequence_lengths))
+
+
+def _rules(layout: Layout, model: Model, sequence_lengths: Iterable[int]) -> Iterator[str]:
+    for what, count, axis in (
+        ("model.num_heads", model.num_heads, "tp"),
+        ("model.vocab_size", model.vocab_size, "tp"),
+        ("model.dense_ffn_size", model.dense_ffn_size if model.num_dense_layers else 0, "tp"),
+        ("model.num_shared_experts x expert_ffn_size", model.num_shared_experts * model.expert_ffn_size, "tp"),
+        ("model.num_routed_experts", model.num_routed_experts, "ep"),
+        ("model.expert_ffn_size", model.expert_ffn_size, "expert_tp"),
+    ):
+        if count % layout.degree(axis):
+            yield _divisible(what, count, f"layout.{axis}", layout.degree(axis))
+    for length in sorted(set(sequence_lengths)):
+        if layout.cp > 1 and length % (2 * layout.cp):
+            yield _divisible("sequence_length", length, "2 x layout.cp", 2 * layout.cp, each=2)
+        elif length // layout.cp % layout.tp:
+            yield _divisible(f"sequence_length / cp ({length} / {layout.cp})", length // layout.cp, "layout.tp", layout.tp)
+    if layout.num_replicas % layout.ep:
+        yield _divisible("layout.dp x cp", layout.num_replicas, "layout.ep", layout.ep)
+    if layout.expert_tp not in (1, layout.tp):
+        yield f"layout.expert_tp ({layout.expert_tp}) must be 1 or layout.tp ({layout.tp})"
+    if layout.pp > model.num_layers:
+        yield f"layout.pp ({layout.pp}) must be at most model.num_layers ({model.num_layers}): a stage needs a layer"
+    if layout.zero_ranks is not None:
+        if layout.num_replicas % layout.zero_ranks:
+            yield _divisible("layout.dp x cp", layout.num_replicas, "layout.zero_ranks", layout.zero_ranks)
+        if max(layout.zero_ranks, layout.ep) % min(layout.zero_ranks, layout.ep):
+            yield f"layout.zero_ranks ({layout.zero_ranks}) must divide layout.ep ({layout.ep}) or be a multiple of it"
+        if not layout.zero:
+            yield f"layout.zero_ranks ({layout.zero_ranks}) needs layout.zero of 1, 2 or 3"
+    if layout.num_ranks > layout.node_size and layout.num_ranks % layout.node_size:
+        yield f"the layout's {layout.num_ranks} ranks must fill whole nodes of layout.node_size ({layout.node_size})"
+
+
+def _divisible(what: str, count: int, by: str, degree: int, *, each: int = 1) -> str:
+    choices = [d * each for d in range(1, count // each + 1) if count % (d * each) == 0]
+    near = sorted(sorted(choices, key=lambda d: abs(math.log(d / degree)))[:8])
+    return f"{what} ({count}) must be divisible by {by} ({degree}); choose {by} from {', '.join(map(str, near))}" + (
+        " ..." if len(choices) > len(near) else ""
+    )
+
+
+def require_legal(layout: Layout, model: Model, sequence_lengths: Iterable[int]) -> None:
+    """Raise SpecError with every broken rule and the nearest legal layouts."""
+    lengths = tuple(sequence_lengths)
+    if broken := broken_rules(layout, model, lengths):
+        near = nearest_legal(layout, model, lengths)
+        remedy = "".join(f"\n  {other} ({other.num_ranks} ranks)" for other in near)
+        raise SpecError("\n".join(broken) + (f"\nnearest legal layouts:{remedy}" if near else ""))
+
+
+def nearest_legal(layout: Layout, model: Model, sequence_lengths: Iterable[int], *, count: int = 3) -> list[Layout]:
+    """Legal layouts that differ least, by the sum of the degrees' ratios in octaves; those of the same number of ranks come first."""
+    lengths = tuple(sequence_lengths)
+
+    def around(degree: int) -> list[int]:
+        powers = {2**i for i in range(14) if degree / 4 <= 2**i <= degree * 4}
+        divisors = {d for d in range(1, degree + 1) if degree % d == 0 and d >= degree / 8}
+        return sorted({1, degree, max(degree - 1, 1), degree + 1} | powers | divisors)
+
+    def distance(other: Layout) -> tuple[float, float]:
+        axes: tuple[Degree, ...] = ("dp", "tp", "pp", "ep", "cp")
+        octaves = sum(abs(math.log2(other.degree(axis) / layout.degree(axis))) for axis in axes)
+        return octaves + 0.5 * (other.num_ranks != layout.num_ranks), other.num_ranks
+
+    legal: dict[Layout, tuple[float, float]] = {}
+    choices = [around(layout.degree(axis)) for axis in ("dp", "tp", "pp", "ep", "cp")]
+    ordered = sorted(
+        itertools.product(*choices),
+        key=lambda values: sum(abs(math.log2(v / layout.degree(a))) for v, a in zip(values, ("dp", "tp", "pp", "ep", "cp"), strict=True)),
+    )
+    for dp, tp, pp, ep, cp in ordered[:20_000]:
+        expert_tp = tp if layout.expert_tp > 1 else 1
+        zero_ranks = layout.zero_ranks if layout.zero_ranks and (dp * cp) % layout.zero_ranks == 0 and layout.zero else None
+        other = replace(layout, dp=dp, tp=tp, pp=pp, ep=ep, cp=cp, expert_tp=expert_tp, zero_ranks=zero_ranks)
+        if not broken_rules(other, model, lengths):
+            legal[other] = distance(other)
+            if len(legal) >= 40:
+                break
+    return sorted(legal, key=legal.__getitem__)[:count]

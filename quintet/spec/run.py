@@ -8,7 +8,7 @@ from typing import Literal
 
 from quintet.errors import SpecError
 from quintet.spec.curve import Curve, Place
-from quintet.spec.layout import Layout
+from quintet.spec.layout import Layout, require_legal
 from quintet.spec.model import Model
 
 Domain = Literal["code", "prose"]
@@ -264,5 +264,6 @@ class Run:
                     f"phase {phase.name!r}: sequence_length ({phase.sequence_length}) must be at most model.max_context "
                     f"({self.model.max_context}); raise max_context (and extend it with model.yarn) or shorten the sequence"
                 )
+        require_legal(self.layout, self.model, (phase.sequence_length for phase in self.phases))
         if not 0 <= self.seed < 2**63:
             raise SpecError(f"seed ({self.seed}) must lie between 0 and 2^63 - 1")

@@ -11,7 +11,6 @@ from quintet.data.prepare import Prepared
 from quintet.errors import DataError
 from quintet.model.transformer import Transformer
 from quintet.monitor.metrics import Evaluated
-from quintet.ops.cross_entropy import head_loss
 from quintet.spec.run import Run
 
 
@@ -40,10 +39,9 @@ def held_out_loss(model: Transformer, prepared: Prepared, run: Run, *, sequence_
         )
         for batch in batches:
             ids = batch.document_ids.to(device) if run.data.document_mask else None
-            hidden = model(batch.inputs.to(device), document_ids=ids).hidden.flatten(0, 1)
-            labels = batch.labels.to(device).flatten()
-            loss = head_loss(hidden, model.head_weight, labels, chunk=run.train.loss_chunk, kernel=model.kernels.cross_entropy)
-            total += float(loss)
+            hidden = model(batch.inputs.to(device), document_ids=ids).hidden
+            labels = batch.labels.to(device)
+            total += float(model.loss(hidden, labels, chunk=run.train.loss_chunk))
             counted += int((labels >= 0).sum())
         losses[name], tokens[name], domains[name] = total / max(counted, 1), counted, part.source.domain
         meta = part.held_out.meta

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quintet.data.loader import Batch
 from quintet.errors import NumericsError
-from quintet.model.loss import Weights, count_labels, training_loss
+from quintet.model.loss import Weights, count_targets, targets_by_depth, training_loss
 from quintet.model.router import updated_bias
 from quintet.model.transformer import Transformer
 from quintet.spec.curriculum import Settings
@@ -38,7 +38,8 @@ def run_step(
     Raises NumericsError, with weights and moments untouched, if loss or gradient is not finite.
     """
     device = model.embed.weight.device
-    num_labels = count_labels(batch.labels, model.model.num_mtp_modules)
+    targets = targets_by_depth(batch.labels, model.model.num_mtp_modules)
+    num_targets = count_targets(targets).tolist()
     num_sequences = batch.inputs.shape[0]
     sums: list[Tensor] = []
     load: Tensor | None = None
@@ -48,10 +49,10 @@ def run_step(
         loss = training_loss(
             model,
             batch.inputs[rows].to(device),
-            batch.labels[rows].to(device),
+            targets[:, rows].to(device),
             document_ids=batch.document_ids[rows].to(device) if document_mask else None,
             weights=Weights(mtp=settings.mtp_weight, balance=train.balance_weight),
-            num_labels=num_labels,
+            num_targets=num_targets,
             num_sequences=num_sequences,
             chunk=train.loss_chunk,
         )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from quintet.cost.flops import parameters
 from quintet.cost.memory import KEEP_PROBABILITIES_BELOW, QUERY_BLOCK, ROW_ALIGNMENT, Memory, step_memory
-from quintet.model.loss import Weights, count_labels, training_loss
+from quintet.model.loss import Weights, count_targets, targets_by_depth, training_loss
 from quintet.model.transformer import Transformer
 from quintet.ops import attention, permute
 from quintet.ops.pointwise import REFERENCE, Kernels
@@ -61,13 +61,15 @@ def kept_after_forward(model: Model, train: Train, sequence_length: int, kernels
     net.set_recompute(train.recompute)
     tokens = torch.randint(model.vocab_size, (train.micro_batch, sequence_length + 1))
 
+    targets = targets_by_depth(tokens[:, 1:], model.num_mtp_modules)
+
     def loss() -> object:
         return training_loss(
             net,
             tokens[:, :-1],
-            tokens[:, 1:],
+            targets,
             weights=Weights(mtp=0.3, balance=1e-4),
-            num_labels=count_labels(tokens[:, 1:], model.num_mtp_modules),
+            num_targets=count_targets(targets).tolist(),
             num_sequences=train.micro_batch,
             chunk=train.loss_chunk,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quintet.model.loss import Loss, Weights, count_labels, training_loss
+from quintet.model.loss import Loss, Weights, count_targets, targets_by_depth, training_loss
 from quintet.model.transformer import Transformer
 from quintet.spec.model import Model
 from tests.checkpoint.models import weights
@@ -41,18 +41,19 @@ def loss_of(
     document_ids: Tensor | None = None,
     mtp: float = 0.3,
     balance: float = 0.1,
-    num_labels: tuple[int, ...] | None = None,
+    num_targets: list[int] | None = None,
     num_sequences: int | None = None,
     chunk: int = 16,
 ) -> Loss:
     """The training loss, by default of a step whose only micro-batch this is."""
+    targets = targets_by_depth(labels, net.model.num_mtp_modules)
     return training_loss(
         net,
         inputs,
-        labels,
+        targets,
         document_ids=document_ids,
         weights=Weights(mtp=mtp, balance=balance),
-        num_labels=num_labels or count_labels(labels, net.model.num_mtp_modules),
+        num_targets=num_targets or count_targets(targets).tolist(),
         num_sequences=num_sequences or len(inputs),
         chunk=chunk,
     )

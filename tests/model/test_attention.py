@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quintet.model.attention import LatentAttention
+from quintet.model.attention import LatentAttention, Latents
 from quintet.model.rope import frequencies, rotation, softmax_scale
 from quintet.ops.pointwise import REFERENCE
 from quintet.spec.model import Model, Yarn
@@ -112,16 +112,15 @@ def test_decoding_in_parts_with_absorbed_projections_equals_attending_at_once(pa
     torch.testing.assert_close(torch.cat(outs, 1), layer(x, rotation(model, torch.arange(begin)), None), rtol=1e-4, atol=1e-5)
 
 
-def test_another_core_attention_takes_its_place_in_the_seam() -> None:
+def test_another_way_to_attend_takes_its_place_in_the_seam() -> None:
     model = like_small()
     layer, x, turn = small_attention(model), torch.randn(1, 4, model.hidden_size), rotation(model, torch.arange(4))
     seen: dict[str, Any] = {}
 
-    def core(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_ids: Tensor | None, save_memory: bool) -> Tensor:
-        seen.update(q=q.shape, k=k.shape, v=v.shape, scale=scale, save_memory=save_memory)
-        return torch.zeros_like(v)
+    def attend(layer: LatentAttention, x: Latents, rotation: tuple[Tensor, Tensor], document_ids: Tensor | None) -> Tensor:
+        seen.update(q=x.q.shape, kv=x.kv.shape, k_pe=x.k_pe.shape)
+        return torch.zeros(1, model.num_heads, 4, model.v_head_dim)
 
-    layer.core = core
+    layer.attend = attend
     assert not layer(x, turn, None).any()
-    head = (1, 2, 4, model.qk_head_dim)
-    assert seen == {"q": head, "k": head, "v": (1, 2, 4, model.v_head_dim), "scale": model.qk_head_dim**-0.5, "save_memory": False}
+    assert seen == {"q": (1, 4, model.q_lora_rank), "kv": (1, 4, model.kv_lora_rank), "k_pe": (1, 4, model.qk_rope_head_dim)}

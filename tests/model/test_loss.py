@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from quintet.model.loss import Loss, count_labels
+from quintet.model.loss import Loss, count_targets, targets_by_depth
 from quintet.model.transformer import Transformer
 from quintet.ops.cross_entropy import IGNORED
 from tests.checkpoint.models import SMALL, like_small
@@ -45,11 +45,11 @@ def test_the_total_weighs_the_parts_and_alone_carries_the_graph() -> None:
 def test_balance_and_load_come_from_every_mixture_of_experts_those_of_mtp_modules_last() -> None:
     net = build(SMALL)  # 2 of 3 layers are mixtures of experts, and the MTP module's block
     inputs, labels = padded_rows([10, 10])
-    loss, output = loss_of(net, inputs, labels), net(inputs, labels=labels)
+    loss, output = loss_of(net, inputs, labels), net(inputs, targets=targets_by_depth(labels, 1))
     assert loss.load.shape == (3, SMALL.num_routed_experts) == (len([*net.moe_layers()]), 8)
     assert loss.load.sum(1).tolist() == [2 * LENGTH * SMALL.num_experts_per_token] * 3
     assert loss.load.tolist() == [layer.load.tolist() for layer in output.moe]
-    assert loss.balance.item() == pytest.approx(sum(layer.balance_loss.item() for layer in output.moe))
+    assert loss.balance.item() == pytest.approx(sum(layer.balance_loss.item() for layer in output.moe) / 2)
 
 
 def test_a_dense_model_has_no_load_and_no_balance_loss() -> None:
@@ -71,9 +71,10 @@ def test_modules_of_weight_0_do_not_run_and_have_no_load() -> None:
 
 def add_up(net: Transformer, inputs: Tensor, labels: Tensor, sizes: list[int]) -> tuple[list[Loss], dict[str, Tensor]]:
     """The losses of consecutive micro-batches of these sizes, and the sum of their gradients."""
-    counts, losses, total = count_labels(labels, net.model.num_mtp_modules), [], dict[str, Tensor]()
-    for part, targets in zip(inputs.split(sizes), labels.split(sizes), strict=True):
-        losses.append(loss_of(net, part, targets, num_labels=counts, num_sequences=len(inputs)))
+    counts = count_targets(targets_by_depth(labels, net.model.num_mtp_modules)).tolist()
+    losses, total = [], dict[str, Tensor]()
+    for part, its_labels in zip(inputs.split(sizes), labels.split(sizes), strict=True):
+        losses.append(loss_of(net, part, its_labels, num_targets=counts, num_sequences=len(inputs)))
         for name, grad in gradients(net, losses[-1].total).items():
             total[name] = total[name] + grad if name in total else grad
     return losses, total

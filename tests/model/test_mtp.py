@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from quintet.model.loss import count_labels
+from quintet.model.loss import count_targets, targets_by_depth
 from quintet.model.mtp import MtpModule, shifted
 from quintet.model.rope import rotation
 from quintet.model.transformer import Transformer
@@ -37,7 +37,7 @@ def test_moving_twice_is_moving_by_the_sum(first: int, second: int) -> None:
 
 def test_each_depth_has_one_label_less_per_row() -> None:
     labels = torch.tensor([[5, 6, 7, 8], [1, 2, IGNORED, IGNORED]])
-    assert count_labels(labels, 3) == (6, 4, 2, 1)
+    assert count_targets(targets_by_depth(labels, 3)).tolist() == [6, 4, 2, 1]
 
 
 def states_by_hand(net: Transformer, tokens: Tensor) -> list[Tensor]:
@@ -58,7 +58,7 @@ def states_by_hand(net: Transformer, tokens: Tensor) -> list[Tensor]:
 
 def test_a_module_joins_the_states_before_with_the_embedding_of_one_token_further() -> None:
     net, tokens = build(TWO), some_tokens(TWO, 9)
-    output = net(tokens[None, :-1], labels=tokens[None, 1:])
+    output = net(tokens[None, :-1], targets=targets_by_depth(tokens[None, 1:], 2))
     expected = states_by_hand(net, tokens)
     assert len(output.mtp) == 2
     for depth, (ours, theirs) in enumerate(zip((output.hidden, *output.mtp), expected, strict=True)):
@@ -79,9 +79,9 @@ def test_depth_k_predicts_the_token_k_plus_1_places_further_with_the_shared_head
     assert loss.total.item() == pytest.approx(losses[0].item() + 0.3 * loss.mtp.item(), rel=1e-5)
 
 
-def test_without_labels_the_modules_do_not_run() -> None:
+def test_without_targets_the_modules_do_not_run() -> None:
     net, tokens = build(TWO), some_tokens(TWO, 1, 6)
-    with_labels, without = net(tokens, labels=tokens), net(tokens)
+    with_labels, without = net(tokens, targets=targets_by_depth(tokens, 2)), net(tokens)
     assert without.mtp == () and len(without.moe) == 2 and len(with_labels.moe) == 4
     assert torch.equal(with_labels.hidden, without.hidden)
 
@@ -89,7 +89,7 @@ def test_without_labels_the_modules_do_not_run() -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_mtp_loss_teaches_the_shared_embedding_and_head_and_the_layers_below(tied: bool) -> None:
     net, tokens = build(like_small(tie_embeddings=tied)), some_tokens(TWO, 2, 9)
-    output = net(tokens[:, :-1], labels=tokens[:, 1:])
+    output = net(tokens[:, :-1], targets=targets_by_depth(tokens[:, 1:], 1))
     states, labels = output.mtp[0].flatten(0, 1), shifted(tokens[:, 1:], 1).flatten()
     grads = gradients(net, head_loss_reference(states, net.head_weight, labels))
     assert ("head.weight" in grads) != tied

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from quintet.model.loss import targets_by_depth
 from quintet.model.recompute import recomputed
 from quintet.model.transformer import Transformer
 from quintet.spec.run import Recompute
@@ -53,7 +54,7 @@ def kept_bytes(net: Transformer, policy: Recompute) -> int:
     tokens = some_tokens(net.model, 2, 65)
     net.set_recompute(policy)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        held = net(tokens[:, :-1], labels=tokens[:, 1:])
+        held = net(tokens[:, :-1], targets=targets_by_depth(tokens[:, 1:], net.model.num_mtp_modules))
     assert held.hidden.requires_grad and profile.profiler and profile.profiler.kineto_results
     return sum(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
 

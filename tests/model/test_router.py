@@ -161,10 +161,10 @@ def balance_by_the_formulas(scores: list[list[float]], per_token: int) -> float:
 
 
 @given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 5), st.integers(0, 4))
-def test_the_balance_loss_is_the_reports_sum_averaged_over_sequences(sequences: int, length: int, per_token: int, more: int) -> None:
+def test_the_balance_loss_is_the_reports_sum_added_up_over_sequences(sequences: int, length: int, per_token: int, more: int) -> None:
     scores = torch.rand(sequences * length, per_token + more)
     rows = scores.view(sequences, length, -1).tolist()
-    expected = sum(balance_by_the_formulas(sequence, per_token) for sequence in rows) / sequences
+    expected = sum(balance_by_the_formulas(sequence, per_token) for sequence in rows)
     assert sequence_balance_loss(scores, sequences, per_token).item() == pytest.approx(expected, rel=1e-4)
 
 
@@ -174,7 +174,7 @@ def test_at_perfect_balance_the_loss_is_1(per_token: int, rounds: int, sequences
     num_experts = 4
     turns = [[2.0 if (token + k) % num_experts < per_token else 1.0 for k in range(num_experts)] for token in range(num_experts * rounds)]
     scores = (torch.tensor(turns) * torch.rand(num_experts * rounds, 1).add(0.1)).repeat(sequences, 1)
-    assert sequence_balance_loss(scores, sequences, per_token).item() == pytest.approx(1.0)
+    assert sequence_balance_loss(scores, sequences, per_token).item() == pytest.approx(sequences)
 
 
 def test_when_all_tokens_choose_the_same_experts_the_loss_grows_to_experts_per_chosen_one() -> None:
@@ -185,7 +185,7 @@ def test_when_all_tokens_choose_the_same_experts_the_loss_grows_to_experts_per_c
 def test_balance_is_asked_of_each_sequence_not_of_the_batch() -> None:
     first, second = torch.tensor([[1.0, 1e-6]]).repeat(4, 1), torch.tensor([[1e-6, 1.0]]).repeat(4, 1)
     both = torch.cat((first, second))
-    assert sequence_balance_loss(both, 2, 1).item() == pytest.approx(2.0, rel=1e-4)
+    assert sequence_balance_loss(both, 2, 1).item() == pytest.approx(4.0, rel=1e-4)
     assert sequence_balance_loss(both, 1, 1).item() == pytest.approx(1.0, rel=1e-4)
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quintet.cost.flops import parameters
+from quintet.model.loss import targets_by_depth
 from quintet.model.transformer import Transformer
 from quintet.ops.cross_entropy import head_loss_reference
 from quintet.spec import parse
@@ -26,7 +27,7 @@ LENGTH = 12
 
 def states(net: Transformer, tokens: Tensor) -> list[Tensor]:
     """Hidden states of every depth for rows of S + 1 tokens."""
-    output = net(tokens[:, :-1], labels=tokens[:, 1:])
+    output = net(tokens[:, :-1], targets=targets_by_depth(tokens[:, 1:], net.model.num_mtp_modules))
     return [output.hidden.detach(), *(depth.detach() for depth in output.mtp)]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quintet.checkpoint import hub_config, hub_names
 from quintet.checkpoint.huggingface import export, import_, read_config
-from quintet.model.loss import Weights, count_labels, training_loss
+from quintet.model.loss import Weights, count_targets, targets_by_depth, training_loss
 from quintet.model.transformer import Transformer
 from quintet.spec.model import Model
 from tests.checkpoint.models import SMALL, VARIANTS, like_small, weights
@@ -108,9 +108,10 @@ def test_the_loss_and_every_gradient_are_transformers_own(tmp_path: Path, model:
     their_loss.backward()
     labels = torch.full_like(tokens, -100)
     labels[:, :-1] = tokens[:, 1:]
+    targets = targets_by_depth(labels, model.num_mtp_modules)
     our_loss = training_loss(
-        ours, tokens, labels,
-        weights=Weights(mtp=0.0, balance=0.0), num_labels=count_labels(labels, model.num_mtp_modules), num_sequences=BATCH, chunk=16,
+        ours, tokens, targets,
+        weights=Weights(mtp=0.0, balance=0.0), num_targets=count_targets(targets).tolist(), num_sequences=BATCH, chunk=16,
     ).total  # fmt: skip
     our_loss.backward()  # type: ignore[no-untyped-call]
 
@@ -139,7 +140,7 @@ def test_the_mtp_weights_are_read_by_transformers_as_they_are_used_here(tmp_path
     tokens = _tokens(model, generator)
     labels = tokens.roll(-1, 1)
     with torch.no_grad():
-        outputs = ours(tokens, labels=labels).mtp
+        outputs = ours(tokens, targets=targets_by_depth(labels, model.num_mtp_modules)).mtp
         positions = torch.arange(LENGTH)[None]
         turn = theirs.model.rotary_emb(inputs[0][1], positions)
         mask = torch.full((LENGTH, LENGTH), -torch.inf).triu(1)[None, None]

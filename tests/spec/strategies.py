@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from hypothesis import strategies as st
@@ -85,12 +86,32 @@ def phases(draw: st.DrawFn, *, max_context: int) -> Phase:
     )
 
 
+def divisor(count: int, *, at_most: int = 8) -> st.SearchStrategy[int]:
+    """A number that divides `count`."""
+    return st.sampled_from([d for d in range(1, at_most + 1) if count % d == 0])
+
+
 @st.composite
-def layouts(draw: st.DrawFn) -> Layout:
-    """Valid layouts."""
-    ep = draw(small(1, 8))
+def layouts(draw: st.DrawFn, model: Model, sequence_lengths: list[int]) -> Layout:
+    """Legal layouts of a model."""
+    length = math.gcd(*sequence_lengths)
+    cp = draw(divisor(length // 2)) if length % 2 == 0 else 1
+    split = math.gcd(model.num_heads, model.vocab_size, model.num_shared_experts * model.expert_ffn_size, length // cp)
+    tp = draw(divisor(math.gcd(split, model.dense_ffn_size if model.num_dense_layers else 0)))
+    ep = draw(divisor(model.num_routed_experts))
+    dp = ep * draw(small(1, 4))
     zero: Any = draw(st.sampled_from([0, 1, 2, 3]))
-    return Layout(dp=ep * draw(small(1, 4)), tp=draw(small(1, 8)), pp=draw(small(1, 8)), ep=ep, cp=draw(small(1, 4)), zero=zero)
+    return Layout(
+        dp=dp,
+        tp=tp,
+        pp=draw(small(1, model.num_layers)),
+        ep=ep,
+        cp=cp,
+        expert_tp=draw(st.sampled_from([1, tp])) if model.expert_ffn_size % tp == 0 else 1,
+        zero=zero,
+        zero_ranks=draw(st.sampled_from([None, ep, dp * cp])) if zero else None,
+        node_size=draw(st.sampled_from([1, 10**6])),
+    )
 
 
 sources = st.builds(
@@ -131,18 +152,19 @@ trains = st.builds(
 def runs(draw: st.DrawFn) -> Run:
     """Valid runs, every section drawn."""
     model = draw(models())
+    curriculum = draw(st.lists(phases(max_context=model.max_context), min_size=1, max_size=2))
     optimizer = st.builds(Optimizer, beta1=shares, beta2=shares, eps=positive_floats, weight_decay=shares, clip_norm=positive_floats)
     return Run(
         name=draw(names.filter(lambda name: not name.startswith("."))),
         model=model,
         data=draw(data),
-        phases=tuple(draw(st.lists(phases(max_context=model.max_context), min_size=1, max_size=2))),
+        phases=tuple(curriculum),
         optimizer=draw(optimizer),
         train=draw(trains),
         evaluation=draw(st.builds(Evaluation, every=optional_counts, num_sequences=small(1, 100))),
         checkpoint=draw(st.builds(Checkpoint, every=optional_counts, keep_last=small(1, 9), keep_every=optional_counts)),
         monitor=draw(st.builds(Monitor, live=st.booleans(), prompts=st.lists(texts, max_size=3).map(tuple))),
-        layout=draw(layouts()),
+        layout=draw(layouts(model, [phase.sequence_length for phase in curriculum])),
         directory=draw(texts),
         seed=draw(small(0, 2**63 - 1)),
     )

@@ -1,0 +1,233 @@
+"""Messages between the ranks of a group: each kind once, counted in bytes, with its gradient where autograd needs one.
+
+Local shapes stand with each function; n is the size of the group. Every rank of a group makes the same calls in the same order, as NCCL
+wants it. Eight-bit floats travel as bytes. A group of one sends nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# torch 2.13 has new names for these two and warns of the old ones; 2.11 knows only the old.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+@dataclass
+class Traffic:
+    """What this rank has sent in a group, as the bandwidth-optimal algorithm of each collective sends it."""
+
+    num_bytes: int = 0
+    num_calls: int = 0
+
+    def add(self, num_bytes: int) -> None:
+        """One more call."""
+        self.num_bytes += num_bytes
+        self.num_calls += 1
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that exchange along one axis; `rank` is this one's place among `ranks`, and `process_group` is None where it is alone."""
+
+    axis: str
+    ranks: tuple[int, ...]
+    rank: int
+    process_group: dist.ProcessGroup | None = None
+    traffic: Traffic = field(default_factory=Traffic, compare=False)
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return len(self.ranks)
+
+
+def alone(axis: str) -> Group:
+    """The group of a single device."""
+    return Group(axis, (0,), 0)
+
+
+class Pending:
+    """A collective under way; `wait` returns its result and may be called once."""
+
+    def __init__(self, result: Tensor, work: dist.Work | None) -> None:
+        self._result, self._work = result, work
+
+    def wait(self) -> Tensor:
+        """The result, when it is there."""
+        if self._work is not None:
+            self._work.wait()
+        return self._result
+
+
+def all_reduce(tensor: Tensor, group: Group, *, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """[...] -> [...], in place: the sum (or `op`) over the group."""
+    return start_all_reduce(tensor, group, op=op).wait()
+
+
+def start_all_reduce(tensor: Tensor, group: Group, *, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Pending:
+    """As all_reduce, without waiting."""
+    if group.process_group is None:
+        return Pending(tensor, None)
+    group.traffic.add(2 * _bytes(tensor) * (group.size - 1) // group.size)
+    return Pending(tensor, dist.all_reduce(tensor, op, group=group.process_group, async_op=True))
+
+
+def all_gather(shard: Tensor, group: Group) -> Tensor:
+    """[a, ...] -> [n a, ...]: the ranks' shards, in their order, along the first dim."""
+    if group.process_group is None:
+        return shard
+    return start_all_gather(shard, shard.new_empty(group.size * shard.shape[0], *shard.shape[1:]), group).wait()
+
+
+def start_all_gather(shard: Tensor, out: Tensor, group: Group) -> Pending:
+    """Shard [a, ...] -> `out` [n a, ...], without waiting; `shard` may be this rank's part of `out`."""
+    if group.process_group is None:
+        if out.data_ptr() != shard.data_ptr():
+            out.copy_(shard)
+        return Pending(out, None)
+    group.traffic.add(_bytes(shard) * (group.size - 1))
+    work = _all_gather_single(_plain(out), _plain(shard.contiguous()), group=group.process_group, async_op=True)
+    return Pending(out, work)
+
+
+def reduce_scatter(tensor: Tensor, group: Group) -> Tensor:
+    """[n a, ...] -> [a, ...]: this rank's part of the sum over the group."""
+    return start_reduce_scatter(tensor, group).wait()
+
+
+def start_reduce_scatter(tensor: Tensor, group: Group) -> Pending:
+    """As reduce_scatter, without waiting; `tensor` must stay as it is until then."""
+    if group.process_group is None:
+        return Pending(tensor, None)
+    out = tensor.new_empty(tensor.shape[0] // group.size, *tensor.shape[1:])
+    group.traffic.add(_bytes(tensor) * (group.size - 1) // group.size)
+    work = _reduce_scatter_single(out, tensor.contiguous(), group=group.process_group, async_op=True)
+    return Pending(out, work)
+
+
+def all_to_all(rows: Tensor, group: Group, *, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+    """[sum(send), ...] -> [sum(receive), ...]: `send[r]` rows, in order, go to rank r of the group, `receive[r]` come from it."""
+    if group.process_group is None:
+        return rows
+    assert sum(send) == rows.shape[0], (send, rows.shape)
+    out = rows.new_empty(sum(receive), *rows.shape[1:])
+    group.traffic.add((sum(send) - send[group.rank]) * (_bytes(rows) // max(rows.shape[0], 1)))
+    dist.all_to_all_single(_plain(out), _plain(rows.contiguous()), list(receive), list(send), group=group.process_group)
+    return out
+
+
+class Shift:
+    """Tensors on their way to the next rank of a ring (and the previous rank's on their way here)."""
+
+    def __init__(self, tensors: Sequence[Tensor], group: Group) -> None:
+        self._sent = [tensor.contiguous() for tensor in tensors]  # kept alive until they have left
+        self._received = [torch.empty_like(tensor) for tensor in self._sent]
+        following, previous = (group.ranks[(group.rank + by) % group.size] for by in (1, -1))
+        group.traffic.add(sum(map(_bytes, self._sent)))
+        self._works = dist.batch_isend_irecv(
+            [
+                operation
+                for out, into in zip(self._sent, self._received, strict=True)
+                for operation in (
+                    dist.P2POp(dist.isend, _plain(out), following, group.process_group),
+                    dist.P2POp(dist.irecv, _plain(into), previous, group.process_group),
+                )
+            ]
+        )
+
+    def wait(self) -> list[Tensor]:
+        """What the previous rank sent: tensors of the same shapes and types."""
+        for work in self._works:
+            work.wait()
+        return self._received
+
+
+def gather_tokens(shards: Sequence[Tensor], group: Group, *, dim: int) -> tuple[Tensor, ...]:
+    """[.., a, ..., w_i] for several widths w_i -> [.., n a, ..., w_i] along `dim`, in one message; backward scatters the sums."""
+    if group.process_group is None:
+        return tuple(shards)
+    widths = [shard.shape[-1] for shard in shards]
+    packed = shards[0] if len(shards) == 1 else torch.cat(tuple(shards), -1)
+    out: Tensor = _Gather.apply(packed, group, dim)
+    return (out,) if len(shards) == 1 else out.split(widths, -1)
+
+
+def scatter_tokens(partial: Tensor, group: Group, *, dim: int) -> Tensor:
+    """[.., n a, ...] -> [.., a, ...]: this rank's tokens of the sum over the group; backward gathers."""
+    if group.process_group is None:
+        return partial
+    out: Tensor = _Scatter.apply(partial, group, dim)
+    return out
+
+
+def exchange_rows(rows: Tensor, group: Group, *, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+    """all_to_all whose backward is the way back."""
+    if group.process_group is None:
+        return rows
+    out: Tensor = _Exchange.apply(rows, group, tuple(send), tuple(receive))
+    return out
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, shard: Tensor, group: Group, dim: int) -> Tensor:
+        ctx.group, ctx.dim = group, dim
+        return _gather(shard, group, dim)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _scatter(grads[0], ctx.group, ctx.dim), None, None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, partial: Tensor, group: Group, dim: int) -> Tensor:
+        ctx.group, ctx.dim = group, dim
+        return _scatter(partial, group, dim)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _gather(grads[0], ctx.group, ctx.dim), None, None
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: Group, send: tuple[int, ...], receive: tuple[int, ...]) -> Tensor:
+        ctx.group, ctx.send, ctx.receive = group, send, receive
+        return all_to_all(rows, group, send=send, receive=receive)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return all_to_all(grads[0], ctx.group, send=ctx.receive, receive=ctx.send), None, None, None
+
+
+def _gather(shard: Tensor, group: Group, dim: int) -> Tensor:
+    """[.., a, ..] -> [.., n a, ..] along `dim`."""
+    if dim == 0:
+        return all_gather(shard, group)
+    stacked = all_gather(shard.unsqueeze(0), group)  # [n, .., a, ..]
+    return stacked.movedim(0, dim).flatten(dim, dim + 1)
+
+
+def _scatter(tensor: Tensor, group: Group, dim: int) -> Tensor:
+    """[.., n a, ..] -> [.., a, ..] along `dim`."""
+    if dim == 0:
+        return reduce_scatter(tensor, group)
+    stacked = tensor.unflatten(dim, (group.size, -1)).movedim(dim, 0).contiguous()
+    return reduce_scatter(stacked, group).squeeze(0)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Eight-bit floats, which collectives do not know, as bytes."""
+    return tensor.view(torch.uint8) if tensor.dtype.is_floating_point and tensor.element_size() == 1 else tensor

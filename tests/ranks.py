@@ -1,0 +1,68 @@
+"""Running a function on several ranks: forked from this warm process, joined by gloo, their results brought back in order."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def on_ranks(count: int, work: Callable[[int], T], *, seconds: float = 120) -> list[T]:
+    """`[work(rank) for rank in range(count)]`, each in a process of its own; an AssertionError shows the trace of each that failed.
+
+    The children inherit everything by fork, so `work` may be a closure; what it returns is sent back (by pickle, from our own child).
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        children = [_fork(rank, count, work, Path(folder), seconds) for rank in range(count)]
+        _wait(children, time.monotonic() + seconds)
+        failed = [path.read_text() for rank in range(count) if (path := Path(folder) / f"{rank}.trace").exists()]
+        assert not failed, "\n".join(failed)
+        missing = [rank for rank in range(count) if not (Path(folder) / f"{rank}.result").exists()]
+        assert not missing, f"ranks {missing} ended without a result"
+        return [pickle.loads((Path(folder) / f"{rank}.result").read_bytes()) for rank in range(count)]
+
+
+def _fork(rank: int, count: int, work: Callable[[int], Any], folder: Path, seconds: float) -> int:
+    child = os.fork()
+    if child:
+        return child
+    try:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+        store = dist.FileStore(str(folder / "store"), count)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=timedelta(seconds=seconds))
+        result = pickle.dumps(work(rank))
+        dist.barrier()
+        dist.destroy_process_group()
+        (folder / f"{rank}.part").write_bytes(result)
+        (folder / f"{rank}.part").rename(folder / f"{rank}.result")
+    except BaseException:
+        (folder / f"{rank}.trace").write_text(f"rank {rank}\n{traceback.format_exc()}")
+        os._exit(1)
+    os._exit(0)
+
+
+def _wait(children: list[int], deadline: float) -> None:
+    """Until all have ended; when one fails, the others have two seconds to say what they think of it."""
+    left = set(children)
+    while left:
+        for child in list(left):
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                left.discard(child)
+                if status:
+                    deadline = min(deadline, time.monotonic() + 2)
+        if left and time.monotonic() > deadline:
+            for child in left:
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.003)
