@@ -14,6 +14,7 @@ from quintet.spec.model import Model
 Domain = Literal["code", "prose"]
 Precision = Literal["bf16", "fp32"]
 Recompute = Literal["none", "selective", "full"]
+_MOST_THREADS = 4096
 
 
 def _positive(section: object, *names: str) -> None:
@@ -170,6 +171,8 @@ class Train:
             _positive(self, "steps")
         if self.num_threads is not None:
             _positive(self, "num_threads")
+            if self.num_threads > _MOST_THREADS:  # OpenMP ends the process where it cannot start them
+                raise SpecError(f"num_threads ({self.num_threads}) must be at most {_MOST_THREADS}; leave it out to use all cores")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,6 +80,7 @@ RUN = Run(name="tiny", model=MODEL, data=DATA, phases=(PHASE,))
         (Train(), {"micro_batch": 0}, "micro_batch (0) must be larger than 0"),
         (Train(), {"steps": 0}, "steps (0) must be larger than 0"),
         (Train(), {"num_threads": -2}, "num_threads (-2) must be larger than 0"),
+        (Train(), {"num_threads": 100_000}, "num_threads (100000) must be at most 4096; leave it out to use all cores"),
         (Evaluation(), {"every": 0}, "every (0) must be larger than 0"),
         (Evaluation(), {"num_sequences": 0}, "num_sequences (0) must be larger than 0"),
         (Checkpoint(), {"keep_every": 0}, "keep_every (0) must be larger than 0"),
