@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
@@ -18,6 +18,7 @@ from quintet.spec.curriculum import Stretch, curriculum
 from quintet.spec.curve import Curve
 from quintet.spec.model import Model
 from quintet.spec.run import Run
+from quintet.train.foresee import doubts, refusals
 
 
 def model_figures(model: Model, *, sequence_length: int) -> dict[str, Any]:
@@ -110,3 +111,15 @@ def _grid(*rows: tuple[str, str]) -> Table:
 
 def _parts(parts: dict[str, int], show: Callable[[float], str]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {show(value)}" for name, value in parts.items() if value)
+
+
+def foreseen(run: Run) -> list[str]:
+    """What a person should know before the run begins on this machine."""
+    return [*(f"train would refuse this here: {text}" for text in refusals(run)), *doubts(run)]
+
+
+def warn(texts: Iterable[str]) -> None:
+    """Tell warnings on stderr."""
+    console = Console(stderr=True)
+    for text in texts:
+        console.print(Text.assemble(("warning: ", "bold yellow"), text), soft_wrap=True)

@@ -14,12 +14,13 @@ from rich.table import Table
 
 from quintet.checkpoint import hub_config
 from quintet.checkpoint.manifest import step_of
-from quintet.cli.describe import model_figures, model_tables, run_figures, run_tables
+from quintet.cli.describe import foreseen, model_figures, model_tables, run_figures, run_tables, warn
 from quintet.cli.options import Switch, read
 from quintet.errors import UsageError
 from quintet.monitor.metrics import Evaluated, Record, read_events
 from quintet.monitor.status import read_status
 from quintet.spec import parse
+from quintet.train.foresee import doubts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,19 +41,23 @@ def main(arguments: list[str]) -> int:
         print(json.dumps(figures, indent=2))
     else:
         Console().print(tables(figures))
+        warn(figures["warnings"])
     return 0
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """The figures of whatever lies at `path`. Raises UsageError for something else."""
+    """The figures of whatever lies at `path`, with warnings. Raises UsageError for something else."""
     if (path / "recipe.toml").is_file():
-        return {"kind": "run", "path": str(path), **run_figures(parse.read(path / "recipe.toml")), "progress": progress(path)}
+        run = parse.read(path / "recipe.toml")
+        return {"kind": "run", "path": str(path), **run_figures(run), "progress": progress(path), "warnings": doubts(run)}
     if (path / hub_config.NAME).is_file():
         model = hub_config.to_model(hub_config.read(path), origin=str(path / hub_config.NAME))
-        return {"kind": "hugging face", "path": str(path), **model_figures(model, sequence_length=min(4096, model.max_context))}
+        figures = model_figures(model, sequence_length=min(4096, model.max_context))
+        return {"kind": "hugging face", "path": str(path), **figures, "warnings": []}
     if path.is_dir():
         raise UsageError(f"{path} holds neither a recipe.toml (a run) nor a {hub_config.NAME} (a Hugging Face model)")
-    return {"kind": "recipe", "path": str(path), **run_figures(parse.read(path))}
+    run = parse.read(path)
+    return {"kind": "recipe", "path": str(path), **run_figures(run), "warnings": foreseen(run)}
 
 
 def progress(run_directory: Path) -> dict[str, Any]:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from quintet.cli.describe import run_figures, run_tables
+from quintet.cli.describe import foreseen, run_figures, run_tables, warn
 from quintet.cli.options import Overrides, Recipe, Switch, read_with_recipe
 from quintet.spec import parse
 from quintet.spec.run import Run
+from quintet.train.foresee import doubts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +32,10 @@ def main(arguments: list[str]) -> int:
 
 
 def show(run: Run) -> int:
-    """Print the resolved run and its figures."""
+    """Print the resolved run, its figures, and what would stop it here; that is no error, for the run may be meant for elsewhere."""
     print(parse.dumps(run))
     Console().print(run_tables(run_figures(run)))
+    warn(foreseen(run))
     return 0
 
 
@@ -44,6 +46,7 @@ def train(run: Run) -> int:
     from quintet.train import directory
 
     directory.refuse_existing(run)
+    warn(doubts(run))
     prepare(run, Console(stderr=True))
     from quintet.train import trainer
 

@@ -26,7 +26,7 @@ from blake3 import blake3
 
 from quintet.data.shards import FORMAT, Shard, ShardWriter, committed_folder, disk_errors, token_dtype, write_file
 from quintet.data.sources import Document, Listing, Reader, list_files
-from quintet.data.tokenizer import Ids, Tokenizer, train_bpe
+from quintet.data.tokenizer import Ids, Tokenizer, check_trainable, train_bpe
 from quintet.errors import DataError
 from quintet.spec.run import Data, Source
 
@@ -162,6 +162,33 @@ def prepare(
     prepared = _open(data, directory, tokenizer)
     parts = {name: replace(part, statistics=replace(part.statistics, reused=reused[name])) for name, part in prepared.sources.items()}
     return replace(prepared, sources=parts)
+
+
+def foresee(data: Data, *, vocab_size: int) -> list[str]:
+    """What `prepare` would refuse, one message each, as far as the names of files and the tokenizer tell: no text is read."""
+    found = []
+    for source in data.sources:
+        try:
+            list_files(source)
+        except DataError as error:
+            found.append(str(error))
+    try:
+        if data.tokenizer is not None:
+            _check_vocab(Tokenizer.from_file(data.tokenizer), vocab_size)
+        else:
+            check_trainable(vocab_size)
+    except DataError as error:
+        found.append(str(error))
+    directory = Path(data.directory).expanduser()
+    if obstacle := obstacle_to(directory):
+        found.append(f"{directory} cannot be made or written: {obstacle} is no folder that may be written; set data.directory elsewhere")
+    return found
+
+
+def obstacle_to(directory: Path) -> Path | None:
+    """What stands where `directory` or a parent of it should be a folder that may be written; None: nothing."""
+    there = next(path for path in (directory, *directory.absolute().parents) if os.path.lexists(path))
+    return None if there.is_dir() and os.access(there, os.W_OK) else there
 
 
 def open_prepared(data: Data, vocab_size: int) -> Prepared:

@@ -197,16 +197,21 @@ class Tokenizer:
             ) from error
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, *, on_message: Callable[[str], None] = lambda message: None) -> Tokenizer:
-    """Train a byte-level BPE of at most `vocab_size` tokens: `SPECIAL_TOKENS`, the 256 bytes, then merges seen at least twice.
-
-    The same texts in the same order always give the same tokenizer. Raises DataError if `vocab_size` has no room for bytes.
-    """
+def check_trainable(vocab_size: int) -> None:
+    """Raise DataError if a vocabulary of this size has no room for the control tokens and all bytes."""
     smallest = len(SPECIAL_TOKENS) + len(_BYTE_CHARS)
     if vocab_size < smallest:
         raise DataError(
             f"model.vocab_size ({vocab_size}) must be at least {smallest} to hold {len(SPECIAL_TOKENS)} control tokens and 256 bytes"
         )
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, *, on_message: Callable[[str], None] = lambda message: None) -> Tokenizer:
+    """Train a byte-level BPE of at most `vocab_size` tokens: `SPECIAL_TOKENS`, the 256 bytes, then merges seen at least twice.
+
+    The same texts in the same order always give the same tokenizer. Raises DataError if `vocab_size` has no room for bytes.
+    """
+    check_trainable(vocab_size)
     bpe = tokenizers.Tokenizer(models.BPE())
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _SPLITS]
     bpe.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])

@@ -112,6 +112,19 @@ def num_cores() -> int:
     return min(cores, max(1, -(-int(quota) // int(period)))) if quota.isdigit() and period.strip().isdigit() else cores
 
 
+def total_memory() -> int | None:
+    """Bytes of memory that this machine has or its control group allows, whichever is less; None where the system does not tell."""
+    lines = dict(line.split(":", 1) for line in _read("/proc/meminfo").splitlines() if ":" in line)
+    kib = lines.get("MemTotal", "").removesuffix("kB").strip()
+    known = [int(kib) << 10 if kib.isdigit() else None, memory_limit()]
+    return min((size for size in known if size is not None), default=None)
+
+
+def has_nvidia() -> bool:
+    """Whether the NVIDIA driver shows a device; whether torch can use it, only torch knows."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
 def memory_limit() -> int | None:
     """Bytes that the control group allows, None without a limit."""
     text = _read("/sys/fs/cgroup/memory.max").strip()

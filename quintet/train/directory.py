@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from quintet.data.prepare import Prepared
+from quintet.data.prepare import Prepared, obstacle_to
 from quintet.data.tokenizer import Tokenizer
 from quintet.errors import DataError, UsageError
 from quintet.spec import parse
@@ -24,10 +24,14 @@ def of(run: Run) -> Path:
 
 
 def refuse_existing(run: Run) -> None:
-    """Raise UsageError if the run's directory exists: a run is never overwritten."""
+    """Raise UsageError if the run's directory exists, for a run is never overwritten, or if a look tells that it cannot be made."""
     if of(run).exists():
         raise UsageError(
             f"{of(run)} exists already and is not overwritten; continue it with: quintet resume {of(run)}, or choose another --name"
+        )
+    if obstacle := obstacle_to(of(run)):
+        raise UsageError(
+            f"cannot make the run's directory {of(run)}: {obstacle} is no folder that may be written; choose another --directory"
         )
 
 

@@ -1,0 +1,66 @@
+"""What would stop or hurt a run on this machine, told before anything is computed; torch is imported only for a recipe that names CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from quintet.cost.memory import step_memory
+from quintet.data.prepare import foresee
+from quintet.errors import QuintetError
+from quintet.monitor import machine
+from quintet.monitor.units import num_bytes
+from quintet.spec.run import Run, Train
+from quintet.train import directory
+
+
+def refusals(run: Run) -> list[str]:
+    """What `train` would refuse here, as far as it is cheap to know: the device, the run's directory, the data. Empty: nothing."""
+    checks: tuple[Callable[[], object], ...] = (lambda: _device(run), lambda: directory.refuse_existing(run))
+    found = [message for check in checks if (message := _message(check))]
+    return [*found, *foresee(run.data, vocab_size=run.model.vocab_size)]
+
+
+def doubts(run: Run) -> list[str]:
+    """What `train` would try here although it bodes ill: more memory than there is, more threads than cores."""
+    return [message for message in (_memory(run), _threads(run.train)) if message]
+
+
+def _message(check: Callable[[], object]) -> str | None:
+    try:
+        check()
+    except QuintetError as error:
+        return str(error)
+    return None
+
+
+def _device(run: Run) -> None:
+    if run.train.device == "cuda":
+        from quintet.train import device
+
+        device.prepare(Train(device="cuda"))
+
+
+def _memory(run: Run) -> str | None:
+    """Only for a single CPU: the memory of a CUDA device is not known without torch, and a layout divides a step's memory."""
+    on_cuda = run.train.device == "cuda" or (run.train.device == "auto" and machine.has_nvidia())
+    there = machine.total_memory()
+    if on_cuda or there is None or run.layout.num_ranks > 1:
+        return None
+    lengths = [phase.sequence_length for phase in run.phases]
+    needed = step_memory(run.model, run.train, sequence_length=max(lengths)).total
+    if needed <= there:
+        return None
+    return (
+        f"a step needs about {num_bytes(needed)}, but this machine has {num_bytes(there)} of memory: it would be stopped there; choose a "
+        "smaller model, train.micro_batch or sequence_length, or train.recompute = 'full'"
+    )
+
+
+def _threads(train: Train) -> str | None:
+    cores = machine.num_cores()
+    if train.num_threads is None or train.num_threads <= cores:
+        return None
+    return (
+        f"train.num_threads ({train.num_threads}) is more than the {cores} cores that this process may use, so threads wait for each "
+        "other; leave it out to use all cores"
+    )
