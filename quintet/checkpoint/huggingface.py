@@ -6,14 +6,13 @@ The rotary part needs no permutation: both sides turn interleaved pairs. Read ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from quintet.checkpoint import hub_config, hub_files, hub_names, shards
+from quintet.checkpoint import hub_config, hub_files, hub_names, hub_stored, shards
 from quintet.checkpoint.durable import TemporaryDirectory, failure, write_file
 from quintet.checkpoint.hub_names import Part, Shape
 from quintet.checkpoint.store import dtype_name
@@ -74,16 +73,18 @@ def export(
             temporary.close()
 
 
-def read_config(directory: Path) -> Model:
+def read_config(directory: Path, *, on_message: Callable[[str], None] = lambda message: None) -> Model:
     """The model in a directory of Hugging Face's format.
 
-    MTP modules that config.json announces but no file holds, as when transformers has saved the model, are not part of it. Raises
-    CheckpointError for a config.json that is absent, broken, or not of a DeepSeek-V3 model.
+    MTP modules that config.json names but no file holds, as when transformers has saved the model, are not part of it, which is told to
+    `on_message`. Raises CheckpointError for a config.json that is absent, broken, or not of a DeepSeek-V3 model.
     """
-    model = hub_config.to_model(hub_config.read(directory), origin=str(directory / hub_config.NAME))
-    if (directory / shards.SINGLE).exists() or (directory / shards.INDEX).exists():
-        return _without_absent_mtp(model, shards.Catalog(directory).shapes())
-    return model
+    said = hub_config.to_model(hub_config.read(directory), origin=str(directory / hub_config.NAME))
+    stored = hub_stored.names(directory)
+    held = said if stored is None else hub_stored.stored_model(said, stored)
+    if told := hub_stored.missing_modules(said, held):
+        on_message(told)
+    return held
 
 
 def import_(directory: Path, *, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -95,7 +96,8 @@ def import_(directory: Path, *, dtype: torch.dtype | None = None) -> Iterator[tu
     """
     config = hub_config.read(directory)
     catalog = shards.Catalog(directory)
-    model = _without_absent_mtp(hub_config.to_model(config, origin=str(directory / hub_config.NAME)), catalog.shapes())
+    said = hub_config.to_model(config, origin=str(directory / hub_config.NAME))
+    model = hub_stored.stored_model(said, frozenset(catalog.shapes()))
     plan = {name: _stored_parts(name, shape, model, catalog.shapes()) for name, shape in hub_names.shapes(model).items()}
     _check_names(directory, model, plan, catalog.shapes())
     block = tuple((config.quantization_config or {}).get("weight_block_size") or (128, 128))
@@ -130,11 +132,6 @@ def _refuse(what: str, problems: Sequence[str]) -> None:
     if problems:
         more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         raise CheckpointError(f"{what}: {'; '.join(problems[:_LISTED])}{more}")
-
-
-def _without_absent_mtp(model: Model, stored: Mapping[str, Shape]) -> Model:
-    layers = {int(name.split(".")[2]) for name in stored if name.startswith("model.layers.") and name.split(".")[2].isdecimal()}
-    return model if any(layer >= model.num_layers for layer in layers) else replace(model, num_mtp_modules=0)
 
 
 def _stored_parts(name: str, shape: Shape, model: Model, stored: Mapping[str, Shape]) -> list[Part]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from quintet.checkpoint.durable import FileWriter, write_file
+from quintet.checkpoint.hub_stored import INDEX, SINGLE, index
 from quintet.checkpoint.store import bytes_of
 from quintet.errors import CheckpointError
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 _DTYPE_NAME = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +53,8 @@ def write(directory: Path, entries: Sequence[Entry], tensor: Callable[[str], tor
         path = directory / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map.update((entry.name, path.name) for entry in shard)
         _write_file(path, shard, tensor)
-    index = {"metadata": {"total_size": sum(entry.num_bytes for entry in entries)}, "weight_map": weight_map}
-    write_file(directory / INDEX, json.dumps(index, indent=2).encode())
+    listing = {"metadata": {"total_size": sum(entry.num_bytes for entry in entries)}, "weight_map": weight_map}
+    write_file(directory / INDEX, json.dumps(listing, indent=2).encode())
 
 
 def _split(entries: Sequence[Entry], max_shard_bytes: int) -> Iterator[list[Entry]]:
@@ -96,7 +93,7 @@ class Catalog:
         self._open: dict[str, Any] = {}
         self._file: dict[str, str] = {}
         self._shape: dict[str, tuple[int, ...]] = {}
-        listed = _files(directory)
+        listed = index(directory)
         for file in sorted(set(listed.values()) if listed else {SINGLE}):
             self._add(directory, file)
         for name, file in listed.items():
@@ -126,19 +123,3 @@ class Catalog:
         """A tensor."""
         tensor: torch.Tensor = self._open[self._file[name]].get_tensor(name)
         return tensor
-
-
-def _files(directory: Path) -> dict[str, str]:
-    """Tensor name to file name as the index says, or nothing without an index."""
-    path = directory / INDEX
-    try:
-        weight_map = json.loads(path.read_bytes())["weight_map"]
-        files = {str(name): str(file) for name, file in weight_map.items()}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not an index of safetensors files: {error!r}") from None
-    for name, file in files.items():
-        if not _FILE_NAME.fullmatch(file):
-            raise CheckpointError(f"{path} says that {name!r} is in {file!r}, which is not the name of a safetensors file beside the index")
-    return files

@@ -24,6 +24,11 @@ def main(arguments: list[str]) -> int:
     given = read(Arguments, arguments, command="import")
     from quintet.train.trained import import_run
 
-    import_run(given.source, given.run)
-    Console(stderr=True).print(f"made {given.run}; see: quintet info {given.run}", markup=False, highlight=False, soft_wrap=True)
+    console = Console(stderr=True)
+
+    def tell(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    import_run(given.source, given.run, on_message=tell)
+    tell(f"made {given.run}; see: quintet info {given.run}")
     return 0

@@ -12,7 +12,7 @@ from rich.console import Console, Group, RenderableType
 from rich.rule import Rule
 from rich.table import Table
 
-from quintet.checkpoint import hub_config
+from quintet.checkpoint import hub_config, hub_stored
 from quintet.checkpoint.manifest import step_of
 from quintet.cli.describe import foreseen, model_figures, model_tables, run_figures, run_tables, warn
 from quintet.cli.options import Switch, read
@@ -51,13 +51,24 @@ def describe(path: Path) -> dict[str, Any]:
         run = parse.read(path / "recipe.toml")
         return {"kind": "run", "path": str(path), **run_figures(run), "progress": progress(path), "warnings": doubts(run)}
     if (path / hub_config.NAME).is_file():
-        model = hub_config.to_model(hub_config.read(path), origin=str(path / hub_config.NAME))
-        figures = model_figures(model, sequence_length=min(4096, model.max_context))
-        return {"kind": "hugging face", "path": str(path), **figures, "warnings": []}
+        return hub_figures(path)
     if path.is_dir():
         raise UsageError(f"{path} holds neither a recipe.toml (a run) nor a {hub_config.NAME} (a Hugging Face model)")
     run = parse.read(path)
     return {"kind": "recipe", "path": str(path), **run_figures(run), "warnings": foreseen(run)}
+
+
+def hub_figures(path: Path) -> dict[str, Any]:
+    """The figures of a model in Hugging Face's format as its files hold it; without files, as its config.json says."""
+    model = said = hub_config.to_model(hub_config.read(path), origin=str(path / hub_config.NAME))
+    stored = hub_stored.names(path)
+    warnings = [f"no safetensors in {path}: counted from {hub_config.NAME} alone"]
+    if stored is not None:
+        model = hub_stored.stored_model(said, stored)
+        told = hub_stored.missing_modules(said, model)
+        warnings = [told] if told else []
+    figures = model_figures(model, sequence_length=min(4096, model.max_context))
+    return {"kind": "hugging face", "path": str(path), **figures, "warnings": warnings}
 
 
 def progress(run_directory: Path) -> dict[str, Any]:

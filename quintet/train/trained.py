@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,13 +71,14 @@ def open_trained(path: Path) -> Trained:
     return Trained(run=run, model=model, tokenizer=Tokenizer.from_file(file), tokenizer_file=file, device=device, step=step)
 
 
-def import_run(source: Path, directory: Path) -> None:
+def import_run(source: Path, directory: Path, *, on_message: Callable[[str], None] = lambda message: None) -> None:
     """Make a run, with recipe and a checkpoint of step 0, of a model in Hugging Face's format with a tokenizer.json.
 
-    The recipe trains on the default corpus; edit it before `quintet resume`. Raises CheckpointError for a directory that is not such
-    a model, DataError for its tokenizer, UsageError if the run's directory exists.
+    The recipe trains on the default corpus; edit it before `quintet resume`. `on_message` is told what the files lack of what their
+    config.json says. Raises CheckpointError for a directory that is not such a model, DataError for its tokenizer, UsageError if the
+    run's directory exists.
     """
-    spec = huggingface.read_config(source)
+    spec = huggingface.read_config(source, on_message=on_message)
     tokenizer = Tokenizer.from_file(source)
     weights = dict(huggingface.import_(source))
     run = _imported_recipe(spec, directory, precision=_precision(weights))

@@ -213,6 +213,31 @@ def test_absent_copies_and_absent_mtp_modules_are_no_error(tmp_path: Path, gener
     assert dict(import_(tmp_path / "hub")).keys() == hub_names.shapes(replace(SMALL, num_mtp_modules=0)).keys()
 
 
+@pytest.mark.parametrize("indexed", [True, False], ids=["index", "one file"])
+@pytest.mark.parametrize("held", [0, 1, 2])
+def test_the_mtp_modules_are_those_that_the_files_hold_and_what_is_absent_is_told(
+    tmp_path: Path, generator: torch.Generator, held: int, indexed: bool
+) -> None:
+    model = like_small(num_mtp_modules=2)
+    _exported(tmp_path / "hub", model, generator)
+    absent = tuple(f"model.layers.{layer}." for layer in range(model.num_layers + held, model.num_layers + 2))
+    if indexed:
+        path = tmp_path / "hub" / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        index["weight_map"] = {name: file for name, file in index["weight_map"].items() if not name.startswith(absent)}
+        path.write_text(json.dumps(index))
+    else:
+        _change(tmp_path / "hub", lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith(absent)])
+    told: list[str] = []
+    expected = replace(model, num_mtp_modules=held)
+    assert read_config(tmp_path / "hub", on_message=told.append) == expected
+    assert told == [
+        f"MTP modules: config.json names 2 (num_nextn_predict_layers), but the files hold {held}; counted is what they hold"
+    ] * (held < 2)
+    if not indexed:
+        assert dict(import_(tmp_path / "hub")).keys() == hub_names.shapes(expected).keys()
+
+
 @pytest.mark.parametrize("file", ["../outside.safetensors", "/tmp/outside.safetensors", "a/b.safetensors", "pytorch_model.bin", ".."])
 def test_an_index_that_points_elsewhere_is_refused(tmp_path: Path, generator: torch.Generator, file: str) -> None:
     _exported(tmp_path / "hub", SMALL, generator)

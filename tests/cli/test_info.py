@@ -44,6 +44,20 @@ def test_a_hugging_face_directory_is_counted_from_its_config(capsys: pytest.Capt
     assert figures(capsys, tmp_path)["parameters"]["total"] == parameters(run.model).total
 
 
+def test_mtp_modules_that_the_files_lack_are_not_counted_and_told(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, run: Run
+) -> None:
+    config = hub_config.from_model(run.model, dtype="bfloat16", bos_token_id=0, eos_token_id=1)
+    (tmp_path / hub_config.NAME).write_text(hub_config.dumps(config))
+    header = json.dumps({"model.layers.3.mlp.gate.weight": {}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    told = figures(capsys, tmp_path)
+    assert run.model.num_mtp_modules == 1
+    assert told["parameters"]["total_with_mtp"] == told["parameters"]["total"] == parameters(run.model).total
+    assert main(["info", str(tmp_path)]) == 0
+    assert "warning: MTP modules: config.json names 1 (num_nextn_predict_layers), but the files hold 0" in capsys.readouterr().err
+
+
 def test_a_run_tells_where_it_stands(capsys: pytest.CaptureFixture[str], tmp_path: Path, root: Path) -> None:
     shutil.copy(root / "recipes" / "laptop.toml", tmp_path / "recipe.toml")
     (tmp_path / "checkpoints" / "step-00000002").mkdir(parents=True)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from quintet.checkpoint.load import list_checkpoints
 from quintet.cli.main import main
@@ -112,6 +113,18 @@ def test_an_imported_run_resumes_bit_for_bit_like_any_other(trained: Run, tmp_pa
         resume(again)
         ends.append(records(again))
     assert ends[0] == ends[1]
+
+
+def test_an_import_tells_which_mtp_modules_the_files_lack(trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told(capsys, "export", where(trained), tmp_path / "hf")
+    (path,) = (tmp_path / "hf").glob("*.safetensors")
+    tensors = {name: tensor for name, tensor in load_file(path).items() if not name.startswith(f"model.layers.{trained.model.num_layers}.")}
+    path.unlink()
+    (tmp_path / "hf" / "model.safetensors.index.json").unlink()
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    assert main(["import", str(tmp_path / "hf"), str(tmp_path / "again")]) == 0
+    assert "MTP modules: config.json names 1 (num_nextn_predict_layers), but the files hold 0" in capsys.readouterr().err
+    assert parse.read(tmp_path / "again" / "recipe.toml").model == replace(trained.model, num_mtp_modules=0)
 
 
 def test_an_import_never_overwrites_a_run(trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
