@@ -19,7 +19,7 @@ class Arguments:
     directory: Directory
     """The directory to make."""
     dtype: Literal["bf16", "fp32"] = "bf16"
-    """Type of the weights in the files."""
+    """Type of the weights in the files; fp32 of a bf16 run is its fp32 master weights."""
 
 
 def main(arguments: list[str]) -> int:
@@ -28,11 +28,11 @@ def main(arguments: list[str]) -> int:
     import torch
 
     from quintet.checkpoint import huggingface
-    from quintet.train.trained import open_trained
+    from quintet.train.trained import master_weights, open_trained
 
     trained = open_trained(given.model)
     dtype = torch.bfloat16 if given.dtype == "bf16" else torch.float32
-    state = trained.model.state_dict()
+    state = master_weights(trained) if given.dtype == "fp32" else trained.model.state_dict()
     huggingface.export(
         state,
         trained.run.model,

@@ -33,6 +33,8 @@ class Trained:
 
     run: Run
     """The recipe that it was trained with."""
+    checkpoint: Path
+    """Where it was read from."""
     model: Transformer
     """On `device`, in the run's precision."""
     tokenizer: Tokenizer
@@ -68,7 +70,25 @@ def open_trained(path: Path) -> Trained:
     load({f"model.{name}": tensor for name, tensor in model.state_dict().items()}, checkpoint, strict=False)
     read_extra(checkpoint, TOKENIZER)  # verified before it is parsed
     file = checkpoint / TOKENIZER
-    return Trained(run=run, model=model, tokenizer=Tokenizer.from_file(file), tokenizer_file=file, device=device, step=step)
+    return Trained(
+        run=run, checkpoint=checkpoint, model=model, tokenizer=Tokenizer.from_file(file), tokenizer_file=file, device=device, step=step
+    )
+
+
+def master_weights(trained: Trained) -> dict[str, Tensor]:
+    """The model's tensors as training keeps them: in place of weights rounded to bf16 the fp32 master weights of the checkpoint.
+
+    Raises CheckpointError for a checkpoint that lacks them.
+    """
+    rounded = {name: tensor for name, tensor in trained.model.named_parameters() if tensor.dtype != torch.float32}
+    masters = {f"optimizer.master.{name}": torch.empty(tensor.shape) for name, tensor in rounded.items()}
+    if missing := masters.keys() - read_manifest(trained.checkpoint).tensors.keys():
+        raise CheckpointError(
+            f"{trained.checkpoint} lacks {len(missing)} of the {len(masters)} fp32 master weights, such as {min(missing)}; "
+            "export it as bf16, or name another checkpoint"
+        )
+    load(masters, trained.checkpoint, strict=False)
+    return trained.model.state_dict() | {name.removeprefix("optimizer.master."): tensor for name, tensor in masters.items()}
 
 
 def import_run(source: Path, directory: Path, *, on_message: Callable[[str], None] = lambda message: None) -> None:

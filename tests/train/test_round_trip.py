@@ -7,16 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from quintet.checkpoint.load import list_checkpoints
+from quintet.checkpoint import huggingface
+from quintet.checkpoint.load import list_checkpoints, read_manifest
 from quintet.cli.main import main
 from quintet.errors import CheckpointError
 from quintet.monitor.metrics import Evaluated, read_events
 from quintet.spec import parse
 from quintet.spec.run import Checkpoint, Data, Precision, Run
-from quintet.train.trained import find_checkpoint, open_trained
-from tests.train.runs import PHASE, make_quick, records, resume, tiny_run, train, where, write_recipe
+from quintet.train import trained as module
+from quintet.train.trained import find_checkpoint, master_weights, open_trained
+from tests.train.runs import PHASE, checkpoint, make_quick, records, resume, tiny_run, train, where, write_recipe
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -100,6 +103,30 @@ def test_an_exported_model_comes_back_with_the_same_loss_and_trains_on(
     assert losses(capsys, where(again)) != before
     first = records(again)[0].main_loss
     assert abs(first - sum(before.values()) / 2) < 0.5, "it goes on from the imported weights"
+
+
+def test_an_export_in_fp32_is_the_master_weights_bit_for_bit(trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told(capsys, "export", where(trained), tmp_path / "hf", "--dtype", "fp32")
+    exported = dict(huggingface.import_(tmp_path / "hf"))
+    saved, _ = checkpoint(trained)
+    for name, tensor in exported.items():
+        kept = saved.get(f"optimizer.master.{name}", saved[f"model.{name}"])
+        assert kept.dtype == tensor.dtype == torch.float32
+        assert torch.equal(tensor, kept), name
+    rounded = [name for name in exported if not torch.equal(exported[name], saved[f"model.{name}"].float())]
+    assert bool(rounded) == (trained.train.precision == "bf16")
+
+
+def test_a_checkpoint_without_master_weights_exports_as_bf16_alone(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = open_trained(where(trained))
+    manifest = read_manifest(opened.checkpoint)
+    few = replace(manifest, tensors={name: tensor for name, tensor in manifest.tensors.items() if name.startswith("model.")})
+    monkeypatch.setattr(module, "read_manifest", lambda path: few)
+    if trained.train.precision == "fp32":
+        assert master_weights(opened).keys() == opened.model.state_dict().keys()
+    else:
+        with pytest.raises(CheckpointError, match=r"lacks \d+ of the \d+ fp32 master weights, .*export it as bf16"):
+            master_weights(opened)
 
 
 def test_an_imported_run_resumes_bit_for_bit_like_any_other(trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
