@@ -68,7 +68,12 @@ class HubConfig:
 
 
 def from_model(model: Model, *, dtype: str, bos_token_id: int | None, eos_token_id: int | None) -> HubConfig:
-    """The config.json of a model whose weights are stored as `dtype`."""
+    """The config.json of a model whose weights are stored as `dtype`. Raises CheckpointError for what it cannot say."""
+    if model.capacity_factor is not None:
+        raise CheckpointError(
+            f"model.capacity_factor ({model.capacity_factor}) has no place in Hugging Face's {NAME}: its DeepSeek-V3 drops no tokens; "
+            "only models trained without a capacity can be exported"
+        )
     yarn = None if model.yarn is None else _rope_scaling(model.yarn)
     return HubConfig(
         vocab_size=model.vocab_size,

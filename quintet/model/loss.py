@@ -24,7 +24,8 @@ class Weights:
 
 @dataclass(frozen=True)
 class Loss:
-    """Parts of one micro-batch's share of the step's loss: scalars in fp32, `load` [layers, E] int64, MTP modules last.
+    """Parts of one micro-batch's share of the step's loss: scalars in fp32, `load` and `dropped` [layers, E] int64 (see MoEStatistics),
+    MTP modules last.
 
     `total` carries the graph, the others are detached: cross-entropies in nats per token of the whole step. The shares of all
     micro-batches on all ranks add up to the step's loss, and their gradients to its gradient.
@@ -35,6 +36,7 @@ class Loss:
     mtp: Tensor
     balance: Tensor
     load: Tensor
+    dropped: Tensor
 
 
 def targets_by_depth(labels: Tensor, num_mtp_modules: int) -> Tensor:
@@ -72,8 +74,8 @@ def training_loss(
     none = torch.zeros((), device=inputs.device)
     mtp = torch.stack(losses[1:]).mean() if output.mtp else none
     balance = torch.stack([s.balance_loss for s in output.moe]).sum() / num_sequences if output.moe else none
-    load = torch.zeros(model.num_moe_layers, model.model.num_routed_experts, dtype=torch.int64, device=inputs.device)
-    for row, statistics in zip(load, output.moe, strict=False):  # modules that did not run have no load
-        row.copy_(statistics.load)
+    counts = torch.zeros(2, model.num_moe_layers, model.model.num_routed_experts, dtype=torch.int64, device=inputs.device)
+    for layer, statistics in enumerate(output.moe):  # modules that did not run have no load
+        counts[0, layer], counts[1, layer] = statistics.load, statistics.dropped
     total = losses[0] + weights.mtp * mtp + weights.balance * balance
-    return Loss(total=total, main=losses[0].detach(), mtp=mtp.detach(), balance=balance.detach(), load=load)
+    return Loss(total=total, main=losses[0].detach(), mtp=mtp.detach(), balance=balance.detach(), load=counts[0], dropped=counts[1])

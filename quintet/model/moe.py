@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from quintet.model.layers import FeedForward
-from quintet.model.router import Router, Routing, sequence_balance_loss
+from quintet.model.router import Ahead, NothingAhead, Router, Routing, sequence_balance_loss, within_capacity
 from quintet.ops.grouped_matmul import grouped_matmul
 from quintet.ops.permute import collect, sort_by_expert, spread, spread_gates
 from quintet.ops.pointwise import Kernels
@@ -22,10 +22,11 @@ from quintet.spec.model import Model
 
 @dataclass(frozen=True)
 class MoEStatistics:
-    """Of one MoE layer and micro-batch: load [E] (tokens per expert, int64) and the balance loss summed over sequences (scalar); where
-    sequences are shared out over ranks, this rank's share of both."""
+    """Of one MoE layer and micro-batch: load [E] (tokens that chose each expert, int64), how many of these it had no capacity for [E], and
+    the balance loss summed over sequences (scalar); where sequences are shared out over ranks, this rank's share of each."""
 
     load: Tensor
+    dropped: Tensor
     balance_loss: Tensor
 
 
@@ -49,20 +50,20 @@ class Dispatch(Protocol):
     experts only, all of them where it is alone."""
 
     def __call__(self, x: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor, Tensor]:
-        """x [T, D] -> the gated sum of each token's experts [T, D], and the load [E]."""
+        """x [T, D] -> the gated sum of each token's experts [T, D], and how many of these tokens went to each expert [E]."""
         ...
 
 
 def local_dispatch(x: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor, Tensor]:
     """All experts are here: sort, compute, add up."""
-    permutation = sort_by_expert(routing.experts, experts.w2.shape[0])
+    permutation = sort_by_expert(routing.experts, experts.w2.shape[0], spare=routing.dropped is not None)
     rows = experts(spread(x, permutation), spread_gates(routing.gates, permutation), permutation.ends)
     return collect(rows, permutation), permutation.load
 
 
 class MixtureOfExperts(nn.Module):
-    """Shared plus routed experts. `dispatch` is a seam, and so is `whole_count`, which adds up counts [B, E] over the ranks that share
-    the sequences."""
+    """Shared plus routed experts. `dispatch` is a seam, and so are `whole_count`, which adds up counts [B, E] over the ranks that share
+    the sequences, and `ahead`."""
 
     def __init__(self, model: Model, *, kernels: Kernels) -> None:
         super().__init__()
@@ -76,14 +77,18 @@ class MixtureOfExperts(nn.Module):
         )
         self.dispatch: Dispatch = local_dispatch
         self.whole_count: Callable[[Tensor], Tensor] = lambda count: count
+        self.ahead: Ahead = NothingAhead()
 
     def forward(self, x: Tensor) -> tuple[Tensor, MoEStatistics]:
         """x [B, S, D] -> [B, S, D] and the layer's statistics."""
         tokens = x.flatten(0, 1)
         routing = self.router(tokens)
+        if self.model.capacity_factor is not None:
+            routing = within_capacity(routing, x.shape[0], self.model.capacity_factor, ahead=self.ahead)
         out, load = self.dispatch(tokens, routing, self.experts)
         if self.shared is not None:
             out = out + self.shared(tokens)
         balance = sequence_balance_loss(routing.scores, x.shape[0], self.model.num_experts_per_token, whole_count=self.whole_count)
-        return out.view_as(x), MoEStatistics(load=load, balance_loss=balance)
+        dropped = torch.zeros_like(load) if routing.dropped is None else routing.dropped
+        return out.view_as(x), MoEStatistics(load=load + dropped, dropped=dropped, balance_loss=balance)
 

@@ -1,12 +1,15 @@
 """The router of DeepSeekMoE: sigmoid scores, a bias that balances without a loss, and a choice limited to a few groups (V3 2.1.2).
 
-Letters: T tokens, D hidden, E experts, K experts per token.
+Letters: T tokens, D hidden, E experts, K experts per token, B sequences, S tokens of each, P pieces of each.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +20,71 @@ from quintet.spec.model import Model
 
 @dataclass(frozen=True)
 class Routing:
-    """Where each token goes: experts [T, K], gates [T, K] in fp32, and all scores [T, E] in fp32."""
+    """Where each token goes: experts [T, K], gates [T, K] in fp32, and all scores [T, E] in fp32.
+
+    Where experts have a capacity, `dropped` [E] int64 counts the tokens that an expert was chosen by and did not take; in their places of
+    `experts` stands E, with gate 0.
+    """
 
     experts: Tensor
     gates: Tensor
     scores: Tensor
+    dropped: Tensor | None = None
+
+
+class Ahead(Protocol):
+    """The seam of capacity where ranks share sequences: what came earlier in them, on other ranks. A rank's tokens of a sequence are
+    `num_pieces` runs of equal length, each without a gap, and `num_ranks` ranks hold as many tokens of it."""
+
+    num_ranks: int
+    num_pieces: int
+
+    def __call__(self, counts: Tensor) -> Tensor:
+        """counts [B, P, E] of this rank's pieces -> the sums over all pieces that come earlier in the sequence [B, P, E]."""
+        ...
+
+
+class NothingAhead:
+    """Whole sequences are here."""
+
+    num_ranks = 1
+    num_pieces = 1
+
+    def __call__(self, counts: Tensor) -> Tensor:
+        """Nothing came earlier."""
+        return torch.zeros_like(counts)
+
+
+def within_capacity(routing: Routing, num_sequences: int, factor: float, *, ahead: Ahead) -> Routing:
+    """Drop from each expert the tokens beyond ceil(factor x S x K / E) of a sequence, S being its length on all ranks (arXiv 2101.03961).
+
+    routing of T = num_sequences x (tokens here) tokens. Earlier tokens come first, so what follows does not change what came before.
+    """
+    experts, num_experts = routing.experts, routing.scores.shape[1]
+    length = experts.shape[0] // max(num_sequences, 1) * ahead.num_ranks
+    capacity = math.ceil(Fraction(str(factor)) * length * experts.shape[1] / num_experts)  # in decimals, as it was written
+    queue = experts.view(num_sequences, ahead.num_pieces, -1 if num_sequences else 1)
+    place, counts = _queues(queue, num_experts)
+    room = capacity - ahead(counts)
+    dropped = (place >= room.gather(2, queue)).view_as(experts)
+    taken = counts.minimum(room.clamp(min=0))
+    return Routing(
+        experts=experts.masked_fill(dropped, num_experts),
+        gates=routing.gates.masked_fill(dropped, 0.0),
+        scores=routing.scores,
+        dropped=(counts - taken).sum((0, 1)),
+    )
+
+
+def _queues(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """experts [B, P, tokens x K] in the order of tokens -> the place of each in its piece's queue for its expert, counts [B, P, E]."""
+    num_queues = experts.shape[0] * experts.shape[1]
+    queue = experts.reshape(num_queues, experts.shape[2]) + num_experts * torch.arange(num_queues, device=experts.device)[:, None]
+    order = queue.flatten().sort(stable=True)
+    first = torch.searchsorted(order.values, torch.arange(num_queues * num_experts + 1, device=experts.device))
+    place = torch.empty_like(order.indices)
+    place[order.indices] = torch.arange(queue.numel(), device=experts.device) - first[order.values]
+    return place.view_as(experts), first.diff().view(*experts.shape[:2], num_experts)
 
 
 class Router(nn.Module):

@@ -24,9 +24,9 @@ def grouped_matmul_reference(rows: Tensor, weight: Tensor, ends: Tensor) -> Tens
 def grouped_matmul(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """As the reference, except that the last entry of `ends` (int32) may be below N: what comes out behind it is undefined.
 
-    The kernel wants rows of a multiple of 16 bytes; other widths take the loop.
+    The kernel wants rows of a multiple of 16 bytes, and at least one; others take the loop.
     """
-    if any(width * weight.element_size() % 16 for width in weight.shape[1:]):
+    if any(width * weight.element_size() % 16 for width in weight.shape[1:]) or not rows.shape[0]:
         return F.pad(grouped_matmul_reference(rows, weight, ends), (0, 0, 0, rows.shape[0] - int(ends[-1])))
     out: Tensor = _GroupedMatmul.apply(rows, weight, ends)
     return out

@@ -1,7 +1,7 @@
 """Moving token rows to their experts and back, with gathers in both directions of autograd (no scatter-add, no atomics).
 
 Letters: T tokens, K experts per token, E experts, N rows, D width. A row is a copy of a token for one of its experts; rows lie sorted
-by expert, and each expert's part is padded to a multiple of ROW_ALIGNMENT.
+by expert, and each expert's part is padded to a multiple of ROW_ALIGNMENT. The number E in place of an expert stands for none.
 """
 
 from __future__ import annotations
@@ -24,77 +24,114 @@ class Permutation:
 
     token_of_row [N]: the token of each row (0 for padding); row_of_slot [T, K]: the row of each token's k-th expert;
     load [E]: tokens per expert; ends [E] int32: the row where each expert's padded part stops. Rows behind the last end are unused.
+    With `spare` the last row is one of these, slots without an expert point to it, and sums leave it out.
     """
 
     token_of_row: Tensor
     row_of_slot: Tensor
     load: Tensor
     ends: Tensor
+    spare: bool = False
 
 
-def sort_by_expert(experts: Tensor, num_experts: int) -> Permutation:
-    """experts [T, K] int64 -> Permutation. The sort is stable, so the order of rows is deterministic; N depends on T, K, E alone."""
+def sort_by_expert(experts: Tensor, num_experts: int, *, padded: bool = True, spare: bool = False) -> Permutation:
+    """experts [T, K] int64 -> Permutation. The sort is stable, so the order of rows is deterministic; N depends on T, K, E alone.
+
+    Without `padded` the experts' parts follow each other closely; with `spare` some of `experts` may be E.
+    """
     flat = experts.reshape(-1)
-    # Few rows per expert (generation) would drown in padding.
-    alignment = ROW_ALIGNMENT if flat.numel() >= 4 * num_experts * ROW_ALIGNMENT else 1
+    spare = spare and flat.numel() > 0
+    alignment = _alignment(flat.numel(), num_experts) if padded else 1
     order = flat.sort(stable=True)
-    load = torch.bincount(flat, minlength=num_experts)
+    first = torch.searchsorted(order.values, torch.arange(num_experts + 1, device=flat.device))
+    load = first.diff()
+    begins, ends = _padded_parts(load, alignment)
+    row_of_slot = torch.empty_like(flat)
+    row_of_slot[order.indices] = torch.arange(flat.numel(), device=flat.device) + F.pad(begins - first[:-1], (0, 1))[order.values]
+    token_of_row = flat.new_zeros(flat.numel() + num_experts * (alignment - 1) + spare)
+    if spare:
+        row_of_slot.masked_fill_(flat == num_experts, token_of_row.numel() - 1)
+    token_of_row[row_of_slot] = torch.arange(flat.numel(), device=flat.device) // experts.shape[1]
+    return Permutation(token_of_row=token_of_row, row_of_slot=row_of_slot.view(experts.shape), load=load, ends=ends, spare=spare)
+
+
+def regroup_by_expert(counts: Tensor, num_rows: int) -> Permutation:
+    """counts [n, E] of rows that arrived from n sources, each sorted by expert, `num_rows` in all -> the Permutation that sorts all of
+    them by expert, in which T is `num_rows` and K is 1. It neither sorts nor waits for the device."""
+    num_experts = counts.shape[1]
+    alignment = _alignment(num_rows, num_experts)
+    load = counts.sum(0)
+    begins, ends = _padded_parts(load, alignment)
+    arrived_at = counts.flatten().cumsum(0) - counts.flatten()
+    shift = (begins + counts.cumsum(0) - counts).flatten() - arrived_at
+    arrivals = torch.arange(num_rows, device=counts.device)
+    row_of_slot = arrivals + shift.repeat_interleave(counts.flatten(), output_size=num_rows)
+    token_of_row = counts.new_zeros(num_rows + num_experts * (alignment - 1))
+    token_of_row[row_of_slot] = arrivals
+    return Permutation(token_of_row=token_of_row, row_of_slot=row_of_slot[:, None], load=load, ends=ends)
+
+
+def _alignment(num_rows: int, num_experts: int) -> int:
+    # Few rows per expert (generation) would drown in padding.
+    return ROW_ALIGNMENT if num_rows >= 4 * num_experts * ROW_ALIGNMENT else 1
+
+
+def _padded_parts(load: Tensor, alignment: int) -> tuple[Tensor, Tensor]:
+    """load [E] -> the rows where the experts' padded parts begin, int64, and stop, int32."""
     padded = (load + alignment - 1) // alignment * alignment
     ends = padded.cumsum(0)
-    shift = (ends - padded) - (load.cumsum(0) - load)
-    row_of_slot = torch.empty_like(flat)
-    row_of_slot[order.indices] = torch.arange(flat.numel(), device=flat.device) + shift[order.values]
-    token_of_row = flat.new_zeros(flat.numel() + num_experts * (alignment - 1))
-    token_of_row[row_of_slot] = torch.arange(flat.numel(), device=flat.device) // experts.shape[1]
-    return Permutation(token_of_row=token_of_row, row_of_slot=row_of_slot.view(experts.shape), load=load, ends=ends.to(torch.int32))
+    return ends - padded, ends.to(torch.int32)
 
 
-def sum_rows_reference(rows: Tensor, row_of_slot: Tensor) -> Tensor:
-    """rows [N, D], row_of_slot [T, K] -> [T, D]: each token's rows summed in fp32."""
+def sum_rows_reference(rows: Tensor, row_of_slot: Tensor, *, spare: bool = False) -> Tensor:
+    """rows [N, D], row_of_slot [T, K] -> [T, D]: each token's rows summed in fp32, with `spare` all but the row N - 1."""
+    if spare:
+        rows = torch.cat((rows[:-1], torch.zeros_like(rows[-1:])))
     return rows[row_of_slot].float().sum(1).to(rows.dtype)
 
 
-def sum_rows(rows: Tensor, row_of_slot: Tensor) -> Tensor:
+def sum_rows(rows: Tensor, row_of_slot: Tensor, *, spare: bool = False) -> Tensor:
     """As the reference, in one pass."""
-    return F.embedding_bag(row_of_slot, rows, mode="sum")
+    return F.embedding_bag(row_of_slot, rows, mode="sum", padding_idx=rows.shape[0] - 1 if spare else None)
 
 
 class _Spread(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, token_of_row: Tensor, row_of_slot: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, token_of_row: Tensor, row_of_slot: Tensor, spare: bool) -> Tensor:
         ctx.save_for_backward(row_of_slot)
+        ctx.spare = spare
         return x.index_select(0, token_of_row)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (row_of_slot,) = ctx.saved_tensors
-        return sum_rows(grads[0].contiguous(), row_of_slot), None, None
+        return sum_rows(grads[0].contiguous(), row_of_slot, spare=ctx.spare), None, None, None
 
 
 class _Collect(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, token_of_row: Tensor, row_of_slot: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, token_of_row: Tensor, row_of_slot: Tensor, spare: bool) -> Tensor:
         ctx.save_for_backward(token_of_row)
-        return sum_rows(rows, row_of_slot)
+        return sum_rows(rows, row_of_slot, spare=spare)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (token_of_row,) = ctx.saved_tensors
-        return grads[0].index_select(0, token_of_row), None, None
+        return grads[0].index_select(0, token_of_row), None, None, None
 
 
 def spread(x: Tensor, to: Permutation) -> Tensor:
     """x [T, D] -> [N, D]: a copy of each token for each of its experts; backward sums them."""
-    out: Tensor = _Spread.apply(x, to.token_of_row, to.row_of_slot)
+    out: Tensor = _Spread.apply(x, to.token_of_row, to.row_of_slot, to.spare)
     return out
 
 
 def spread_gates(gates: Tensor, to: Permutation) -> Tensor:
-    """gates [T, K] -> [N]: each row's gate, 0 for padding, which takes padding out of every sum and gradient."""
+    """gates [T, K] (0 where no expert is) -> [N]: each row's gate, 0 for padding, which takes padding out of every sum and gradient."""
     return gates.new_zeros(to.token_of_row.shape).scatter(0, to.row_of_slot.flatten(), gates.flatten())
 
 
 def collect(rows: Tensor, back: Permutation) -> Tensor:
     """rows [N, D] -> [T, D]: the sum of each token's rows; backward spreads."""
-    out: Tensor = _Collect.apply(rows, back.token_of_row, back.row_of_slot)
+    out: Tensor = _Collect.apply(rows, back.token_of_row, back.row_of_slot, back.spare)
     return out

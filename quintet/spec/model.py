@@ -75,7 +75,10 @@ class Model:
     routed_scaling_factor: float = 1.0
     """Factor on the sum of the routed experts' outputs."""
     normalize_gates: bool = True
-    """Divide the selected gates by their sum."""
+    """Divide the selected gates by their sum (with one expert per token that leaves a constant, and the router learns nothing from it)."""
+    capacity_factor: float | None = None
+    """Each sequence gives each expert at most ceil(capacity_factor x its tokens x num_experts_per_token / num_routed_experts) of them,
+    earlier tokens first (arXiv 2101.03961, section 2.2); the experts beyond are dropped from a token. Absent: nothing is dropped."""
     num_mtp_modules: int = 1
     """Multi-token-prediction modules; module k predicts the token k+1 places further."""
     tie_embeddings: bool = False
@@ -105,6 +108,8 @@ class Model:
                 raise SpecError(f"{name} ({getattr(self, name)}) must not be negative")
         if self.q_lora_rank is not None and self.q_lora_rank <= 0:
             raise SpecError(f"q_lora_rank ({self.q_lora_rank}) must be larger than 0; leave it out for uncompressed queries")
+        if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
+            raise SpecError(f"capacity_factor ({self.capacity_factor}) must be larger than 0 and finite; leave it out to drop nothing")
         if self.qk_rope_head_dim % 2:
             raise SpecError(f"qk_rope_head_dim ({self.qk_rope_head_dim}) must be even: rotary embedding turns pairs")
         if self.num_dense_layers > self.num_layers:
