@@ -5,6 +5,10 @@ Letters: B batch, H heads, S query length, K key length, D width of query and ke
 PyTorch's fused CPU attention wants equal widths and reaches a tenth of the matmul speed; its unfused path computes the masked
 half too. `BlockedAttention` walks over blocks of queries, multiplies each with the keys up to its end only, and leaves the
 work to batched matmul and softmax, which are fast (benchmarks/attention.py).
+
+A ring sees the keys of one rank at a time. `attend_block` returns the output over those keys with its log-sum-exp, the log of the sum
+that divided it; two such pairs merge exactly (`merge`, arXiv 1805.02867), and with the merged pair every block's gradients follow
+independently (`attend_block_backward`, arXiv 2205.14135 appendix B).
 """
 
 from __future__ import annotations
@@ -65,7 +69,7 @@ class BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, document_ids: Tensor | None, save_memory: bool) -> Tensor:
         batch, heads, length, _ = q.shape
-        q, k, v = (t.reshape(batch * heads, length, -1) for t in (q, k, v))
+        q, k, v = (t.flatten(0, 1) for t in (q, k, v))
         out = torch.empty_like(v)
         keep = not save_memory and length <= KEEP_PROBABILITIES_BELOW and any(ctx.needs_input_grad)
         kept: list[Tensor] = []
@@ -77,13 +81,13 @@ class BlockedAttention(torch.autograd.Function):
                 kept.append(p)
         ctx.save_for_backward(q, k, v, document_ids, *kept)
         ctx.scale = scale
-        return out.view(batch, heads, length, -1)
+        return out.unflatten(0, (batch, heads))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, document_ids, *kept = ctx.saved_tensors
         batch, heads, length, _ = grads[0].shape
-        grad = grads[0].reshape(batch * heads, length, -1)
+        grad = grads[0].flatten(0, 1)
         scaled = q * ctx.scale
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for i, (begin, end) in enumerate(_blocks(length)):
@@ -94,8 +98,8 @@ class BlockedAttention(torch.autograd.Function):
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
             dq[:, begin:end] = torch.bmm(ds, k[:, :end])
             dk[:, :end] += torch.bmm(ds.transpose(1, 2), scaled[:, begin:end])
-        shape = (batch, heads, length, -1)
-        return dq.mul_(ctx.scale).view(shape), dk.view(shape), dv.view(shape), None, None, None
+        dq, dk, dv = (t.unflatten(0, (batch, heads)) for t in (dq.mul_(ctx.scale), dk, dv))
+        return dq, dk, dv, None, None, None
 
 
 def _blocks(length: int) -> Iterator[tuple[int, int]]:
@@ -109,5 +113,106 @@ def _probabilities(scaled: Tensor, k: Tensor, begin: int, end: int, document_ids
     scores[:, :, begin:].add_(torch.full((size, size), -math.inf, dtype=scores.dtype).triu_(1))
     if document_ids is not None:
         foreign = document_ids[:, begin:end, None] != document_ids[:, None, :end]
-        scores.unflatten(0, (document_ids.shape[0], -1)).masked_fill_(foreign[:, None], -math.inf)
+        _mask_foreign(scores, foreign)
     return torch.softmax(scores, -1)
+
+
+Documents = tuple[Tensor, Tensor]
+"""Document ids of the queries [B, S] and of the keys [B, K]: a query looks into its own document only."""
+
+
+def attend_block_reference(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, documents: Documents | None = None
+) -> tuple[Tensor, Tensor]:
+    """`attend_block` as written, differentiable where every query sees a key."""
+    scores = (q @ k.transpose(2, 3)).float() * scale
+    if causal:
+        scores = scores.masked_fill(~visible(q.shape[2], k.shape[2], document_ids=None, device=q.device), -math.inf)
+    if documents is not None:
+        scores = scores.masked_fill((documents[0][:, :, None] != documents[1][:, None, :])[:, None], -math.inf)
+    lse = scores.logsumexp(-1)
+    p = (scores - lse.masked_fill(lse == -math.inf, 0.0)[..., None]).exp()
+    return p.to(v.dtype) @ v, lse
+
+
+def attend_block(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, documents: Documents | None = None
+) -> tuple[Tensor, Tensor]:
+    """Queries against one block of keys: q [B, H, S, D], k [B, H, K, D], v [B, H, K, V] -> output [B, H, S, V] in v's dtype and
+    log-sum-exp of the scores [B, H, S] in fp32.
+
+    `causal` makes the queries the last S of the K keys (S <= K); without it every query sees every key, of its document. A query that sees
+    no key has output 0 and log-sum-exp -inf. Scores exist for `QUERY_BLOCK` queries at a time. Not differentiable by autograd.
+    """
+    out, lse = v.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+    q_, k_, v_, out_, lse_ = (t.flatten(0, 1) for t in (q, k, v, out, lse))
+    for begin, end in _blocks(q.shape[2]):
+        scores, seen = _scores(q_, k_, begin, end, scale=scale, causal=causal, documents=documents)
+        largest = scores.amax(-1, keepdim=True)
+        p = scores.sub_(largest.masked_fill(largest == -math.inf, 0.0)).exp_()
+        total = p.sum(-1, keepdim=True)
+        # A query that sees a key has a total of at least 1, that of its largest score.
+        out_[:, begin:end] = torch.bmm(p.to(v.dtype), v_[:, :seen]) / total.clamp(min=1.0)
+        lse_[:, begin:end] = (largest + total.log()).squeeze(-1)
+    return out, lse
+
+
+def attend_block_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    documents: Documents | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The part of one block of keys in the gradients: with the merged output and log-sum-exp over all blocks and the merged output's
+    gradient (`grad`) -> the block's term of q's gradient [B, H, S, D], and the gradients of its k and v, in the inputs' dtype."""
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    dk, dv = (torch.zeros_like(t, dtype=torch.float32, memory_format=torch.contiguous_format) for t in (k, v))
+    q_, k_, v_, out_, lse_, grad_, dq_, dk_, dv_ = (t.flatten(0, 1) for t in (q, k, v, out, lse, grad, dq, dk, dv))
+    for begin, end in _blocks(q.shape[2]):
+        scores, seen = _scores(q_, k_, begin, end, scale=scale, causal=causal, documents=documents)
+        lse_now, g, keys = lse_[:, begin:end, None], grad_[:, begin:end], slice(0, seen)
+        p = scores.sub_(lse_now.masked_fill(lse_now == -math.inf, 0.0)).exp_()
+        dv_[:, keys] += torch.bmm(p.to(v.dtype).transpose(1, 2), g)
+        # What softmax's normalisation takes back: sum_k p dp = out . grad, over all blocks.
+        taken = (out_[:, begin:end].float() * g).sum(-1, keepdim=True)
+        ds = torch.bmm(g, v_[:, keys].transpose(1, 2)).float().sub_(taken).mul_(p).mul_(scale).to(q.dtype)
+        dq_[:, begin:end] = torch.bmm(ds, k_[:, keys])
+        dk_[:, keys] += torch.bmm(ds.transpose(1, 2), q_[:, begin:end])
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
+    """Outputs [B, H, S, V] over two sets of keys and their log-sum-exps [B, H, S] -> over both, in place in `out` and `lse` (fp32)."""
+    total = torch.logaddexp(lse, other_lse)
+    finite = total.masked_fill(total == -math.inf, 0.0)
+    out.mul_((lse - finite).exp_()[..., None]).add_(other_out * (other_lse - finite).exp_()[..., None])
+    lse.copy_(total)
+
+
+def _scores(
+    q: Tensor, k: Tensor, begin: int, end: int, *, scale: float, causal: bool, documents: Documents | None
+) -> tuple[Tensor, int]:
+    """Scaled scores, in fp32, of queries begin..end of q [B*H, S, D] against the first keys of k [B*H, K, D], those that a causal mask lets
+    the last of them see: [B*H, end-begin, seen], and their number."""
+    before = k.shape[1] - q.shape[1]
+    seen = before + end if causal else k.shape[1]
+    scores = torch.bmm(q[:, begin:end], k[:, :seen].transpose(1, 2)).float().mul_(scale)
+    if causal:
+        size = end - begin
+        scores[:, :, before + begin :].add_(scores.new_full((size, size), -math.inf).triu_(1))
+    if documents is not None:
+        foreign = documents[0][:, begin:end, None] != documents[1][:, None, :seen]
+        _mask_foreign(scores, foreign)
+    return scores, seen
+
+
+def _mask_foreign(scores: Tensor, foreign: Tensor) -> None:
+    """Scores [B*H, S, K], in place, where foreign [B, S, K] is true: -inf."""
+    batch = foreign.shape[0]
+    scores.unflatten(0, (batch, scores.shape[0] // max(batch, 1))).masked_fill_(foreign[:, None], -math.inf)
