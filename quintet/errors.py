@@ -23,6 +23,10 @@ INTERRUPTED = 75
 """Stopped by a signal after a complete checkpoint: `quintet resume` continues."""
 
 
+KEYBOARD_INTERRUPT = 130
+"""Ctrl-C where there was nothing to save; what is done already stays."""
+
+
 class QuintetError(Exception):
     """Base of all errors that are shown to the user as one message, without a traceback."""
 

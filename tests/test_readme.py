@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from quintet import errors
-from quintet.cli.main import main
+from quintet.cli.main import main, usage
 from quintet.cost.flops import parameters
 from quintet.data import sources
 from quintet.errors import QuintetError
@@ -175,7 +175,9 @@ def test_the_exit_codes_are_the_programs_own() -> None:
         return {kind.exit_code}.union(*(codes(inner) for inner in kind.__subclasses__()))
 
     table = {int(code) for code in re.findall(r"^\| (\d+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)}
-    assert table == codes(QuintetError) | {errors.DONE, errors.INTERRUPTED}
+    known = codes(QuintetError) | {errors.DONE, errors.INTERRUPTED, errors.KEYBOARD_INTERRUPT}
+    assert table == known
+    assert {int(code) for code in re.findall(r"\b(\d+) [a-z]", usage().partition("exit codes:")[2])} == known
 
 
 @pytest.mark.parametrize("page", [*PAGES, "docs/architecture.md", "docs/glossary.md", "docs/LOG.md"])

@@ -6,6 +6,7 @@ The rotary part needs no permutation: both sides turn interleaved pairs. Read ar
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from quintet.checkpoint import hub_config, hub_files, hub_names, hub_stored, sha
 from quintet.checkpoint.durable import TemporaryDirectory, failure, write_file
 from quintet.checkpoint.hub_names import Part, Shape
 from quintet.checkpoint.store import dtype_name
-from quintet.errors import CheckpointError, did_you_mean
+from quintet.errors import CheckpointError, UsageError, did_you_mean
 from quintet.spec.model import Model
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,8 +39,8 @@ def export(
 
     state: the tensors of `hub_names.shapes(model)`; only one is copied at a time. tokenizer_file: a tokenizer.json, of which the two ids
     say what begins and ends a text (generation stops at the latter). dtype: of the weights in the files, float32, bfloat16 or float16;
-    router biases stay float32. The directory appears whole or not at all. Raises CheckpointError for another model's state, a tokenizer
-    that does not fit, a directory that holds something already, and a file system that refuses.
+    router biases stay float32. The directory appears whole or not at all. Raises UsageError for a directory that holds something already,
+    CheckpointError for another model's state, a tokenizer that does not fit, and a file system that refuses.
     """
     if dtype not in _DTYPES:
         raise CheckpointError(f"cannot export as {dtype}; choose one of {', '.join(map(dtype_name, _DTYPES))}")
@@ -56,8 +57,7 @@ def export(
 
     tokenizer = hub_files.tokenizer(tokenizer_file, model, bos_id=bos_token_id, eos_id=eos_token_id)
     config = hub_config.from_model(model, dtype=dtype_name(dtype), bos_token_id=bos_token_id, eos_token_id=eos_token_id)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise CheckpointError(f"{directory} exists already and is not empty; name a new directory, or remove it first")
+    refuse_existing(directory)
     temporary = None
     try:
         temporary = TemporaryDirectory(directory.absolute().parent, directory.name)
@@ -71,6 +71,12 @@ def export(
     finally:
         if temporary is not None:
             temporary.close()
+
+
+def refuse_existing(directory: Path) -> None:
+    """Raise UsageError if there is something at `directory`, an empty folder excepted: an export never overwrites."""
+    if os.path.lexists(directory) and (not directory.is_dir() or any(directory.iterdir())):
+        raise UsageError(f"{directory} exists already and is not empty; name a new directory, or remove it first")
 
 
 def read_config(directory: Path, *, on_message: Callable[[str], None] = lambda message: None) -> Model:

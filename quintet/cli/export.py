@@ -30,6 +30,7 @@ def main(arguments: list[str]) -> int:
     from quintet.checkpoint import huggingface
     from quintet.train.trained import master_weights, open_trained
 
+    huggingface.refuse_existing(given.directory)
     trained = open_trained(given.model)
     dtype = torch.bfloat16 if given.dtype == "bf16" else torch.float32
     state = master_weights(trained) if given.dtype == "fp32" else trained.model.state_dict()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from quintet.cli.options import RunPath, read
+from quintet.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,7 @@ class Arguments:
 def main(arguments: list[str]) -> int:
     """Run the command and return its exit code."""
     given = read(Arguments, arguments, command="generate")
+    refuse_broken_text(given.prompt)
     import torch
 
     from quintet.model.generate import generate
@@ -45,11 +48,24 @@ def main(arguments: list[str]) -> int:
         eos_id=trained.tokenizer.eos_id,
         generator=torch.Generator(trained.device).manual_seed(given.seed),
     )
-    print(given.prompt, end="", flush=True)
-    for piece in pieces(drawn, trained.tokenizer.decode):
+    told = pieces(drawn, trained.tokenizer.decode)
+    first = next(told, "")  # before anything is printed: what cannot be continued is refused here
+    print(given.prompt, first, sep="", end="", flush=True)
+    for piece in told:
         print(piece, end="", flush=True)
     print()
     return 0
+
+
+def refuse_broken_text(prompt: str) -> None:
+    """Raise UsageError for a prompt whose bytes are not UTF-8, which Python hands over as lone surrogates."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"--prompt is not UTF-8 text: {os.fsencode(prompt[error.start])!r} after {prompt[: error.start][-20:]!r}; convert it, for example "
+            "with iconv -t utf-8"
+        ) from None
 
 
 def pieces(ids: Iterable[int], decode: Callable[[Sequence[int]], str]) -> Iterator[str]:

@@ -10,7 +10,7 @@ import os
 import sys
 
 import quintet
-from quintet.errors import QuintetError, UsageError, did_you_mean
+from quintet.errors import KEYBOARD_INTERRUPT, QuintetError, UsageError, did_you_mean
 
 COMMANDS = {
     "prepare": "turn the text of a recipe into token shards, once",
@@ -31,8 +31,6 @@ OPTIONS = {
     "--version": "show the version",
     f"--print-completion {{{','.join(SHELLS)}}}": "print a completion script for the shell",
 }
-
-KEYBOARD_INTERRUPT = 130
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -86,7 +84,8 @@ def usage() -> str:
         "From raw text to a trained, checked and exported DeepSeek-V3-class language model.\n\n"
         f"commands:\n{commands}\n\n"
         f"options:\n{options}\n\n"
-        "exit codes: 0 done, 2 usage, 10 data, 11 checkpoint, 12 numerics, 75 stopped by a signal (resume it), 93 given up"
+        "exit codes: 0 done, 1 other error, 2 usage, 10 data, 11 checkpoint, 12 numerics, 75 stopped by a signal (resume it),\n"
+        "            93 given up, 130 interrupted (Ctrl-C)"
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from quintet.cli.options import RunPath, read
 from quintet.errors import CheckpointError
+from quintet.monitor.sinks import Fanout
 from quintet.spec import parse
 
 
@@ -24,6 +25,13 @@ def main(arguments: list[str]) -> int:
     if not recipe.is_file():
         raise CheckpointError(f"{given.run} is not a run: it has no recipe.toml; name a directory that `quintet train` made")
     from quintet.cli.watch import watched
+    from quintet.data.prepare import open_prepared
     from quintet.train import trainer
 
-    return watched(parse.read(recipe), given.run, lambda sinks: trainer.resume(given.run, sinks=sinks), resumed=True)
+    run = parse.read(recipe)
+
+    def call(sinks: Fanout) -> int:
+        open_prepared(run.data, run.model.vocab_size, recipe=recipe)  # for messages that name the recipe
+        return trainer.resume(given.run, sinks=sinks)
+
+    return watched(run, given.run, call, resumed=True)

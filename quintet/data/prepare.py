@@ -159,7 +159,7 @@ def prepare(
             source.name: _prepare_source(data, source, listings[source.name], directory, tokenizer, progress=progress)
             for source in data.sources
         }
-    prepared = _open(data, directory, tokenizer)
+    prepared = _open(data, directory, tokenizer, recipe="RECIPE")
     parts = {name: replace(part, statistics=replace(part.statistics, reused=reused[name])) for name, part in prepared.sources.items()}
     return replace(prepared, sources=parts)
 
@@ -174,7 +174,7 @@ def foresee(data: Data, *, vocab_size: int) -> list[str]:
             found.append(str(error))
     try:
         if data.tokenizer is not None:
-            _check_vocab(Tokenizer.from_file(data.tokenizer), vocab_size)
+            _check_vocab(_given_tokenizer(data.tokenizer), vocab_size)
         else:
             check_trainable(vocab_size)
     except DataError as error:
@@ -191,31 +191,31 @@ def obstacle_to(directory: Path) -> Path | None:
     return None if there.is_dir() and os.access(there, os.W_OK) else there
 
 
-def open_prepared(data: Data, vocab_size: int) -> Prepared:
-    """Open what `prepare` made, without any work.
+def open_prepared(data: Data, vocab_size: int, *, recipe: Path | str = "RECIPE") -> Prepared:
+    """Open what `prepare` made, without any work; `recipe` is what remedies name.
 
     Raises DataError if it is missing, damaged, made from another recipe or by another tokenizer, or does not fit `vocab_size`.
     """
     directory = Path(data.directory).expanduser()
     if not (directory / "tokenizer.json").is_file():
-        raise DataError(f"{directory} holds no prepared data; run: quintet prepare RECIPE")
+        raise DataError(f"{directory} holds no prepared data; run: quintet prepare {recipe}")
     tokenizer = Tokenizer.from_file(directory / "tokenizer.json")
-    if data.tokenizer is not None and (asked := Tokenizer.from_file(data.tokenizer)).fingerprint != tokenizer.fingerprint:
+    if data.tokenizer is not None and (asked := _given_tokenizer(data.tokenizer)).fingerprint != tokenizer.fingerprint:
         raise DataError(
             f"data.tokenizer {data.tokenizer} ({asked.fingerprint[:12]}) is not the one that {directory} was prepared with "
-            f"({tokenizer.fingerprint[:12]}); run: quintet prepare RECIPE, or set data.directory to another folder"
+            f"({tokenizer.fingerprint[:12]}); run: quintet prepare {recipe}, or set data.directory to another folder"
         )
     _check_vocab(tokenizer, vocab_size)
-    return _open(data, directory, tokenizer)
+    return _open(data, directory, tokenizer, recipe=recipe)
 
 
-def _open(data: Data, directory: Path, tokenizer: Tokenizer) -> Prepared:
+def _open(data: Data, directory: Path, tokenizer: Tokenizer, *, recipe: Path | str) -> Prepared:
     sources = {}
     for source in data.sources:
         done = _read_done(directory / source.name)
         if done is None or done.spec != _spec_key(data, source):
             state = "is not prepared" if done is None else "was prepared from other paths or settings than the recipe's"
-            raise DataError(f"source {source.name!r} {state} in {directory}; run: quintet prepare RECIPE")
+            raise DataError(f"source {source.name!r} {state} in {directory}; run: quintet prepare {recipe}")
         train, held_out = (Shard(directory / source.name / split, tokenizer=tokenizer.fingerprint) for split in ("train", "held_out"))
         sources[source.name] = PreparedSource(source=source, train=train, held_out=held_out, statistics=done.statistics)
     return Prepared(directory=directory, tokenizer=tokenizer, sources=sources)
@@ -263,7 +263,7 @@ def _tokenizer(
     """The recipe's tokenizer, or one trained on its sources (again only if they changed), stored in `directory`."""
     path = directory / "tokenizer.json"
     if data.tokenizer is not None:
-        tokenizer = Tokenizer.from_file(data.tokenizer, on_message=on_message)
+        tokenizer = _given_tokenizer(data.tokenizer, on_message=on_message)
         _check_vocab(tokenizer, vocab_size)
         tokenizer.save(path)
         return tokenizer
@@ -279,6 +279,10 @@ def _tokenizer(
     tokenizer.save(path)
     write_file(marker, orjson.dumps([key, tokenizer.fingerprint]))
     return tokenizer
+
+
+def _given_tokenizer(path: str, *, on_message: OnMessage = lambda message: None) -> Tokenizer:
+    return Tokenizer.from_file(path, remedy="correct data.tokenizer", on_message=on_message)
 
 
 def _check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -112,16 +112,27 @@ class Tokenizer:
         """blake3 of the canonical JSON, hexadecimal."""
 
     @classmethod
-    def from_file(cls, path: Path | str, *, on_message: Callable[[str], None] = lambda message: None) -> Tokenizer:
-        """Read a tokenizer.json, or the one in a folder. Raises DataError if it is missing, too large or not a byte-level BPE."""
+    def from_file(
+        cls,
+        path: Path | str,
+        *,
+        remedy: str = "name a Hugging Face tokenizer.json, or a folder that holds one",
+        on_message: Callable[[str], None] = lambda message: None,
+    ) -> Tokenizer:
+        """Read a tokenizer.json, or the one in a folder.
+
+        Raises DataError if it is missing or too large, with `remedy`, or not a byte-level BPE.
+        """
         path = Path(path).expanduser()
         path = path / "tokenizer.json" if path.is_dir() else path
         try:
             if (size := path.stat().st_size) > _MAX_JSON_BYTES:
-                raise DataError(f"{path} has {size} bytes, more than the {_MAX_JSON_BYTES} of any tokenizer.json; correct data.tokenizer")
+                raise DataError(f"{path} has {size} bytes, more than the {_MAX_JSON_BYTES} of any tokenizer.json; {remedy}")
             text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"cannot read the tokenizer {path}: {error}; correct data.tokenizer") from None
+        except OSError as error:
+            raise DataError(f"cannot read the tokenizer {path}: {error.strerror}; {remedy}") from None
+        except UnicodeDecodeError as error:
+            raise DataError(f"cannot read the tokenizer {path}: {error}; {remedy}") from None
         return cls(text, origin=str(path), on_message=on_message)
 
     def save(self, path: Path) -> None:

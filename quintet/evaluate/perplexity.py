@@ -6,7 +6,7 @@ from pathlib import Path
 
 from quintet.data.prepare import open_prepared
 from quintet.monitor.metrics import Evaluated
-from quintet.train.directory import refuse_other_tokenizer
+from quintet.train.directory import RECIPE, refuse_other_tokenizer
 from quintet.train.held_out import held_out_loss
 from quintet.train.trained import open_trained
 
@@ -18,7 +18,8 @@ def evaluate(path: Path) -> Evaluated:
     another tokenizer.
     """
     trained = open_trained(path)
-    prepared = open_prepared(trained.run.data, trained.run.model.vocab_size)
-    refuse_other_tokenizer(trained.tokenizer, prepared)
+    recipe = path / RECIPE  # of a run or, among its files, of a checkpoint
+    prepared = open_prepared(trained.run.data, trained.run.model.vocab_size, recipe=recipe)
+    refuse_other_tokenizer(trained.tokenizer, prepared, recipe=recipe)
     length = trained.run.phases[-1].sequence_length
     return held_out_loss(trained.model, prepared, trained.run, sequence_length=length, step=trained.step)

@@ -84,12 +84,14 @@ class Plain:
 
 
 def line(event: Event, *, pace: Pace) -> str:
-    """The event as one line of text."""
+    """The event as one line of text; `loss` is of the next token, `total` what was minimized, where that shows another number."""
     match event:
         case Record():
+            main, total = f"{event.main_loss:.4f}", f"{event.loss:.4f}"
             parts = [
                 f"step {event.step}/{event.num_steps}",
-                f"loss {event.loss:.4f}",
+                f"loss {main}",
+                *([f"total {total}"] if total != main else []),
                 f"grad {event.grad_norm:.3g}",
                 f"lr {event.learning_rate:.3g}",
                 f"{count(event.tokens_per_second)} tokens/s",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import tomllib
 import types
 import typing
@@ -44,7 +45,27 @@ def build(tree: dict[str, Any], *, origin: str) -> Run:
         return msgspec.convert(tree, Run, strict=True)
     except msgspec.ValidationError as error:
         message, _, where = str(error).partition(" - at `$")
-        raise SpecError(f"{origin}: {where.rstrip('`').lstrip('.') or 'recipe'}: {message}") from None
+        place = where.rstrip("`").lstrip(".")
+        raise SpecError(f"{origin}: {place or 'recipe'}: {message}{_right_form(tree, place, message)}") from None
+
+
+def _right_form(tree: dict[str, Any], place: str, message: str) -> str:
+    """What to write instead, where a list, a table or a string is wanted; empty where nothing can be said."""
+    value: Any = tree
+    for key in re.findall(r"[^.\[\]]+", place):
+        value = value[int(key) if isinstance(value, list) else key]
+    if message.startswith("Expected `array`") and isinstance(value, dict):
+        name = re.sub(r"\[\d+\]", "", place)
+        return f"; begin each one with [[{name}]] instead of [{name}]"
+    if message.startswith("Expected `object`") and isinstance(value, list):
+        return f"; write [{place}] once instead of [[{place}]]"
+    if message.startswith("Expected `array`"):
+        return f"; write {place.rpartition('.')[2]} = [{_quoted(value)}]"
+    return f"; write it as {_quoted(value)}" if message.startswith("Expected `str`") and isinstance(value, int | float) else ""
+
+
+def _quoted(value: Any) -> str:
+    return tomli_w.dumps({"x": str(value)}).partition("=")[2].strip()
 
 
 def tree(run: Run) -> dict[str, Any]:

@@ -50,13 +50,17 @@ def create(run: Run, tokenizer: Tokenizer) -> Path:
     return directory
 
 
-def refuse_other_tokenizer(own: Tokenizer, prepared: Prepared) -> None:
-    """Raise DataError if the data's tokenizer is not the model's `own`: every id would mean another word."""
+def refuse_other_tokenizer(own: Tokenizer, prepared: Prepared, *, recipe: Path | None = None) -> None:
+    """Raise DataError if the data's tokenizer is not the model's `own`: every id would mean another word.
+
+    The remedy names `recipe`, by default the one beside the model's tokenizer.
+    """
+    recipe = recipe or Path(own.origin).with_name(RECIPE)
     if own.fingerprint != prepared.tokenizer.fingerprint:
         raise DataError(
             f"{prepared.directory} was prepared with another tokenizer ({prepared.tokenizer.fingerprint[:12]}) than the model's "
-            f"({own.fingerprint[:12]}, {own.origin}); set data.tokenizer in the run's {RECIPE} to {own.origin} and data.directory to "
-            "a folder of its own, then run: quintet prepare RECIPE"
+            f"({own.fingerprint[:12]}, {own.origin}); set data.tokenizer in {recipe} to {own.origin} and data.directory to "
+            f"a folder of its own, then run: quintet prepare {recipe}"
         )
 
 

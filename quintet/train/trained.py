@@ -99,7 +99,8 @@ def import_run(source: Path, directory: Path, *, on_message: Callable[[str], Non
     run's directory exists.
     """
     spec = huggingface.read_config(source, on_message=on_message)
-    tokenizer = Tokenizer.from_file(source)
+    remedy = "an import needs it beside the weights: fetch it from where the model was published, or export the model with its tokenizer"
+    tokenizer = Tokenizer.from_file(source / TOKENIZER, remedy=remedy)
     weights = dict(huggingface.import_(source))
     run = _imported_recipe(spec, directory, precision=_precision(weights))
     refuse_existing(run)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from quintet.checkpoint import hub_config, hub_names
 from quintet.checkpoint.huggingface import dequantized, export, import_, read_config
-from quintet.errors import CheckpointError
+from quintet.errors import CheckpointError, UsageError
 from quintet.spec.model import Model, Yarn
 from quintet.spec.parse import build
 from tests.checkpoint.models import SMALL, VARIANTS, like_small, weights
@@ -306,7 +306,7 @@ def test_an_export_of_another_models_state_is_refused(tmp_path: Path, generator:
 
 def test_a_directory_that_holds_something_is_left_alone(tmp_path: Path, generator: torch.Generator) -> None:
     (tmp_path / "mine").write_text("x")
-    with pytest.raises(CheckpointError, match="exists already and is not empty"):
+    with pytest.raises(UsageError, match="exists already and is not empty"):
         export(weights(SMALL, generator), SMALL, tmp_path, tokenizer_file=None)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 

@@ -151,8 +151,8 @@ def test_large_corpora_train_the_tokenizer_on_a_seeded_sample(tmp_path: Path, mo
 
 def test_opening_what_is_not_prepared_says_what_to_run(tmp_path: Path) -> None:
     data = recipe(tmp_path)
-    with pytest.raises(DataError, match="holds no prepared data; run: quintet prepare RECIPE"):
-        open_prepared(data, 400)
+    with pytest.raises(DataError, match=r"holds no prepared data; run: quintet prepare mine/recipe\.toml"):
+        open_prepared(data, 400, recipe=Path("mine/recipe.toml"))
     prepared = prepare(data, vocab_size=400, seed=0)
     assert open_prepared(data, 400).fingerprint == prepared.fingerprint
     extra = replace(data, sources=(*data.sources, source(tmp_path / "texts", name="more")))

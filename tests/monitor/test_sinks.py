@@ -73,7 +73,7 @@ def test_a_run_writes_metrics_and_tensorboard_and_lines(tmp_path: Path) -> None:
         sinks.write(record(1))
     assert read_events(tmp_path / "metrics.jsonl") == [record(1)]
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
-    assert output.getvalue().startswith("step 1/10  loss 4.9000")
+    assert output.getvalue().startswith("step 1/10  loss 3.9000  total 4.9000")
 
 
 def test_tensorboard_can_be_left_out(tmp_path: Path) -> None:
@@ -115,12 +115,12 @@ def test_tensorboard_forgets_the_steps_that_a_resume_repeats(tmp_path: Path) -> 
 def test_plain_lines_tell_every_kind_of_event() -> None:
     output = StringIO()
     sink = Plain(Console(file=output, width=40))
-    for event in (record(1, mfu=None), record(2), evaluated(2), saved(2), Message(text="[red]not markup[/red]")):
+    for event in (record(1, mfu=None), record(2, loss=3.80001), evaluated(2), saved(2), Message(text="[red]not markup[/red]")):
         sink.write(event)
     sink.close()
     assert output.getvalue().splitlines() == [
-        "step 1/10  loss 4.9000  grad 0.5  lr 0.003  8.19K tokens/s  load CV 0.36  ETA 4.5s",
-        "step 2/10  loss 4.8000  grad 0.5  lr 0.003  8.19K tokens/s  MFU 41.0%  load CV 0.36  ETA 4.0s",
+        "step 1/10  loss 3.9000  total 4.9000  grad 0.5  lr 0.003  8.19K tokens/s  load CV 0.36  ETA 4.5s",
+        "step 2/10  loss 3.8000  grad 0.5  lr 0.003  8.19K tokens/s  MFU 41.0%  load CV 0.36  ETA 4.0s",
         "held out at step 2  stdlib 4.2500  docs 5.5000",
         "saved step 2  checkpoints/step-00000002  240 MiB in 0.8s",
         "[red]not markup[/red]",

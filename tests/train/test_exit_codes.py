@@ -198,7 +198,7 @@ def test_prepared_data_that_is_gone_is_10_and_names_the_command(tell: Tell, run:
     for command in ("resume", "evaluate"):
         code, err = tell(command, where(run))
         assert code == 10
-        assert "holds no prepared data; run: quintet prepare RECIPE" in err
+        assert f"holds no prepared data; run: quintet prepare {where(run) / 'recipe.toml'}" in err
 
 
 def prepared_by_another_tokenizer(run: Run) -> None:
@@ -215,6 +215,7 @@ def test_a_model_never_reads_the_ids_of_another_tokenizer(tell: Tell, run: Run, 
     code, err = tell(command, where(run))
     assert code == 10
     assert f"{run.data.directory} was prepared with another tokenizer" in err
+    assert f"then run: quintet prepare {where(run) / 'recipe.toml'}" in err
 
 
 # 11

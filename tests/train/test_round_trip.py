@@ -75,7 +75,9 @@ def test_the_same_seed_draws_the_same_text_and_another_one_another(trained: Run,
 
 def test_more_text_than_the_context_holds_is_a_usage_error(trained: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", str(where(trained)), "--prompt", "def ", "--tokens", "100"]) == 2
-    assert "exceed the model's context of 64; ask for at most" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "exceed the model's context of 64; ask for at most" in err
 
 
 def test_an_exported_model_comes_back_with_the_same_loss_and_trains_on(
@@ -154,6 +156,18 @@ def test_an_import_tells_which_mtp_modules_the_files_lack(trained: Run, tmp_path
     assert parse.read(tmp_path / "again" / "recipe.toml").model == replace(trained.model, num_mtp_modules=0)
 
 
+def test_an_import_without_a_tokenizer_names_the_file_and_where_to_get_it(
+    trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told(capsys, "export", where(trained), tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").unlink()
+    assert main(["import", str(tmp_path / "hf"), str(tmp_path / "again")]) == 10
+    err = capsys.readouterr().err
+    assert f"cannot read the tokenizer {tmp_path / 'hf' / 'tokenizer.json'}: No such file or directory; an import needs it" in err
+    assert "data.tokenizer" not in err
+    assert not (tmp_path / "again").exists()
+
+
 def test_an_import_never_overwrites_a_run(trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told(capsys, "export", where(trained), tmp_path / "hf")
     assert main(["import", str(tmp_path / "hf"), str(where(trained))]) == 2
@@ -163,7 +177,8 @@ def test_an_import_never_overwrites_a_run(trained: Run, tmp_path: Path, capsys: 
 def test_an_export_never_overwrites_a_directory(trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text("{}")
-    assert main(["export", str(where(trained)), str(tmp_path / "hf")]) != 0
+    assert main(["export", str(where(trained)), str(tmp_path / "hf")]) == 2
+    assert f"{tmp_path / 'hf'} exists already and is not empty; name a new directory" in capsys.readouterr().err
     assert (tmp_path / "hf" / "config.json").read_text() == "{}"
 
 
