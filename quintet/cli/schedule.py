@@ -1,0 +1,169 @@
+"""`quintet schedule`: what a pipeline schedule would do, simulated, beside its formula and the other schedules; drawn and traced."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from quintet.cli.options import Switch, read
+from quintet.errors import SpecError, UsageError
+from quintet.plan import costs as plan_costs
+from quintet.plan import draw
+from quintet.plan.costs import Costs
+from quintet.plan.formulas import Formula, formula
+from quintet.plan.simulate import Simulation, simulate
+from quintet.plan.trace import chrome
+from quintet.schedule import NAMES, build, check
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Simulate a pipeline schedule: step time, bubble, exposed communication and activations, beside formulas and other schedules."""
+
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="|".join(NAMES))] = "dualpipev"
+    """The schedule."""
+    ranks: int = 8
+    """Pipeline ranks, P."""
+    microbatches: int = 16
+    """Micro-batches of a step, M, over both directions."""
+    chunks: int = 2
+    """Stages per rank of the interleaved schedules."""
+    costs: str = "equal"
+    """equal, deepseek-v3, deepseek-v3-trace, a .toml file, or words such as forward=0.05,backward_input=0.06,weight=0.04,pair=0.8."""
+    alone: Switch = False
+    """Leave out the other schedules."""
+    order: Switch = False
+    """Print every rank's ops in order, and nothing else."""
+    program: Switch = False
+    """The same with the messages between ranks."""
+    svg: Path | None = None
+    """Write the timeline as a picture."""
+    html: Path | None = None
+    """Write a page with the timelines of all schedules in the table."""
+    trace: Path | None = None
+    """Write a trace for ui.perfetto.dev or chrome://tracing."""
+    json: Switch = False
+    """Print the figures as JSON."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command and return its exit code."""
+    given = read(Arguments, arguments, command="schedule")
+    console = Console()
+    schedule = build(given.name, given.ranks, given.microbatches, chunks=given.chunks)
+    checked = check(schedule)
+    if given.order or given.program:
+        print(checked.program if given.program else schedule)
+        return 0
+    costs = plan_costs.read(given.costs)
+    first = simulate(schedule, costs)
+    others, refused = ([], []) if given.alone else compare(given, costs)
+    simulations = [first, *others]
+    write(given, simulations)
+    if given.json:
+        print(json.dumps([figures(simulation) for simulation in simulations], indent=2))
+        return 0
+    console.print(table(simulations))
+    for reason in refused:
+        console.print(f"left out: {reason}", style="dim", highlight=False)
+    console.print(anatomy(first), highlight=False)
+    console.print(draw.terminal(first.timeline, width=console.width), soft_wrap=True)
+    return 0
+
+
+def compare(given: Arguments, costs: Costs) -> tuple[list[Simulation], list[str]]:
+    """All other schedules at the same ranks, micro-batches and costs, and why some are left out."""
+    found, refused = [], []
+    for name in NAMES:
+        if name != given.name:
+            try:
+                found.append(simulate(build(name, given.ranks, given.microbatches, chunks=given.chunks), costs))
+            except SpecError as error:
+                refused.append(str(error))
+    return found, refused
+
+
+def formula_of(simulation: Simulation) -> Formula:
+    """The formula of a simulated schedule at its costs."""
+    share = plan_costs.share_of_rank(simulation.costs)
+    return formula(
+        simulation.timeline.schedule, simulation.costs, pair=plan_costs.pair_seconds(simulation.costs, share, share, stages_per_rank=1)
+    )
+
+
+def figures(simulation: Simulation) -> dict[str, Any]:
+    """A simulation in plain values: seconds, shares and, with `activation_bytes` 1, micro-batches."""
+    schedule, published = simulation.timeline.schedule, formula_of(simulation)
+    return {
+        "schedule": schedule.name,
+        "ranks": schedule.num_ranks,
+        "stages": schedule.num_stages,
+        "microbatches": schedule.num_microbatches,
+        "step_seconds": simulation.makespan,
+        "bubble": simulation.mean_bubble,
+        "bubble_per_rank": simulation.bubble,
+        "bubble_seconds": simulation.anatomy["bubble"],
+        "formula": {"text": published.text, "bubble_seconds": published.bubble, "activations": published.activations},
+        "exposed_p2p_seconds_per_rank": simulation.exposed_p2p,
+        "exposed_all_to_all_seconds_per_rank": simulation.exposed_all_to_all,
+        "peak_activations_per_rank": simulation.peak_activations,
+        "copies_of_parameters": published.parameters,
+        "anatomy_seconds": simulation.anatomy,
+    }
+
+
+def table(simulations: list[Simulation]) -> Table:
+    """One row per schedule, the first one's in bold."""
+    rows = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
+    names = ("schedule", "step", "efficiency", "bubble", "formula", "", "exposed p2p", "exposed a2a", "activations", "formula", "params")
+    for name in names:
+        rows.add_column(name, justify="left" if name in ("schedule", "") else "right", no_wrap=True)
+    for index, simulation in enumerate(simulations):
+        published = formula_of(simulation)
+        known = published.activations
+        rows.add_row(
+            simulation.timeline.schedule.name,
+            draw.seconds(simulation.makespan),
+            f"{1 - simulation.mean_bubble:.1%}",
+            draw.seconds(simulation.anatomy["bubble"]),
+            draw.seconds(published.bubble),
+            published.text,
+            draw.seconds(max(simulation.exposed_p2p)),
+            draw.seconds(max(simulation.exposed_all_to_all)),
+            f"{max(simulation.peak_activations):.4g}",
+            "" if known is None else f"{known * simulation.costs.activation_bytes:.4g}",
+            f"{published.parameters}x",
+            style="bold" if index == 0 else "",
+        )
+    return rows
+
+
+def anatomy(simulation: Simulation) -> str:
+    """A step's parts, as a mean over the ranks."""
+    parts = ", ".join(f"{draw.NAMES.get(kind, kind)} {draw.seconds(value)}" for kind, value in simulation.anatomy.items() if value)
+    low, high = min(simulation.bubble), max(simulation.bubble)
+    return f"mean over ranks: {parts}; bubble {low:.1%} to {high:.1%} of a rank's step"
+
+
+def write(given: Arguments, simulations: list[Simulation]) -> None:
+    """The files that were asked for. Raises UsageError where one cannot be written."""
+    first = simulations[0].timeline
+    timelines = {one.timeline.schedule.name: one.timeline for one in simulations}
+    wanted: list[tuple[Path | None, Callable[[], str]]] = [
+        (given.svg, lambda: draw.svg(first)),
+        (given.html, lambda: draw.html(simulations)),
+        (given.trace, lambda: chrome(timelines)),
+    ]
+    for path, text in wanted:
+        if path is not None:
+            try:
+                path.write_text(text())
+            except OSError as error:
+                raise UsageError(f"cannot write {path}: {error.strerror}") from None
