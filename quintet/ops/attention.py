@@ -124,7 +124,7 @@ Documents = tuple[Tensor, Tensor]
 def attend_block_reference(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, documents: Documents | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`attend_block` as written, differentiable where every query sees a key."""
+    """`attend_block` as written, and differentiable."""
     scores = (q @ k.transpose(2, 3)).float() * scale
     if causal:
         scores = scores.masked_fill(~visible(q.shape[2], k.shape[2], document_ids=None, device=q.device), -math.inf)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quintet.ops import attention as ops
-from quintet.ops.attention import QUERY_BLOCK, attention, attention_reference, visible
+from quintet.ops.attention import (
+    QUERY_BLOCK,
+    attend_block,
+    attend_block_backward,
+    attend_block_reference,
+    attention,
+    attention_reference,
+    merge,
+    visible,
+)
 
 Shapes = tuple[int, int, int, int, int]
 
@@ -176,3 +186,108 @@ def test_the_fused_path_of_other_devices_keeps_the_shapes(widths: tuple[int, int
     q, k, v = (torch.empty(2, 3, 5, last, device="meta") for last in (width, width, value_width))
     ids = torch.zeros(2, 5, dtype=torch.int64, device="meta") if masked else None
     assert attention(q, k, v, scale=0.5, document_ids=ids).shape == (2, 3, 5, value_width)
+
+
+def test_a_batch_without_sequences_passes() -> None:
+    ours = with_gradients(lambda *t: attention(*t, scale=0.5, document_ids=torch.zeros(0, 5)), *inputs((0, 2, 5, 4, 3)))
+    assert [tuple(t.shape) for t in ours] == [(0, 2, 5, 3), (0, 2, 5, 4), (0, 2, 5, 4), (0, 2, 5, 3)]
+
+
+# One block of keys at a time, as a ring sees them.
+
+
+def block_inputs(batch: int, heads: int, length: int, keys: int, width: int, value_width: int) -> tuple[Tensor, ...]:
+    """Random q [B, H, S, D], k [B, H, K, D], v [B, H, K, V] and a gradient of the output [B, H, S, V]."""
+    shapes = ((length, width), (keys, width), (keys, value_width), (length, value_width))
+    return tuple(torch.randn(batch, heads, *shape) for shape in shapes)
+
+
+def test_a_block_returns_the_log_of_what_it_divided_by() -> None:
+    k, v = torch.tensor([math.log(2.0), math.log(6.0)]).view(1, 1, 2, 1), torch.tensor([4.0, 8.0]).view(1, 1, 2, 1)
+    for path in (attend_block, attend_block_reference):
+        out, lse = path(torch.ones(1, 1, 1, 1), k, v, scale=1.0, causal=False)
+        assert (out.item(), lse.item()) == (pytest.approx((2 * 4 + 6 * 8) / 8), pytest.approx(math.log(8)))
+
+
+def test_two_outputs_merge_by_their_weights() -> None:
+    out, lse = torch.tensor([4.0]).view(1, 1, 1, 1), torch.tensor([math.log(2.0)]).view(1, 1, 1)
+    merge(out, lse, torch.tensor([8.0]).view(1, 1, 1, 1), torch.tensor([math.log(6.0)]).view(1, 1, 1))
+    assert (out.item(), lse.item()) == (pytest.approx(7.0), pytest.approx(math.log(8)))
+
+
+def test_merging_with_nothing_changes_nothing_and_nothing_merges_with_nothing() -> None:
+    nothing = torch.full((1, 1, 2), -math.inf)
+    out, lse = torch.tensor([[[[3.0], [0.0]]]]), torch.tensor([[[1.0, -math.inf]]])
+    merge(out, lse, torch.zeros(1, 1, 2, 1), nothing)
+    assert out.flatten().tolist() == [3.0, 0.0]
+    assert lse.flatten().tolist() == [1.0, -math.inf]
+    merge(out := torch.zeros(1, 1, 2, 1), nothing.clone(), torch.full((1, 1, 2, 1), 5.0), torch.zeros(1, 1, 2))
+    assert out.flatten().tolist() == [5.0, 5.0]
+
+
+@given(
+    shapes=st.tuples(*(st.integers(1, high) for high in (2, 3, 9, 12, 5, 5))),
+    block=st.integers(1, 5),
+    causal=st.booleans(),
+    documents=st.booleans(),
+    cut=st.integers(0, 12),
+)
+def test_any_block_equals_its_reference_and_two_blocks_equal_one(
+    shapes: tuple[int, ...], block: int, causal: bool, documents: bool, cut: int
+) -> None:
+    batch, _, length, num_keys = shapes[:4]
+    keys = max(length, num_keys) if causal else num_keys
+    q, k, v, grad = block_inputs(*shapes[:3], keys, *shapes[4:])
+    ids = torch.randint(2, (batch, length)), torch.randint(2, (batch, keys))
+    if causal:
+        ids = ids[1][:, keys - length :], ids[1]
+    mine = ids if documents else None
+    # The last block is the causal one; the others lie wholly before it.
+    cut = min(cut, keys - length if causal else keys - 1)
+    parts = [(slice(0, cut), False), (slice(cut, keys), causal)] if cut > 0 else [(slice(0, keys), causal)]
+
+    def of(part: slice) -> dict[str, tuple[Tensor, Tensor] | None]:
+        return {"documents": (mine[0], mine[1][:, part]) if mine else None}
+
+    wanted = [t.requires_grad_() for t in (q, k, v)]
+    exact, exact_lse = attend_block_reference(*wanted, scale=0.6, causal=causal, documents=mine)
+    exact_grads = torch.autograd.grad(exact, wanted, grad)
+    q, k, v = (t.detach() for t in wanted)
+    out, lse = torch.zeros_like(exact.detach()), torch.full(exact.shape[:3], -math.inf)
+    dq, dk, dv = (torch.zeros_like(t) for t in (q, k, v))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "QUERY_BLOCK", block)
+        for part, last in parts:
+            merge(out, lse, *attend_block(q, k[:, :, part], v[:, :, part], scale=0.6, causal=last, **of(part)))
+        for part, last in parts:
+            terms = attend_block_backward(grad, q, k[:, :, part], v[:, :, part], out, lse, scale=0.6, causal=last, **of(part))
+            dq += terms[0]
+            dk[:, :, part], dv[:, :, part] = terms[1:]
+    for our, their in zip((out, lse, dq, dk, dv), (exact.detach(), exact_lse.detach(), *exact_grads), strict=True):
+        torch.testing.assert_close(our, their, rtol=1e-4, atol=2e-5)
+
+
+def test_a_query_that_sees_no_key_yields_nothing_and_takes_part_in_no_gradient() -> None:
+    q, k, v, grad = block_inputs(1, 2, 3, 4, 5, 3)
+    ids = torch.tensor([[7, 1, 7]]), torch.tensor([[1, 1, 0, 1]])
+    out, lse = attend_block(q, k, v, scale=0.5, causal=False, documents=ids)
+    assert not out[:, :, [0, 2]].any()
+    assert lse[0, 0].isinf().tolist() == [True, False, True]
+    dq, dk, dv = attend_block_backward(grad, q, k, v, out, lse, scale=0.5, causal=False, documents=ids)
+    assert not dq[:, :, [0, 2]].any() and not dk[:, :, 2].any() and not dv[:, :, 2].any()
+    g, q, out, lse = (t[:, :, 1:2] for t in (grad, q, out, lse))
+    alone = attend_block_backward(g, q, k, v, out, lse, scale=0.5, causal=False, documents=(ids[0][:, 1:2], ids[1]))
+    for got, expected in zip((dq[:, :, 1:2], dk, dv), alone, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_blocks_as_wide_as_v3s_heads_in_bf16_stay_within_its_rounding() -> None:
+    exact = block_inputs(1, 2, QUERY_BLOCK + 9, 2 * QUERY_BLOCK, 192, 128)
+    q, k, v, grad = (t.bfloat16() for t in exact)
+    out, lse = attend_block(q, k, v, scale=192**-0.5, causal=True)
+    ours = (out, lse, *attend_block_backward(grad, q, k, v, out, lse, scale=192**-0.5, causal=True))
+    wanted = [t.requires_grad_() for t in exact[:3]]
+    theirs = attend_block_reference(*wanted, scale=192**-0.5, causal=True)
+    assert [t.dtype for t in ours] == [torch.bfloat16, torch.float32, *[torch.bfloat16] * 3]
+    for our, their in zip(ours, (*theirs, *torch.autograd.grad(theirs[0], wanted, exact[3])), strict=True):
+        assert (our.float() - their).norm() < 0.01 * their.norm()
