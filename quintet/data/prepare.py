@@ -24,6 +24,7 @@ import numpy as np
 import orjson
 from blake3 import blake3
 
+from quintet.data import cut
 from quintet.data.shards import FORMAT, Shard, ShardWriter, committed_folder, disk_errors, token_dtype, write_file
 from quintet.data.sources import Document, Listing, Reader, list_files
 from quintet.data.tokenizer import Ids, Tokenizer, check_trainable, train_bpe
@@ -36,6 +37,8 @@ _VERSION = 1
 """Raised when the same text would yield other shards."""
 BATCH_BYTES = 4 << 20
 """Text that is encoded at a time, in characters."""
+PIECE_BYTES = 1 << 20
+"""Longer documents are encoded in pieces, in characters."""
 _BATCH_DOCUMENTS = 4096
 _CHECKED_BYTES = 256 << 10
 _PERCENTILES = (1, 10, 50, 90, 99, 100)
@@ -306,7 +309,9 @@ def _training_texts(data: Data, listings: Mapping[str, Listing], *, seed: int, w
         reader = Reader(files, text_key=source.text_key, max_document_bytes=data.max_document_bytes, strict=data.strict)
         read = 0
         for batch in _batches(reader):
-            yield from (document.text for document in batch if not _is_held_out(document, data.held_out))
+            yield from (
+                piece for document in batch if not _is_held_out(document, data.held_out) for piece in cut.pieces(document.text, PIECE_BYTES)
+            )
             progress.advance("tokenizer", len(batch), reader.bytes_read - read)
             read = reader.bytes_read
             if read > budget:
@@ -365,13 +370,12 @@ def _tokenize(data: Data, source: Source, listing: Listing, folder: Path, tokeni
         split = _Split(train, held_out, share=data.held_out)
         read = 0
         for i, batch in enumerate(_batches(reader)):
-            texts = [document.text for document in batch]
             if i == 0:
-                tokenizer.check(_first_bytes(texts, _CHECKED_BYTES))
-            encoded = [np.append(ids, np.uint32(tokenizer.eos_id)) for ids in tokenizer.encode_batch(texts)]
+                tokenizer.check(_first_bytes([document.text for document in batch], _CHECKED_BYTES))
+            encoded = _encode(tokenizer, batch, progress=progress, name=source.name, num_bytes=reader.bytes_read - read)
             seen[np.concatenate(encoded)] = True
             split.add(batch, encoded)
-            progress.advance(source.name, len(batch), reader.bytes_read - read)
+            progress.advance(source.name, len(batch), 0)
             read = reader.bytes_read
         split.close()
         for writer in (train, held_out):
@@ -399,6 +403,28 @@ def _tokenize(data: Data, source: Source, listing: Listing, folder: Path, tokeni
     )
 
 
+def _encode(tokenizer: Tokenizer, documents: list[Document], *, progress: Progress, name: str, num_bytes: int) -> list[Ids]:
+    """The ids of each document, end-of-document included, in calls of about BATCH_BYTES characters, between which Ctrl-C is heard.
+
+    Meanwhile the progress of `name` moves by `num_bytes`, which is what was read for these documents.
+    """
+    pieces = [(i, piece) for i, document in enumerate(documents) for piece in tokenizer.pieces(document.text, PIECE_BYTES)]
+    ends = np.cumsum([len(piece) for _, piece in pieces])
+    eos = np.array([tokenizer.eos_id], np.uint32)
+    parts: list[list[Ids]] = [[] for _ in documents]
+    begin = told = 0
+    while begin < len(pieces):
+        end = int(np.searchsorted(ends, BATCH_BYTES + (ends[begin - 1] if begin else 0))) + 1
+        group = pieces[begin:end]
+        for (i, _), ids in zip(group, tokenizer.encode_batch([piece for _, piece in group]), strict=True):
+            parts[i].append(ids)
+        begin = end
+        now = num_bytes * int(ends[min(end, len(ends)) - 1]) // int(ends[-1])
+        progress.advance(name, 0, now - told)
+        told = now
+    return [np.concatenate([*ids, eos]) for ids in parts]
+
+
 def _batches(reader: Reader) -> Iterator[list[Document]]:
     batch: list[Document] = []
     size = 0
@@ -413,7 +439,8 @@ def _batches(reader: Reader) -> Iterator[list[Document]]:
 
 
 def _first_bytes(texts: list[str], limit: int) -> list[str]:
-    """Leading texts of about `limit` characters together, at least one."""
+    """Leading texts of about `limit` characters together, each of at most that many; at least one."""
+    texts = [text[:limit] for text in texts]
     count = int(np.searchsorted(np.cumsum([len(text) for text in texts]), limit)) + 1
     return texts[:count]
 

@@ -284,6 +284,7 @@ class Reader:
         """The file's bytes without byte-order mark; None, counted, if there are too many."""
         with open(file.path, "rb") as stream:
             raw = stream.read(self.max_document_bytes + 4)
+        self.bytes_read += file.num_bytes
         raw = raw.removeprefix(b"\xef\xbb\xbf")
         if len(raw) > self.max_document_bytes:
             self.skips.add("over_long", _shown(file.path), f"{file.num_bytes} bytes, at most {self.max_document_bytes}")

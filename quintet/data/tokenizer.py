@@ -28,6 +28,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from quintet.data.cut import V3_SPLITS, is_certain, pieces
 from quintet.data.shards import write_file
 from quintet.errors import DataError
 
@@ -46,16 +47,8 @@ _FIM_NAMES = (
 _CONTROL = re.compile(r"<[^<>\s]+>|\[[A-Z_]+\]")
 _MAX_JSON_BYTES = 256 << 20
 _MAX_ID = 1 << 24
+_TOLD_CHARS = 32 << 20
 _BYTE_CHARS = sorted(pre_tokenizers.ByteLevel.alphabet())
-
-# DeepSeek-V3's pre-tokenizer: numbers in threes, runs of CJK, then words with one leading space or punctuation mark, punctuation with
-# the line breaks after it, and runs of spaces that leave the last one to the next word, which keeps indentation in one token.
-_SPLITS = (
-    r"\p{N}{1,3}",
-    "[一-龥\u3040-ゟ゠-ヿ]+",
-    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*"
-    "|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
-)
 
 _SAMPLE = (
     "",
@@ -146,6 +139,21 @@ class Tokenizer:
         with self._contained("encoding"):
             return _encode_fast(self._fast, texts) if self._fast else _encode_reference(self._reference, texts)
 
+    def pieces(self, text: str, size: int) -> list[str]:
+        """The text in pieces of about `size` characters whose ids, one after another, are the text's.
+
+        Where no cut is certain a piece is larger; a very large one, which takes long to encode, is told.
+        """
+        if len(text) <= size:
+            return [text]
+        found = [*pieces(text, size)] if self._can_cut else [text]
+        if (longest := max(map(len, found))) > _TOLD_CHARS:
+            self._on_message(
+                f"a document has {longest / 1e6:.0f} million characters without a place where its tokens can surely be cut: they are "
+                "encoded in one go, which shows no progress and which Ctrl-C waits for"
+            )
+        return found
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, control tokens by name, incomplete UTF-8 replaced."""
         with self._contained("decoding"):
@@ -181,6 +189,10 @@ class Tokenizer:
         except DataError as error:
             self._notice(f"gigatoken cannot be used ({' '.join(str(error.__cause__).split())[:200]})")
         return None
+
+    @cached_property
+    def _can_cut(self) -> bool:
+        return is_certain(json.loads(self._plain))
 
     @cached_property
     def _plain(self) -> str:
@@ -224,7 +236,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, on_message: Callable[[st
     """
     check_trainable(vocab_size)
     bpe = tokenizers.Tokenizer(models.BPE())
-    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _SPLITS]
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in V3_SPLITS]
     bpe.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
