@@ -85,9 +85,11 @@ def _computation(kind: str, stage: Stage) -> float:
 def _peak(schedule: Schedule, rank: int, costs: Costs, cut: list[Stage]) -> float:
     """The most bytes a rank keeps: from F on, a share of them from I on, none after B or W."""
     now = peak = 0.0
-    released = {"F": 0.0, "I": 1 - costs.kept_for_weight, "W": costs.kept_for_weight, "B": 1.0}
+    change = {"F": 1.0, "I": costs.kept_for_weight - 1, "W": -costs.kept_for_weight, "B": -1.0}
+    size = [stage.activation_bytes for stage in cut]
     for work in schedule.table[rank]:
-        now += sum(cut[op.stage].activation_bytes for op in work.ops if op.kind == "F")
-        peak = max(peak, now)
-        now -= sum(cut[op.stage].activation_bytes * released[op.kind] for op in work.ops)
+        for kind, stage, _ in work.ops:  # a pair's forward comes first
+            now += change[kind] * size[stage]
+            if now > peak:
+                peak = now
     return peak

@@ -62,44 +62,39 @@ def walk(schedule: Schedule, durations: Durations) -> Timeline:
     table, width, last = schedule.table, schedule.num_stages + 1, schedule.num_stages - 1
     seconds = {"F": durations.forward, "B": durations.backward, "I": durations.backward_input, "W": durations.weight}
     pairs = _pairs(schedule, durations)
-    # What a stage is given: activations[m, s] from stage s - 1, gradients[m, s] from stage s + 1; what comes from outside is there at once.
-    arrived: dict[str, list[float | None]] = {"F": [None] * (schedule.num_microbatches * width)}
-    arrived["I"] = arrived["B"] = [None] * (schedule.num_microbatches * width)
-    made = {"F": arrived["F"][:], "I": arrived["I"][:]}
-    made["B"] = made["I"]
-    for microbatch in range(schedule.num_microbatches):
-        for kind, first in (("F", 0), ("I", last)):
-            arrived[kind][microbatch * width + first] = made[kind][microbatch * width + first] = 0.0
+    wire, latency = durations.wire, durations.latency
     routes = [schedule.routes[schedule.direction(microbatch)] for microbatch in range(schedule.num_microbatches)]
+    # When a stage's input has arrived, and when it was made: in slot `microbatch * width + stage`, by kind of the op that takes it.
+    arrived = _inputs(schedule)
+    made = _inputs(schedule) if wire or latency else arrived
+    waiting: dict[str, dict[int, int]] = {"F": {}, "I": {}}
+    waiting["B"] = waiting["I"]
     starts: list[list[float]] = [[] for _ in table]
     ends: list[list[float]] = [[] for _ in table]
     waits = [0.0] * len(table)
     link_free: dict[tuple[int, int], float] = defaultdict(float)
-    waiting: dict[tuple[bool, int], int] = {}
     runnable = list(range(len(table)))[::-1]
     while runnable:
         rank = runnable.pop()
         row, row_starts, row_ends = table[rank], starts[rank], ends[rank]
         now = row_ends[-1] if row_ends else 0.0
         for position in range(len(row_ends), len(row)):
-            work = row[position]
-            ops = work.ops
+            ops = row[position].ops
             start = computed = now
             for kind, stage, microbatch in ops:
                 if kind == "W":
                     continue
                 slot = microbatch * width + stage
                 arrival = arrived[kind][slot]
-                if arrival is None:
-                    waiting[kind == "F", slot] = rank
+                if arrival < 0:
+                    waiting[kind][slot] = rank
                     break
                 if arrival > start:
                     start = arrival
-                there: float = made[kind][slot]  # type: ignore[assignment]
-                if there > computed:
-                    computed = there
+                if made[kind][slot] > computed:
+                    computed = made[kind][slot]
             else:
-                now = start + (pairs[ops[0][1], ops[1][1]] if len(ops) == 2 else seconds[ops[0][0]][ops[0][1]])
+                now = start + (pairs[ops[0][1], ops[1][1]] if len(ops) == 2 else seconds[kind][stage])
                 waits[rank] += start - computed
                 row_starts.append(start)
                 row_ends.append(now)
@@ -107,24 +102,30 @@ def walk(schedule: Schedule, durations: Durations) -> Timeline:
                     if kind == "W":
                         continue
                     target = stage - UPSTREAM[kind]
-                    if not 0 <= target <= last:
+                    if target < 0 or target > last:
                         continue
                     slot = microbatch * width + target
-                    peer = routes[microbatch][target]
                     made[kind][slot] = arrival = now
+                    peer = routes[microbatch][target]
                     if peer != rank:
-                        sent = max(now, link_free[rank, peer]) + durations.wire
-                        link_free[rank, peer] = sent
-                        arrival = sent + durations.latency
+                        if wire:
+                            link_free[rank, peer] = arrival = max(now, link_free[rank, peer]) + wire
+                        arrival += latency
                     arrived[kind][slot] = arrival
-                    waiter = waiting.pop((kind == "F", slot), None)
-                    if waiter is not None:
-                        runnable.append(waiter)
+                    if slot in waiting[kind]:
+                        runnable.append(waiting[kind].pop(slot))
                 continue
             break
     timeline = Timeline(schedule=schedule, starts=starts, ends=ends, waits=waits)
     _refuse_unfinished(timeline)
     return timeline
+
+
+def _inputs(schedule: Schedule) -> dict[str, list[float]]:
+    """A time for every input of every stage, -1 where it is not there yet; what comes from outside the pipeline is there from the start."""
+    activations = ([0.0] + [-1.0] * schedule.num_stages) * schedule.num_microbatches
+    gradients = ([-1.0] * (schedule.num_stages - 1) + [0.0, -1.0]) * schedule.num_microbatches
+    return {"F": activations, "I": gradients, "B": gradients}
 
 
 def _pairs(schedule: Schedule, durations: Durations) -> dict[tuple[int, int], float]:

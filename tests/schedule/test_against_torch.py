@@ -71,7 +71,7 @@ def test_dualpipev_is_torchs(ranks: int, extra: int) -> None:
 
 @given(half=st.integers(1, 4), extra=st.integers(0, 10))
 def test_dualpipe_is_torchs_dualpipev_of_half_the_ranks_and_their_mirror_images(half: int, extra: int) -> None:
-    """Its first half of ranks runs DualPipeV's order with the ways there and back on two directions; the folding has half the micro-batches."""
+    """Its first half of ranks runs DualPipeV's order, with the ways there and back on two directions of half the micro-batches each."""
     ranks, each = 2 * half, 2 * half + extra
     ours = build("dualpipe", ranks, 2 * each)
     folded = torch_rows("dualpipev", half, each, 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -138,7 +139,7 @@ def test_a_program_is_its_schedule_with_exchanges(schedule: Schedule) -> None:
         for stage in range(schedule.num_stages - 1)
     )
     assert len(transfers) == 2 * 2 * hops
-    assert not any(isinstance(a, Exchange) and isinstance(b, Exchange) for row in program.rows for a, b in zip(row, row[1:], strict=False))
+    assert not any(isinstance(a, Exchange) and isinstance(b, Exchange) for row in program.rows for a, b in pairwise(row))
 
 
 @given(schedule=schedules(most_ranks=6, most_microbatches=10), data=st.data())

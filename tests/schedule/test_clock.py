@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from graphlib import TopologicalSorter
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -21,7 +22,7 @@ def longest_path(schedule: Schedule, durations: Durations) -> dict[Work, float]:
     maker = {op: work for row in schedule.table for work in row for op in does(work)}
     rank_of = {work: rank for rank, row in enumerate(schedule.table) for work in row}
     inputs = {work: {maker[op] for op in needs(work, num_stages=schedule.num_stages)} for row in schedule.table for work in row}
-    before = {work: earlier for row in schedule.table for earlier, work in zip(row, row[1:], strict=False)}
+    before = {work: earlier for row in schedule.table for earlier, work in pairwise(row)}
     graph = {work: needed | ({before[work]} if work in before else set()) for work, needed in inputs.items()}
     ends: dict[Work, float] = {}
     for work in TopologicalSorter(graph).static_order():
