@@ -57,7 +57,11 @@ def sort_by_expert(experts: Tensor, num_experts: int, *, padded: bool = True, sp
 
 def regroup_by_expert(counts: Tensor, num_rows: int) -> Permutation:
     """counts [n, E] of rows that arrived from n sources, each sorted by expert, `num_rows` in all -> the Permutation that sorts all of
-    them by expert, in which T is `num_rows` and K is 1. It neither sorts nor waits for the device."""
+    them by expert, in which T is `num_rows` and K is 1. It neither sorts nor waits for the device.
+
+    N is rounded up to one of eight sizes per octave: compiled functions and memory allocators meet few sizes, though each step brings
+    another number of rows.
+    """
     num_experts = counts.shape[1]
     alignment = _alignment(num_rows, num_experts)
     load = counts.sum(0)
@@ -66,9 +70,14 @@ def regroup_by_expert(counts: Tensor, num_rows: int) -> Permutation:
     shift = (begins + counts.cumsum(0) - counts).flatten() - arrived_at
     arrivals = torch.arange(num_rows, device=counts.device)
     row_of_slot = arrivals + shift.repeat_interleave(counts.flatten(), output_size=num_rows)
-    token_of_row = counts.new_zeros(num_rows + num_experts * (alignment - 1))
+    token_of_row = counts.new_zeros(_one_of_few_sizes(num_rows + num_experts * (alignment - 1)) if num_rows else 0)
     token_of_row[row_of_slot] = arrivals
     return Permutation(token_of_row=token_of_row, row_of_slot=row_of_slot[:, None], load=load, ends=ends)
+
+
+def _one_of_few_sizes(count: int) -> int:
+    step = 1 << max(count.bit_length() - 4, 0)
+    return -(-count // step) * step
 
 
 def _alignment(num_rows: int, num_experts: int) -> int:

@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quintet.ops import permute
-from quintet.ops.permute import ROW_ALIGNMENT, Permutation, collect, sort_by_expert, spread, spread_gates, sum_rows, sum_rows_reference
+from quintet.ops.permute import (
+    ROW_ALIGNMENT,
+    Permutation,
+    collect,
+    regroup_by_expert,
+    sort_by_expert,
+    spread,
+    spread_gates,
+    sum_rows,
+    sum_rows_reference,
+)
 
 
 @contextmanager
@@ -136,3 +146,54 @@ def test_a_small_row_is_not_lost_beside_large_ones_in_bf16() -> None:
     rows = torch.tensor([[256.0], [1.0], [1.0], [1.0], [1.0]], dtype=torch.bfloat16)  # 256 + 1 = 256 in bf16
     for path in (sum_rows, sum_rows_reference):
         assert path(rows, torch.arange(5)[None]).item() == 260.0
+
+
+def test_rows_that_arrive_from_several_ranks_are_sorted_by_expert() -> None:
+    # From the first rank one row for expert 0 and two for expert 2; from the second two for 0 and one for 1.
+    to = regroup_by_expert(torch.tensor([[1, 0, 2], [2, 1, 0]]), 6)
+    assert to.token_of_row.tolist() == [0, 3, 4, 5, 1, 2]
+    assert to.row_of_slot.flatten().tolist() == [0, 4, 5, 1, 2, 3]
+    assert to.load.tolist() == [3, 1, 2] and to.ends.tolist() == [3, 4, 6] and to.ends.dtype == torch.int32
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 4), st.data())
+def test_regrouping_is_sorting_without_a_sort(sources: int, num_experts: int, aligned: int, data: st.DataObject) -> None:
+    counts = torch.tensor(data.draw(st.lists(st.lists(st.integers(0, 9), min_size=num_experts, max_size=num_experts), min_size=sources)))
+    experts = torch.arange(num_experts).repeat(len(counts)).repeat_interleave(counts.flatten())
+    with alignment(aligned):
+        ours, theirs = regroup_by_expert(counts, experts.numel()), sort_by_expert(experts[:, None], num_experts)
+    for name in ("row_of_slot", "load", "ends"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    (mine,), (yours,) = ours.token_of_row.shape, theirs.token_of_row.shape
+    assert torch.equal(ours.token_of_row[:yours], theirs.token_of_row) and not ours.token_of_row[yours:].any()
+    assert yours <= mine <= yours * 9 / 8
+
+
+def test_arriving_rows_come_in_few_sizes() -> None:
+    sizes = {regroup_by_expert(torch.tensor([[count, 0]]), count).token_of_row.numel() for count in range(1000, 2000)}
+    assert sizes == {1152, 1280, 1408, 1536, 1664, 1792, 1920, 2048}
+
+
+def test_slots_without_an_expert_have_the_spare_row() -> None:
+    to = sort_by_expert(torch.tensor([[1, 0], [2, 2], [2, 1]]), 2, spare=True)  # 2 is none
+    assert to.row_of_slot.tolist() == [[1, 0], [6, 6], [6, 2]]
+    assert to.load.tolist() == [1, 2] and to.ends.tolist() == [1, 3] and to.token_of_row.numel() == 7
+    x = torch.tensor([[1.0], [2.0], [3.0]], requires_grad=True)
+    rows = spread(x, to)
+    assert rows[:3].flatten().tolist() == [1.0, 1.0, 3.0]
+    unused = torch.tensor([10.0, 20.0, 30.0, *[torch.nan] * 4])[:, None]
+    assert collect(unused, to).flatten().tolist() == [30.0, 0.0, 30.0], "a spare row is in no sum"
+    assert torch.autograd.grad(rows, x, unused)[0].flatten().tolist() == [30.0, 0.0, 30.0], "nor is its gradient"
+
+
+def test_no_tokens_need_no_spare_row() -> None:
+    to = sort_by_expert(torch.empty(0, 2, dtype=torch.int64), 3, spare=True)
+    assert not to.spare and collect(spread(torch.empty(0, 4), to), to).shape == (0, 4) and to.load.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_without_the_spare_row_are_those_of_the_reference(dtype: torch.dtype) -> None:
+    rows = torch.tensor([[256.0], [1.0], [1.0], [1.0], [1.0], [torch.nan]], dtype=dtype)
+    row_of_slot = torch.tensor([[0, 1, 2, 3, 4, 5], [5, 5, 0, 5, 5, 5], [5, 5, 5, 5, 5, 5]])
+    for path in (sum_rows, sum_rows_reference):
+        assert path(rows, row_of_slot, spare=True).flatten().tolist() == [260.0, 256.0, 0.0]
