@@ -21,6 +21,7 @@ COMMANDS = {
     "export": "write a checkpoint as a Hugging Face model",
     "import": "make a run of a Hugging Face model",
     "info": "describe a recipe, a run or a Hugging Face model",
+    "schedule": "simulate and draw a pipeline schedule",
     "doctor": "tell what this machine can do, and what is missing",
 }
 
@@ -109,7 +110,9 @@ def _tell(message: str) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    Console(stderr=True).print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    rank = os.environ.get("RANK")
+    who = "error: " if rank is None else f"rank {rank}: error: "
+    Console(stderr=True).print(Text.assemble((who, "bold red"), message), soft_wrap=True)
 
 
 if __name__ == "__main__":
