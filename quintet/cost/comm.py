@@ -12,11 +12,15 @@ them home: in fp32 for latents, which are few, and in the payload's own type for
 **Which payload.** With s tokens per rank (zigzag) each of the cp steps computes s^2 / 2 scores per head, H_t (N+R+V) s^2 operations
 forward and 5/2 of that backward (scores again, and four gradients). A latent that arrives is expanded by 2 s C H_t (N+V) operations, once
 forward and three times backward (again, and two gradients). A step lasts as long as its computation or its message, whichever is longer:
-at short s the latents' fewer bytes win, at long s even the keys and values hide behind the scores, and the expansion would be paid for
-nothing. At V3's shape (C 512, R 64, H 128, N = V 128), bf16, 50 GB/s and 400 TFLOP/s, cp 8:
+at short s the latents' fewer bytes win; at long s even keys and values hide behind the scores, and the expansion is paid for nothing.
+Modelled milliseconds per layer, forward and backward, at V3's shape (C 512, R 64, H 128, N = V 128), bf16, cp 8, 400 TFLOP/s:
 
-    tokens per rank        512    1,024    2,048    4,096    8,192   16,384
-    ms forward, latent    0.40     1.23     4.17    15.27      ...
+    tokens per rank          1,024    2,048    4,096    8,192   16,384   32,768
+    50 GB/s     latent         5.5     16.9     57.9      212      809    3,157
+    (between    kv            30.0     60.7    124.4      261      791    3,122     crossover at 11,300 tokens
+    nodes)
+    200 GB/s    latent         5.4     16.9     57.8      212      808    3,156
+    (within)    kv             7.8     16.3     49.4      195      775    3,089     crossover at 2,000 tokens
 """
 
 from __future__ import annotations

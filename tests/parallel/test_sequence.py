@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from quintet.cost.comm import Payload, ring_bytes
+from quintet.cost.comm import Payload, ring_bytes, ring_payload, ring_seconds, ring_width
 from quintet.errors import SpecError
 from quintet.model.attention import LatentAttention
 from quintet.model.rope import rotation
 from quintet.ops.pointwise import REFERENCE
-from quintet.parallel.collectives import Group, alone
+from quintet.parallel.collectives import Group, Traffic, alone
 from quintet.parallel.mesh import make_mesh
 from quintet.parallel.sequence import RingAttention, shard_positions, shard_tokens
 from quintet.spec.layout import Layout
@@ -37,6 +37,10 @@ ODD = like_small(
     yarn=Yarn(factor=4.0, original_context=8, mscale=0.5),
 )
 MODELS = {"odd widths, YaRN": ODD, "no q-LoRA, one head": like_small(q_lora_rank=None, num_heads=1, v_head_dim=12)}
+
+V3 = like_small(
+    hidden_size=7168, num_heads=128, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128
+)
 
 Result = dict[str, Tensor]
 
@@ -95,17 +99,17 @@ def errors(ours: Result, theirs: Result) -> dict[str, float]:
     return {name: float((ours[name].float() - exact.float()).norm() / exact.float().norm()) for name, exact in theirs.items()}
 
 
-def ring(case: Case, rank: int, payload: Payload) -> tuple[Result, int]:
-    """This rank's results, and the bytes that it sent."""
+def ring(case: Case, payload: Payload) -> tuple[Result, Traffic]:
+    """This rank's results, and what it sent."""
     group = make_mesh(Layout(cp=torch.distributed.get_world_size()))["cp"]
-    return attended(case, group, RingAttention(group, payload)), group.traffic.num_bytes
+    return attended(case, group, RingAttention(group, payload)), group.traffic
 
 
 def assert_ranks_equal_one_device(cases: list[Case], count: int) -> None:
     """Each case with both payloads."""
 
     def work(rank: int) -> list[Result]:
-        return [ring(case, rank, payload)[0] for case in cases for payload in PAYLOADS]
+        return [ring(case, payload)[0] for case in cases for payload in PAYLOADS]
 
     found = on_ranks(count, work)
     for i, case in enumerate(case for case in cases for _ in PAYLOADS):
@@ -173,7 +177,7 @@ def test_a_ring_longer_than_a_block_of_queries_equals_one_device() -> None:
 
 def test_in_bf16_the_ring_is_no_further_from_the_truth_than_one_device() -> None:
     case = Case(like_small(num_heads=4), batch=2, length=48, dtype=torch.bfloat16)
-    found = on_ranks(4, lambda rank: [ring(case, rank, payload)[0] for payload in PAYLOADS])
+    found = on_ranks(4, lambda rank: [ring(case, payload)[0] for payload in PAYLOADS])
     truth = attended(_exact(case), alone("cp"), None)
     alone_errors = errors(attended(case, alone("cp"), None), truth)
     for i in range(len(PAYLOADS)):
@@ -194,8 +198,8 @@ def _exact(case: Case) -> Case:
 
 def test_a_micro_batch_without_sequences_passes() -> None:
     case = Case(ODD, batch=0, length=8, documents=True, recompute=True)
-    for result, sent in on_ranks(2, lambda rank: ring(case, rank, "latent")) + on_ranks(2, lambda rank: ring(case, rank, "kv")):
-        assert sent == 0
+    for result, sent in (found for rank in on_ranks(2, lambda rank: [ring(case, payload) for payload in PAYLOADS]) for found in rank):
+        assert sent == Traffic()
         assert result["output"].shape == (0, 4, 18)
         assert not any(tensor.any() for tensor in result.values())
 
@@ -203,7 +207,7 @@ def test_a_micro_batch_without_sequences_passes() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_bytes_that_a_rank_sends_are_those_foretold(dtype: torch.dtype) -> None:
     cases = [Case(ODD, batch=2, length=18, documents=documents, dtype=dtype) for documents in (False, True)]
-    found = on_ranks(3, lambda rank: [ring(case, rank, payload)[1] for case in cases for payload in PAYLOADS])
+    found = on_ranks(3, lambda rank: [ring(case, payload)[1].num_bytes for case in cases for payload in PAYLOADS])
     foretold = [
         ring_bytes(
             ODD,
@@ -223,7 +227,7 @@ def test_the_bytes_that_a_rank_sends_are_those_foretold(dtype: torch.dtype) -> N
 def test_whole_block_recomputation_sends_the_forward_messages_once_more() -> None:
     case = Case(ODD, batch=1, length=8, checkpoint=True)
     sent = ring_bytes(ODD, tokens_per_rank=4, sequences=1, cp=2, payload="latent", element_bytes=4)
-    assert [count for _, count in on_ranks(2, lambda rank: ring(case, rank, "latent"))] == [2 * sent.forward + sent.backward] * 2
+    assert on_ranks(2, lambda rank: ring(case, "latent")[1].num_bytes) == [2 * sent.forward + sent.backward] * 2
 
 
 def kept_per_token(payload: Payload | None, *, recompute: bool) -> float:
@@ -273,3 +277,44 @@ def test_auto_takes_what_the_cost_model_takes() -> None:
     assert slow.choose(layer, tokens_per_rank=64) == "latent"
     assert fast.choose(layer, tokens_per_rank=64) == "kv"
     assert RingAttention(group, "kv", link_bytes_per_second=1e6).choose(layer, tokens_per_rank=64) == "kv"
+
+
+# What the cost model says of V3's shape.
+
+
+def test_at_v3s_shape_latents_are_a_fifty_seventh_of_keys_and_values() -> None:
+    assert ring_width(V3, payload="latent") == 576
+    assert ring_width(V3, payload="kv") == 128 * 256 + 64 == 57 * 576
+    assert ring_width(V3, tp=8, payload="latent") == 576
+    sent = ring_bytes(V3, tokens_per_rank=4096, sequences=1, cp=2, payload="kv", element_bytes=2)
+    assert sent.forward / 50e9 == pytest.approx(5.4e-3, rel=0.01)
+    assert (sent.backward, sent.total) == (2 * sent.forward, 3 * sent.forward)
+    few = ring_bytes(V3, tokens_per_rank=4096, sequences=1, cp=2, payload="latent", element_bytes=2)
+    assert (few.forward, few.backward) == (4096 * 576 * 2, 4096 * 576 * (2 + 4))
+
+
+def test_a_ring_of_one_sends_nothing_and_takes_the_time_of_its_scores() -> None:
+    for payload in PAYLOADS:
+        assert ring_bytes(V3, tokens_per_rank=4096, sequences=2, cp=1, payload=payload, element_bytes=2).total == 0
+        taken = ring_seconds(V3, tokens_per_rank=4096, cp=1, payload=payload, element_bytes=2, flops_per_second=128 * 320 * 4096.0**2)
+        assert (taken.forward, taken.backward) == (1.0, 2.5)
+
+
+def test_the_crossover_lies_where_keys_and_values_hide_behind_the_scores() -> None:
+    def choices(link: float) -> list[Payload]:
+        lengths = (1024, 2048, 4096, 8192, 16384)
+        return [ring_payload(V3, tokens_per_rank=s, cp=8, element_bytes=2, link_bytes_per_second=link) for s in lengths]
+
+    assert choices(25e9) == ["latent"] * 5
+    assert choices(50e9) == ["latent"] * 4 + ["kv"]
+    assert choices(200e9) == ["latent"] + ["kv"] * 4
+    assert choices(450e9) == ["kv"] * 5
+
+
+@given(s=st.integers(1, 10**5), cp=st.integers(2, 64), tp=st.sampled_from([1, 4, 128]), link=st.floats(1e6, 1e13))
+def test_the_payload_chosen_is_never_the_slower_one(s: int, cp: int, tp: int, link: float) -> None:
+    def seconds(payload: Payload) -> float:
+        return ring_seconds(V3, tokens_per_rank=s, cp=cp, tp=tp, payload=payload, element_bytes=2, link_bytes_per_second=link).total
+
+    chosen = ring_payload(V3, tokens_per_rank=s, cp=cp, tp=tp, element_bytes=2, link_bytes_per_second=link)
+    assert seconds(chosen) == min(map(seconds, PAYLOADS))
