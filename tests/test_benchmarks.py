@@ -134,6 +134,19 @@ def test_permute_refuses_an_alignment_that_would_not_be_applied() -> None:
     assert "[128]: must lie between 1 and 64" in done.stderr
 
 
+def test_ring_counts_what_each_payload_sends_and_what_a_limit_does(tmp_path: Path) -> None:
+    flags = ["--rounds", "1", "--heads", "3", "--tokens", "16", "--links", "0", "--context", "1024", "--cp", "2", "--layers", "1"]
+    run_script("ring.py", *flags, "--json", tmp_path / "r.json")
+    result = result_of(tmp_path / "r.json")
+    (row,) = result["ring"]
+    latent, kv = row["payloads"]["latent"], row["payloads"]["kv"]
+    assert (latent["bytes"], kv["bytes"]) == (16 * 576 * (4 + 8), 16 * (3 * 256 + 64) * (4 + 8))
+    assert row["faster"] == ("latent" if latent["seconds"] < kv["seconds"] else "kv")
+    long = result["context"]
+    assert long["free"]["done"] and long["limit"] == long["free"]["bytes"] // 2
+    assert len(long["ranks"]) == 2
+
+
 def test_laptop_gives_both_the_same_time_and_measures_both_with_one_function(tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     for i in range(12):
