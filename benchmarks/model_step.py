@@ -47,27 +47,31 @@ def quintet_step(dtype: str, seq: int, *, compile: bool) -> Callable[[], None]:
     import torch
 
     from quintet.data.loader import Batch
-    from quintet.model.transformer import Transformer
+    from quintet.model.transformer import Transformer, initial_values
     from quintet.ops.pointwise import REFERENCE, fused
+    from quintet.parallel.mesh import single
+    from quintet.parallel.parallelize import parallelize
     from quintet.spec.curriculum import Settings
     from quintet.spec.model import Model
     from quintet.spec.run import Optimizer, Train
     from quintet.train import device
+    from quintet.train.build import Built
     from quintet.train.optimizer import AdamW
-    from quintet.train.precision import cast
     from quintet.train.step import run_step
 
     train = Train(micro_batch=TOKENS // seq, precision=dtype, balance_weight=0.0)
     device.prepare(train)
-    model = Transformer(Model(**SHAPE), kernels=fused() if compile else REFERENCE)
-    model.initialize(0)
-    optimizer = AdamW(*cast(model, train.precision), Optimizer())
+    with torch.device("meta"):
+        model = Transformer(Model(**SHAPE), kernels=fused() if compile else REFERENCE)
+    parameters = parallelize(model, single(), train, device=torch.device("cpu"))
+    parameters.fill(lambda piece: initial_values(model.model, piece.name, piece.box, seed=0))
+    built = Built(model, parameters, AdamW(parameters, Optimizer()))
     data = torch.randint(0, SHAPE["vocab_size"], (TOKENS // seq, seq + 1), generator=torch.Generator().manual_seed(0))
     batch = Batch(inputs=data[:, :-1].contiguous(), labels=data[:, 1:].contiguous(), document_ids=torch.zeros_like(data[:, 1:]).int())
     settings = Settings(batch_sequences=len(data), learning_rate=1e-4, mtp_weight=0.0, bias_speed=0.001)
 
     def step() -> None:
-        result = run_step(model, optimizer, batch, settings=settings, train=train, document_mask=False, step=1)
+        result = run_step(built, batch, settings=settings, train=train, document_mask=False, step=1)
         print("loss", result.loss, file=sys.stderr)
 
     return step
@@ -151,6 +155,7 @@ COMPONENTS: dict[str, tuple[str, ...]] = {
         "aten::scatter", "aten::bincount",
     ),
     "embedding": ("aten::embedding", "EmbeddingBackward0"),
+    "gradients into buckets": ("gradient sum",),
     "gradient norm": ("gradient norm",),
     "AdamW": ("optimizer",),
 }  # fmt: skip
@@ -162,10 +167,12 @@ def components(step: Callable[[], None]) -> dict[str, float]:
     from torch.profiler import ProfilerActivity, record_function
     from torch.profiler import profile as record
 
+    from quintet.parallel.zero import Bucket, ShardedParameters
     from quintet.train.optimizer import AdamW
 
-    for name, label in (("step", "optimizer"), ("gradient_norm", "gradient norm")):
-        setattr(AdamW, name, record_function(label)(getattr(AdamW, name)))
+    watched = ((AdamW, "step", "optimizer"), (ShardedParameters, "norm_squared", "gradient norm"), (Bucket, "add", "gradient sum"))
+    for owner, name, label in watched:
+        setattr(owner, name, record_function(label)(getattr(owner, name)))
     with record(activities=[ProfilerActivity.CPU]) as found:
         step()
     times = {entry.key: entry.cpu_time_total / 1e3 for entry in found.key_averages()}

@@ -7,6 +7,7 @@
     ├── DataError               10   the text, the tokenizer or the shards are wrong
     ├── CheckpointError         11   no valid checkpoint, or not this model's
     ├── NumericsError           12   a loss or a gradient is not finite
+    ├── RankError               76   another rank is missing or lost: start again
     └── GivenUp                 93   no progress after repeated recovery: do not restart
 
 A message says what was wrong, the values, the rule and the remedy.
@@ -60,6 +61,12 @@ class CheckpointError(QuintetError):
     """No valid checkpoint, a damaged one, or one of another model."""
 
     exit_code: ClassVar[int] = 11
+
+
+class RankError(QuintetError):
+    """Another rank did not arrive, or is gone."""
+
+    exit_code: ClassVar[int] = 76
 
 
 class NumericsError(QuintetError):

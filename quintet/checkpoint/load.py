@@ -15,7 +15,8 @@ from torch.distributed.checkpoint import state_dict_loader as dcp
 
 from quintet.checkpoint.durable import failure, open_regular
 from quintet.checkpoint.manifest import NAME, Manifest, Tensor, loads, step_of
-from quintet.checkpoint.store import Reader, dtype_name, load_planner, phases, verify_file
+from quintet.checkpoint.pieces import Pieces
+from quintet.checkpoint.store import LoadTensors, Reader, dtype_name, phases, verify_file
 from quintet.errors import CheckpointError, did_you_mean
 
 _LOG = logging.getLogger(__name__)
@@ -104,17 +105,17 @@ def read_extra(directory: Path, name: str) -> str:
 def load(state: Mapping[str, Any], directory: Path, *, strict: bool = True) -> dict[str, Any]:
     """Fill the tensors of `state` in place from a checkpoint; all ranks of a process group call it together.
 
-    state: tensors by name, of any device and sharding (DTensor); and names of plain values, with anything in their place.
+    state: tensors by name, of any device and sharding (DTensor, or Pieces); and names of plain values, with anything in their place.
 
     Returns all plain values of the checkpoint. No tensor is touched before names, shapes, dtypes and the hash of every needed file have
     been verified. Raises CheckpointError for damage, and for a checkpoint of another model: a name of `state` that is missing, another
     shape or dtype, and, if `strict`, a tensor of the checkpoint that `state` does not name.
     """
     manifest = read_manifest(directory)
-    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor | Pieces)}
     _check_fit(directory, manifest, tensors, values=state.keys() - tensors.keys(), strict=strict)
     with phases(f"loading {directory}"):
-        dcp.load(tensors, storage_reader=Reader(directory, manifest), planner=load_planner())
+        dcp.load(tensors, storage_reader=Reader(directory, manifest), planner=LoadTensors())
     return manifest.values
 
 
@@ -155,7 +156,9 @@ def _check_files(directory: Path, manifest: Manifest) -> None:
         raise CheckpointError(f"{_enumerate(extra)} does not belong to it: the manifest does not name it")
 
 
-def _check_fit(directory: Path, manifest: Manifest, tensors: Mapping[str, torch.Tensor], *, values: Iterable[str], strict: bool) -> None:
+def _check_fit(
+    directory: Path, manifest: Manifest, tensors: Mapping[str, torch.Tensor | Pieces], *, values: Iterable[str], strict: bool
+) -> None:
     saved = manifest.tensors
     here = {name: str(Tensor(dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape), pieces=())) for name, tensor in tensors.items()}
     different = [f"{name} ({saved[name]} there, {here[name]} here)" for name in here if name in saved and str(saved[name]) != here[name]]
@@ -176,7 +179,7 @@ def _check_fit(directory: Path, manifest: Manifest, tensors: Mapping[str, torch.
             f"{directory} is not a checkpoint of this model; resume with the recipe that it was saved with, or start a new run:\n  "
             + "\n  ".join(lines)
         )
-    if meta := [name for name, tensor in tensors.items() if tensor.is_meta]:
+    if meta := [name for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor) and tensor.is_meta]:
         raise CheckpointError(f"{_enumerate(meta)} has no memory to load into: it is on the meta device; materialize it first")
 
 

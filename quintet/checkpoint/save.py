@@ -23,6 +23,7 @@ from torch.distributed.checkpoint import state_dict_saver as dcp
 from quintet.checkpoint.durable import TemporaryDirectory, failure, sweep, sync_directory, write_file
 from quintet.checkpoint.load import verify
 from quintet.checkpoint.manifest import ITEM_SIZE, NAME, Manifest, check_file_name, check_value, directory_name, dumps
+from quintet.checkpoint.pieces import Pieces
 from quintet.checkpoint.store import SaveValues, Writer, dtype_name, phases
 from quintet.errors import CheckpointError
 
@@ -30,7 +31,8 @@ from quintet.errors import CheckpointError
 def save(state: Mapping[str, Any], root: Path, *, step: int, extras: Mapping[str, str] | None = None) -> Path:
     """Save `state` as the checkpoint of `step` under `root`; all ranks of a process group call it together.
 
-    state: tensors (DTensors are saved by shards, others once) and plain values (None, bool, int, finite float, str, list, dict) by name.
+    state: tensors (DTensors and Pieces are saved by shards, others once) and plain values (None, bool, int, finite float, str, list,
+        dict) by name.
     extras: text files that are stored beside the tensors, by file name.
 
     Returns the checkpoint's directory, `root/step-00000100`. If that step is there already, whole and with the same content, nothing
@@ -55,7 +57,10 @@ def _check(state: Mapping[str, Any], step: int, extras: Mapping[str, str]) -> No
         if check_file_name(name).endswith(".bin"):
             raise CheckpointError(f"{name!r} cannot be stored beside a checkpoint: names that end in .bin are its own")
     for name, value in state.items():
-        if not isinstance(value, torch.Tensor):
+        if isinstance(value, Pieces):
+            for tensor in value.boxes.values():
+                assert tensor.dtype == value.dtype and dtype_name(tensor.dtype) in ITEM_SIZE
+        elif not isinstance(value, torch.Tensor):
             check_value(value, name=name)
         elif value.layout != torch.strided or value.is_quantized or value.is_meta or dtype_name(value.dtype) not in ITEM_SIZE:
             raise CheckpointError(

@@ -22,13 +22,14 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
 from quintet.checkpoint.durable import FileWriter, failure, hash_file, open_regular
 from quintet.checkpoint.manifest import File, Manifest, Piece, Tensor, check_value
+from quintet.checkpoint.pieces import Pieces
 from quintet.errors import CheckpointError
 
 _ALIGNMENT = 64
@@ -40,6 +41,11 @@ class SaveValues(DefaultSavePlanner):
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        """The tensor or value to write."""
+        found = self.state_dict[index.fqn]
+        return found.__get_tensor_shard__(index) if isinstance(found, Pieces) else super().lookup_object(index)
+
     def transform_object(self, write_item: WriteItem, object: Any) -> Any:
         """A tensor as it is, anything else as JSON bytes; raises CheckpointError for what JSON cannot hold."""
         if write_item.type != WriteItemType.BYTE_IO:
@@ -48,9 +54,16 @@ class SaveValues(DefaultSavePlanner):
         return io.BytesIO(json.dumps(object, allow_nan=False).encode())
 
 
-def load_planner() -> LoadPlanner:
+class LoadTensors(DefaultLoadPlanner):
     """DCP's planner over a flat state."""
-    return DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        """The tensor to fill."""
+        found = self.state_dict[index.fqn]
+        return found.__get_tensor_shard__(index) if isinstance(found, Pieces) else super().lookup_tensor(index)
 
 
 class Writer(StorageWriter):

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from quintet.cli.options import RunPath, read
 from quintet.errors import CheckpointError
-from quintet.monitor.sinks import Fanout
 from quintet.spec import parse
 
 
@@ -24,14 +23,6 @@ def main(arguments: list[str]) -> int:
     recipe = given.run / "recipe.toml"
     if not recipe.is_file():
         raise CheckpointError(f"{given.run} is not a run: it has no recipe.toml; name a directory that `quintet train` made")
-    from quintet.cli.watch import watched
-    from quintet.data.prepare import open_prepared
-    from quintet.train import trainer
+    from quintet.cli.together import together
 
-    run = parse.read(recipe)
-
-    def call(sinks: Fanout) -> int:
-        open_prepared(run.data, run.model.vocab_size, recipe=recipe)  # for messages that name the recipe
-        return trainer.resume(given.run, sinks=sinks)
-
-    return watched(run, given.run, call, resumed=True)
+    return together(parse.read(recipe), given.run, first=lambda: None, resume=True)

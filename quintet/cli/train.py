@@ -42,12 +42,12 @@ def show(run: Run) -> int:
 def train(run: Run) -> int:
     """Prepare what is not prepared yet, then train."""
     from quintet.cli.prepare import prepare
-    from quintet.cli.watch import watched
+    from quintet.cli.together import together
     from quintet.train import directory
 
-    directory.refuse_existing(run)
-    warn(doubts(run))
-    prepare(run, Console(stderr=True))
-    from quintet.train import trainer
+    def first() -> None:
+        directory.refuse_existing(run)
+        warn(doubts(run))
+        prepare(run, Console(stderr=True))
 
-    return watched(run, directory.of(run), lambda sinks: trainer.train(run, sinks=sinks))
+    return together(run, directory.of(run), first=first, resume=False)

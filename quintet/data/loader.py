@@ -56,9 +56,11 @@ class Loader:
         }
         self._streams = list(self._rows.values())
 
-    def next_batch(self, num_sequences: int) -> Batch:
-        """The next `num_sequences` rows (B of the batch)."""
-        return _batch([self._streams[self._mixture.next()] for _ in range(num_sequences)], self.sequence_length)
+    def next_batch(self, num_sequences: int, *, part: int = 0, num_parts: int = 1) -> Batch:
+        """Of the next `num_sequences` rows those whose place in the batch is `part` modulo `num_parts` (B of the batch); the others are
+        passed over, so loaders of all parts go on alike."""
+        streams = [self._streams[self._mixture.next()] for _ in range(num_sequences)]
+        return _batch(streams, self.sequence_length, part=part, num_parts=num_parts)
 
     def state(self) -> dict[str, int]:
         """Where the stream is: plain integers, for JSON."""
@@ -92,30 +94,36 @@ class Loader:
                 rows.skip_window()
 
 
-def held_out_batches(prepared: Prepared, source_name: str, *, sequence_length: int, num_sequences: int, batch_size: int) -> Iterator[Batch]:
-    """The first `num_sequences` rows of a source's held-out documents (all of them if there are fewer), always the same ones.
+def held_out_batches(
+    prepared: Prepared, source_name: str, *, sequence_length: int, num_sequences: int, batch_size: int, part: int = 0, num_parts: int = 1
+) -> Iterator[Batch]:
+    """The first `num_sequences` rows of a source's held-out documents (all of them if there are fewer), always the same ones, in batches
+    of `batch_size`, of which `part` of `num_parts` is returned as in Loader.next_batch.
 
     Documents are packed as for training but never rearranged for fill-in-the-middle. The last batch may be smaller.
     Raises DataError if the source has no held-out document.
     """
-    part = prepared.sources[source_name]
-    if not part.held_out.num_documents:
+    source = prepared.sources[source_name]
+    if not source.held_out.num_documents:
         raise DataError(f"source {source_name!r} has no held-out document; raise data.held_out or add documents, then prepare again")
-    rows = Rows(part.held_out, row_length=sequence_length + 1, key=stream_key("held out", source_name), eos_id=prepared.tokenizer.eos_id)
+    rows = Rows(source.held_out, row_length=sequence_length + 1, key=stream_key("held out", source_name), eos_id=prepared.tokenizer.eos_id)
     taken = 0
     while taken < num_sequences and rows.epoch == 0:
         left = rows.packed().num_rows - rows.offset
         size = min(batch_size, num_sequences - taken, left)
-        yield _batch([rows] * size, sequence_length)
+        yield _batch([rows] * size, sequence_length, part=part, num_parts=num_parts)
         taken += size
 
 
-def _batch(streams: list[Rows], sequence_length: int) -> Batch:
-    """One row from each of `streams`, in order."""
-    tokens = np.empty((len(streams), sequence_length + 1), np.int64)
+def _batch(streams: list[Rows], sequence_length: int, *, part: int, num_parts: int) -> Batch:
+    """One row from each of `streams`, in order: those at places that are `part` modulo `num_parts`, the others are passed over."""
+    tokens = np.empty((len(range(part, len(streams), num_parts)), sequence_length + 1), np.int64)
     document_ids = np.empty(tokens.shape, np.int32)
     for i, rows in enumerate(streams):
-        rows.read(tokens[i], document_ids[i])
+        if i % num_parts == part:
+            rows.read(tokens[i // num_parts], document_ids[i // num_parts])
+        else:
+            rows.skip()
     return Batch(
         inputs=torch.from_numpy(tokens[:, :-1].copy()),
         labels=torch.from_numpy(np.where(document_ids[:, 1:] == PADDING, IGNORED, tokens[:, 1:])),

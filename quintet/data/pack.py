@@ -185,8 +185,12 @@ class Rows:
             at += length
         tokens[at:] = self.eos_id
         document_ids[at:] = PADDING
+        self.skip()
+
+    def skip(self) -> None:
+        """Move on to the next row."""
         self.offset += 1
-        if self.offset == window.num_rows:
+        if self.offset == self.packed().num_rows:
             self.skip_window()
 
     def skip_window(self) -> None:

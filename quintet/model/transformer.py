@@ -5,6 +5,7 @@ Letters: B batch, S sequence, D hidden, C vocabulary, M number of MTP modules.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -23,6 +24,7 @@ from quintet.model.rope import rotation
 from quintet.ops.cross_entropy import CrossEntropy, head_loss
 from quintet.ops.pointwise import REFERENCE, Kernels
 from quintet.spec.model import Model
+from quintet.spec.placement import Box, is_expert, whole
 from quintet.spec.run import Recompute
 
 
@@ -165,14 +167,30 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Matrices from N(0, init_std), norm scales 1, router biases 0 (V3 4.2); the values depend on `seed` alone."""
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in self.parameters():
-            if parameter.ndim == 1:
-                parameter.fill_(1.0)
-            else:
-                # Drawn on the CPU in fp32 so that every device and dtype starts from the same numbers.
-                draw = torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, self.model.init_std, generator=generator)
-                parameter.copy_(draw)
+        """Matrices from N(0, init_std), norm scales 1, router biases 0 (V3 4.2); see `initial_values`."""
+        for name, parameter in self.named_parameters():
+            parameter.copy_(initial_values(self.model, name, whole(tuple(parameter.shape)), seed=seed))
         for layer in self.moe_layers():
             layer.router.expert_bias.zero_()
+
+
+def initial_values(model: Model, name: str, box: Box, *, seed: int) -> Tensor:
+    """The first values of a part of the parameter `name`, as it is called in the model: fp32, on the CPU.
+
+    They depend on seed, name, expert and place alone, so every device, dtype and layout starts from the same numbers, and a rank
+    draws its own experts only.
+    """
+    if len(box.shape) == 1:
+        return torch.ones(box.sizes)
+    if not is_expert(name):
+        return _draw(model, box, f"{seed}/{name}")
+    one = Box(box.offsets[1:], box.sizes[1:], box.shape[1:])
+    begin, count = box.offsets[0], box.sizes[0]
+    return torch.stack([_draw(model, one, f"{seed}/{name}/{expert}") for expert in range(begin, begin + count)])
+
+
+def _draw(model: Model, box: Box, key: str) -> Tensor:
+    """The part `box` of a matrix that `key` determines."""
+    number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
+    drawn = torch.empty(box.shape).normal_(0.0, model.init_std, generator=torch.Generator().manual_seed(number))
+    return drawn[tuple(slice(begin, begin + size) for begin, size in zip(box.offsets, box.sizes, strict=True))]

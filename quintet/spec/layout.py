@@ -156,6 +156,7 @@ def _replicate(holders: Key) -> Key:
 
 GROUPS: dict[str, Key] = {
     "tp": lambda _, at: (at.pp, at.dp, at.cp),
+    "dp": lambda _, at: (at.pp, at.cp, at.tp),
     "cp": lambda _, at: (at.pp, at.dp, at.tp),
     "ep": lambda _, at: (at.pp, at.tp, at.expert_dp),
     "pp": lambda _, at: (at.dp, at.cp, at.tp),

@@ -43,10 +43,16 @@ def is_expert(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Box:
-    """A part of a tensor: it begins at `offsets` and has `sizes`."""
+    """A part of a tensor of `shape`: it begins at `offsets` and has `sizes`."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+def whole(shape: tuple[int, ...]) -> Box:
+    """All of a tensor."""
+    return Box((0,) * len(shape), shape, shape)
 
 
 def local_box(name: str, shape: tuple[int, ...], layout: Layout, rank: int) -> Box:
@@ -58,4 +64,4 @@ def local_box(name: str, shape: tuple[int, ...], layout: Layout, rank: int) -> B
         assert sizes[dim] % degree == 0, (name, shape, axis, degree)  # a rule of spec.layout
         sizes[dim] //= degree
         offsets[dim] += at.along(axis) * sizes[dim]
-    return Box(tuple(offsets), tuple(sizes))
+    return Box(tuple(offsets), tuple(sizes), shape)

@@ -98,6 +98,8 @@ class Optimizer:
     """Decoupled decay of matrices; norms, biases and other vectors are not decayed."""
     clip_norm: float = 1.0
     """Largest global gradient norm."""
+    moments: Precision = "fp32"
+    """Type that both moments are kept in; bf16 halves them, as V3 does (3.3.2)."""
 
     def __post_init__(self) -> None:
         _positive(self, "eps", "clip_norm")
@@ -161,10 +163,12 @@ class Train:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where it is present."""
     num_threads: int | None = None
-    """CPU threads; absent: all cores."""
+    """CPU threads of each rank; absent: all cores, shared out among the ranks of a machine."""
+    rank_timeout: float = 600.0
+    """Seconds that a rank waits in a collective before it gives the others up."""
 
     def __post_init__(self) -> None:
-        _positive(self, "micro_batch", "loss_chunk")
+        _positive(self, "micro_batch", "loss_chunk", "rank_timeout")
         if not 0 <= self.balance_weight < math.inf:
             raise SpecError(f"balance_weight ({self.balance_weight}) must be finite and not negative")
         if self.steps is not None:

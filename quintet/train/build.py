@@ -1,44 +1,56 @@
-"""From a recipe to a model and its optimizer on a device."""
+"""From a recipe to this rank's part of a model and its optimizer on a device."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from quintet.errors import UsageError
-from quintet.model.transformer import Transformer
+from quintet.model.transformer import Transformer, initial_values
 from quintet.ops.pointwise import REFERENCE, Kernels, can_compile, fused
+from quintet.parallel.mesh import Mesh
+from quintet.parallel.parallelize import parallelize
+from quintet.parallel.zero import Piece, ShardedParameters
 from quintet.spec.run import Run
 from quintet.train.optimizer import AdamW
-from quintet.train.precision import cast
 
 
-def refuse_many_devices(run: Run) -> None:
-    """Raise UsageError where recipe or launcher asks for more than one device, which this version does not train on."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if run.layout.num_ranks > 1 or ranks > 1:
-        raise UsageError(
-            f"the layout takes {run.layout.num_ranks} devices and {ranks} processes were started, but training on several devices is not "
-            "there yet; set every degree of layout to 1 and start one process, or look at the run with --dry-run"
-        )
+@dataclass(frozen=True)
+class Built:
+    """What a step works on."""
+
+    model: Transformer
+    parameters: ShardedParameters
+    optimizer: AdamW
+
+    @property
+    def mesh(self) -> Mesh:
+        """This rank's groups."""
+        return self.parameters.mesh
 
 
 def build(
-    run: Run, device: torch.device, *, on_message: Callable[[str], None], weights: Mapping[str, Tensor] | None = None
-) -> tuple[Transformer, AdamW]:
-    """The model of the recipe with random weights, or with `weights` by parameter name, and an optimizer without history."""
-    model = Transformer(run.model, kernels=kernels(run, device, on_message=on_message))
-    if weights is None:
-        model.initialize(run.seed)
-    else:
-        model.load_state_dict(weights)
-    model.to(device)
-    parameters, masters = cast(model, run.train.precision)
-    model.set_recompute(run.train.recompute)
-    return model, AdamW(parameters, masters, run.optimizer)
+    run: Run, mesh: Mesh, device: torch.device, *, on_message: Callable[[str], None], weights: Mapping[str, Tensor] | None = None
+) -> Built:
+    """The model of the recipe with random weights, or with the global `weights` by name, and an optimizer without history."""
+    with torch.device("meta"):
+        model = Transformer(run.model, kernels=kernels(run, device, on_message=on_message))
+    parameters = parallelize(model, mesh, run.train, device=device)
+
+    def values(piece: Piece) -> Tensor:
+        if weights is None:
+            return initial_values(run.model, piece.name, piece.box, seed=run.seed)
+        box = zip(piece.box.offsets, piece.box.sizes, strict=True)
+        return weights[piece.name][tuple(slice(begin, begin + size) for begin, size in box)].float()
+
+    with torch.no_grad():
+        parameters.fill(values)
+        for name, buffer in model.named_buffers():
+            if weights is not None:
+                buffer.copy_(weights[name])
+    return Built(model, parameters, AdamW(parameters, run.optimizer))
 
 
 def kernels(run: Run, device: torch.device, *, on_message: Callable[[str], None]) -> Kernels:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 import time
 
@@ -20,8 +21,11 @@ def prepare(train: Train) -> torch.device:
     if train.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("train.device is 'cuda' but torch sees no CUDA device; use --train.device cpu, or see: quintet doctor")
     device = torch.device("cuda" if train.device != "cpu" and torch.cuda.is_available() else "cpu")
-    if train.num_threads:
-        torch.set_num_threads(train.num_threads)
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if train.num_threads or ranks_here > 1:
+        torch.set_num_threads(train.num_threads or max(1, len(os.sched_getaffinity(0)) // ranks_here))
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cpu":
         keep_freed_memory()
         prefer_fast_fp32()

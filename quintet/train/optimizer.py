@@ -1,109 +1,87 @@
-"""AdamW over fp32 master weights, with decay groups, clipping by the global norm, and gradients summed in fp32 (V3 4.2)."""
+"""AdamW (arXiv 1711.05101) on this rank's shards: fp32 master weights, decay of matrices only, clipping by the global norm (V3 4.2)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.adamw import adamw
 
 from quintet.errors import CheckpointError
+from quintet.parallel.zero import Bucket, ShardedParameters
 from quintet.spec import run as spec
 
-
-@dataclass
-class _Slot:
-    """One parameter's share of the optimizer: master [shape] fp32 (the parameter itself in fp32 runs) and two moments."""
-
-    parameter: nn.Parameter
-    master: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    decay: bool
-    gradient: Tensor | None = None
+_BLOCK = 1 << 20
+"""Elements whose bf16 moments are widened at one time."""
 
 
 class AdamW:
-    """Owns the gradients: backward's are moved out of `.grad` as they come, so that several micro-batches add up in fp32."""
+    """The moments of every bucket's shard, and the update of its master."""
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], masters: Mapping[str, Tensor], settings: spec.Optimizer) -> None:
-        """`masters` holds the fp32 values of rounded parameters; see `train.precision.cast`."""
-        self.settings = settings
-        self.num_steps = 0
-        self.slots: dict[str, _Slot] = {}
-        for name, parameter in parameters:
-            master = masters.get(name, parameter.detach())
-            # Vectors (norm scales) are not decayed: there is nothing to regularise in a scale.
-            self.slots[name] = _Slot(parameter, master, torch.zeros_like(master), torch.zeros_like(master), decay=parameter.ndim >= 2)
-
-    def collect(self, *, alone: bool) -> None:
-        """Take over the gradients of a micro-batch's backward; `alone` says that it is the step's only one."""
-        for slot in self.slots.values():
-            fresh, slot.parameter.grad = slot.parameter.grad, None
-            if fresh is None:
-                continue
-            if slot.gradient is not None:
-                slot.gradient += fresh
-            else:
-                # A lone micro-batch needs no sum: its gradient is converted when it is used.
-                slot.gradient = fresh if alone else fresh.float()
-
-    def discard(self) -> None:
-        """Forget the gradients that were collected."""
-        for slot in self.slots.values():
-            slot.gradient = None
-
-    def gradient_norm(self) -> Tensor:
-        """Euclidean norm of all gradients together, in fp32: a scalar."""
-        gradients = [slot.gradient for slot in self.slots.values() if slot.gradient is not None]
-        norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
-        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-        return norm
+    def __init__(self, parameters: ShardedParameters, settings: spec.Optimizer) -> None:
+        self.parameters, self.settings = parameters, settings
+        dtype = torch.bfloat16 if settings.moments == "bf16" else torch.float32
+        self.exp_avg = [torch.zeros_like(bucket.master, dtype=dtype) for bucket in parameters.buckets]
+        self.exp_avg_sq = [torch.zeros_like(bucket.master, dtype=dtype) for bucket in parameters.buckets]
+        # MTP modules may join late: they have made fewer updates.
+        self.num_steps = {False: 0, True: 0}
 
     @torch.no_grad()
-    def step(self, learning_rate: float, gradient_norm: Tensor) -> None:
-        """Clip to the largest norm, update the masters, and round them to the parameters. Consumes the gradients."""
-        self.num_steps += 1
-        scale = (self.settings.clip_norm / (gradient_norm + 1e-6)).clamp(max=1.0)
-        count = torch.tensor(float(self.num_steps))
-        for slot in self.slots.values():
-            if slot.gradient is None:
-                continue
-            gradient = slot.gradient.float().mul_(scale)
-            slot.gradient = None
-            adamw(
-                [slot.master],
-                [gradient],
-                [slot.exp_avg],
-                [slot.exp_avg_sq],
-                [],
-                # The kernel adds one to the count before it corrects the bias.
-                [count.to(slot.master.device) - 1],
-                fused=True,
-                amsgrad=False,
-                beta1=self.settings.beta1,
-                beta2=self.settings.beta2,
-                lr=learning_rate,
-                weight_decay=self.settings.weight_decay if slot.decay else 0.0,
-                eps=self.settings.eps,
-                maximize=False,
-            )
-            if slot.master.dtype != slot.parameter.dtype:
-                slot.parameter.copy_(slot.master)
+    def step(self, learning_rate: float, gradient_norm: float) -> None:
+        """Clip to the largest norm, update the masters of the buckets that have a gradient, and the weights after them. Consumes the
+        gradients."""
+        scale = min(self.settings.clip_norm / (gradient_norm + 1e-6), 1.0)
+        updated = self.parameters.updated()
+        for is_mtp in {self.parameters.is_mtp[i] for i, bucket in enumerate(self.parameters.buckets) if bucket in updated}:
+            self.num_steps[is_mtp] += 1
+        for i, bucket in enumerate(self.parameters.buckets):
+            if bucket.gradient_shard is not None:
+                count = torch.tensor(float(self.num_steps[self.parameters.is_mtp[i]]), device=bucket.master.device)
+                self._update(bucket, self.exp_avg[i], self.exp_avg_sq[i], learning_rate=learning_rate, scale=scale, count=count)
+        self.parameters.publish()
 
-    def state(self) -> dict[str, Tensor]:
-        """The tensors that a resume needs, by name; they are the live ones, to be copied or written at once."""
-        state: dict[str, Tensor] = {}
-        for name, slot in self.slots.items():
-            state[f"exp_avg.{name}"], state[f"exp_avg_sq.{name}"] = slot.exp_avg, slot.exp_avg_sq
-            if slot.master.dtype != slot.parameter.dtype:
-                state[f"master.{name}"] = slot.master
-        return state
+    def _update(
+        self, bucket: Bucket, exp_avg: Tensor, exp_avg_sq: Tensor, *, learning_rate: float, scale: float, count: Tensor
+    ) -> None:
+        assert bucket.gradient_shard is not None
+        for part, decay in zip(bucket.decayed(), (self.settings.weight_decay, 0.0), strict=True):
+            size = part.stop - part.start
+            step = size if exp_avg.dtype == torch.float32 else _BLOCK
+            for begin in range(part.start, part.stop, max(step, 1)):
+                block = slice(begin, min(begin + step, part.stop))
+                gradient, moments = bucket.gradient_shard[block], [exp_avg[block], exp_avg_sq[block]]
+                if scale < 1.0:
+                    gradient.mul_(scale)
+                wide = [moment.float() for moment in moments]
+                adamw(
+                    [bucket.master[block]],
+                    [gradient],
+                    [wide[0]],
+                    [wide[1]],
+                    [],
+                    # The kernel adds one to the count before it corrects the bias.
+                    [count - 1],
+                    fused=True,
+                    amsgrad=False,
+                    beta1=self.settings.beta1,
+                    beta2=self.settings.beta2,
+                    lr=learning_rate,
+                    weight_decay=decay,
+                    eps=self.settings.eps,
+                    maximize=False,
+                )
+                if wide[0] is not moments[0]:
+                    for moment, value in zip(moments, wide, strict=True):
+                        moment.copy_(value)
 
-    def restore_count(self, num_steps: int) -> None:
-        """Continue the bias correction after `num_steps` updates; the tensors of `state` are filled in place by the loader."""
-        if num_steps < 0:
-            raise CheckpointError(f"the optimizer's step count ({num_steps}) is negative")
-        self.num_steps = num_steps
+    def counts(self) -> dict[str, int]:
+        """Updates so far, of the main model and of the MTP modules: what `restore_counts` takes."""
+        return {"main": self.num_steps[False], "mtp": self.num_steps[True]}
+
+    def restore_counts(self, counts: Mapping[str, Any]) -> None:
+        """Continue the bias correction; the tensors are filled in place by the loader. Raises CheckpointError for impossible counts."""
+        if sorted(counts) != ["main", "mtp"] or any(type(count) is not int or count < 0 for count in counts.values()):
+            raise CheckpointError(f"the optimizer's step counts {dict(counts)} must be main and mtp, neither negative")
+        self.num_steps = {False: counts["main"], True: counts["mtp"]}

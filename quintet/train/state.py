@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -9,17 +10,20 @@ from typing import Any
 
 import msgspec
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from quintet.checkpoint.load import load
+from quintet.checkpoint.pieces import Pieces, run_of_boxes
 from quintet.checkpoint.retention import prune
 from quintet.checkpoint.save import save
 from quintet.errors import CheckpointError
-from quintet.model.transformer import Transformer
+from quintet.parallel.zero import Bucket
 from quintet.spec import parse
+from quintet.spec.placement import Box
 from quintet.spec.run import Run
+from quintet.train.build import Built
 from quintet.train.directory import CHECKPOINTS, RECIPE, TOKENIZER
-from quintet.train.optimizer import AdamW
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,18 +56,48 @@ class Position:
         return replace(self, phase=self.phase + 1, phase_steps=0, phase_tokens=0)
 
 
-def tensors(model: Transformer, optimizer: AdamW) -> dict[str, Tensor]:
-    """The live tensors of model and optimizer by their names in a checkpoint."""
-    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    return weights | {f"optimizer.{name}": tensor for name, tensor in optimizer.state().items()}
+def tensors(built: Built) -> dict[str, Tensor | Pieces]:
+    """The live tensors of model and optimizer by their names in a checkpoint: this rank's pieces of those that are spread over ranks."""
+    model: dict[str, Tensor | Pieces] = {f"model.{name}": buffer for name, buffer in built.model.named_buffers()}
+    optimizer: dict[str, Tensor | Pieces] = {}
+    for i, bucket in enumerate(built.parameters.buckets):
+        if bucket.keeps_shards:
+            model |= _of_shard(bucket, "model", bucket.weight_shard)
+        else:
+            for piece in bucket.pieces:
+                weights = piece.parameter.detach().flatten()
+                model[f"model.{piece.name}"] = _pieces(piece.box, [(0, len(weights), weights)], weights.dtype)
+        if bucket.master is not bucket.weight_shard:
+            optimizer |= _of_shard(bucket, "optimizer.master", bucket.master)
+        optimizer |= _of_shard(bucket, "optimizer.exp_avg", built.optimizer.exp_avg[i])
+        optimizer |= _of_shard(bucket, "optimizer.exp_avg_sq", built.optimizer.exp_avg_sq[i])
+    return {f"model.{name}": model[f"model.{name}"] for name in built.model.state_dict()} | optimizer
 
 
-def gather(model: Transformer, optimizer: AdamW, data: Mapping[str, int], position: Position) -> dict[str, Any]:
+def _of_shard(bucket: Bucket, kind: str, shard: Tensor) -> dict[str, Tensor | Pieces]:
+    """What a tensor like the bucket's master holds of each of its parameters, which may be nothing."""
+    runs = {part.piece.name: [(part.begin, part.end, part.values)] for part in bucket.parts(shard)}
+    return {f"{kind}.{piece.name}": _pieces(piece.box, runs.get(piece.name, []), shard.dtype) for piece in bucket.pieces}
+
+
+def _pieces(box: Box, runs: list[tuple[int, int, Tensor]], dtype: torch.dtype) -> Tensor | Pieces:
+    """Runs (begin, end, values [end - begin]) of the elements of a part of a tensor -> the tensor where it is all here, else its pieces."""
+    if box.sizes == box.shape and [run[:2] for run in runs] == [(0, math.prod(box.shape))]:
+        return runs[0][2].view(box.shape)
+    boxes = []
+    for begin, end, values in runs:
+        for offsets, sizes in run_of_boxes(box.sizes, begin, end):
+            part, values = values[: math.prod(sizes)], values[math.prod(sizes) :]
+            boxes.append((tuple(a + b for a, b in zip(box.offsets, offsets, strict=True)), part.view(sizes)))
+    return Pieces(box.shape, boxes, dtype=dtype)
+
+
+def gather(built: Built, data: Mapping[str, int], position: Position) -> dict[str, Any]:
     """Everything to be saved, by name: live tensors, and plain values; `data` is the loader's state."""
-    state: dict[str, Any] = {**tensors(model, optimizer), "random.cpu": torch.get_rng_state()}
+    state: dict[str, Any] = {**tensors(built), "random.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["random.cuda"] = torch.cuda.get_rng_state()
-    return state | {"position": asdict(position), "optimizer_steps": optimizer.num_steps, "data": dict(data)}
+    return state | {"position": asdict(position), "optimizer_steps": built.optimizer.counts(), "data": dict(data)}
 
 
 def write(directory: Path, run: Run, state: dict[str, Any], *, step: int) -> Path:
@@ -71,23 +105,24 @@ def write(directory: Path, run: Run, state: dict[str, Any], *, step: int) -> Pat
     root = directory / CHECKPOINTS
     extras = {RECIPE: parse.dumps(run), TOKENIZER: (directory / TOKENIZER).read_text(encoding="utf-8")}
     path = save(state, root, step=step, extras=extras)
-    prune(root, last=run.checkpoint.keep_last, every=run.checkpoint.keep_every)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        prune(root, last=run.checkpoint.keep_last, every=run.checkpoint.keep_every)
     return path
 
 
-def restore(directory: Path, model: Transformer, optimizer: AdamW) -> tuple[Position, dict[str, int]]:
+def restore(directory: Path, built: Built) -> tuple[Position, dict[str, int]]:
     """Fill model, optimizer and random generators from a checkpoint; returns the position and the data's state.
 
     Raises CheckpointError, with nothing changed, for a damaged checkpoint or one of another model.
     """
-    state: dict[str, Any] = {**tensors(model, optimizer), "random.cpu": torch.get_rng_state()}
+    state: dict[str, Any] = {**tensors(built), "random.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["random.cuda"] = torch.cuda.get_rng_state()
     values = load(state | {"position": None, "optimizer_steps": None, "data": None}, directory)
     try:
         position = msgspec.convert(values["position"], Position)
         data = msgspec.convert(values["data"], dict[str, int])
-        optimizer.restore_count(msgspec.convert(values["optimizer_steps"], int))
+        built.optimizer.restore_counts(msgspec.convert(values["optimizer_steps"], dict[str, int]))
     except msgspec.ValidationError as error:
         raise CheckpointError(f"{directory}: position, data or optimizer_steps is not as this version writes it: {error}") from None
     torch.set_rng_state(state["random.cpu"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,17 +11,19 @@ from torch import Tensor
 
 from quintet.data.loader import Batch
 from quintet.errors import NumericsError
-from quintet.model.loss import Weights, count_targets, targets_by_depth, training_loss
+from quintet.model.loss import Loss, Weights, count_targets, targets_by_depth, training_loss
 from quintet.model.router import updated_bias
-from quintet.model.transformer import Transformer
+from quintet.parallel.collectives import all_reduce
+from quintet.parallel.sequence import shard_positions, shard_tokens
 from quintet.spec.curriculum import Settings
 from quintet.spec.run import Train
-from quintet.train.optimizer import AdamW
+from quintet.train.build import Built
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """Losses in nats per token, the gradient's norm before clipping, and the load of each MoE layer's experts [layers, E]."""
+    """Of the whole step, the same on every rank: losses in nats per token, the gradient's norm before clipping, the load of each MoE
+    layer's experts [layers, E], and whether any rank was asked to stop."""
 
     loss: float
     main_loss: float
@@ -28,48 +31,77 @@ class StepResult:
     balance_loss: float
     gradient_norm: float
     load: Tensor
+    stop: bool
 
 
 def run_step(
-    model: Transformer, optimizer: AdamW, batch: Batch, *, settings: Settings, train: Train, document_mask: bool, step: int
+    built: Built,
+    batch: Batch,
+    *,
+    settings: Settings,
+    train: Train,
+    document_mask: bool,
+    step: int,
+    stop: Callable[[], bool] = lambda: False,
 ) -> StepResult:
-    """Update number `step` from a global batch, `train.micro_batch` rows at a time.
+    """Update number `step` from this rank's rows of a batch of `settings.batch_sequences`, `train.micro_batch` rows at a time.
 
     Raises NumericsError, with weights and moments untouched, if loss or gradient is not finite.
     """
-    device = model.embed.weight.device
-    targets = targets_by_depth(batch.labels, model.model.num_mtp_modules)
-    num_targets = count_targets(targets).tolist()
-    num_sequences = batch.inputs.shape[0]
-    sums: list[Tensor] = []
-    load: Tensor | None = None
-    begins = range(0, num_sequences, train.micro_batch)
-    for begin in begins:
-        rows = slice(begin, begin + train.micro_batch)
-        loss = training_loss(
-            model,
-            batch.inputs[rows].to(device),
-            targets[:, rows].to(device),
-            document_ids=batch.document_ids[rows].to(device) if document_mask else None,
-            weights=Weights(mtp=settings.mtp_weight, balance=train.balance_weight),
-            num_targets=num_targets,
-            num_sequences=num_sequences,
-            chunk=train.loss_chunk,
-        )
-        loss.total.backward()
-        optimizer.collect(alone=len(begins) == 1)
-        sums.append(torch.stack((loss.total.detach(), loss.main, loss.mtp, loss.balance)))
-        load = loss.load if load is None else load + loss.load
-    assert load is not None
-    norm = optimizer.gradient_norm()
-    total, main, mtp, balance, gradient_norm = torch.cat((torch.stack(sums).sum(0), norm[None])).tolist()
+    sums, load = _gradients(built, batch, settings=settings, train=train, document_mask=document_mask)
+    # One message for all that must be known of every rank before the update.
+    told = torch.cat((sums.double(), built.parameters.norm_squared()[None], load.new_tensor([stop()]).double(), load.flatten().double()))
+    told = all_reduce(told, built.mesh["world"]).cpu()
+    total, main, mtp, balance, norm_squared, stops = told[:6].tolist()
+    gradient_norm, load = math.sqrt(norm_squared) if norm_squared >= 0 else math.nan, told[6:].long().view(load.shape)
     if not (math.isfinite(total) and math.isfinite(gradient_norm)):
-        optimizer.discard()
+        built.parameters.discard()
         raise NumericsError(
             f"step {step}: loss {total}, gradient norm {gradient_norm}; both must be finite. Nothing was updated: "
             "lower the learning rate in the run's recipe.toml, or look at the data of this step, and resume from the newest checkpoint"
         )
-    optimizer.step(settings.learning_rate, norm)
-    for layer, counts in zip(model.moe_layers(), load, strict=True):
-        layer.router.expert_bias.copy_(updated_bias(layer.router.expert_bias, counts, settings.bias_speed))
-    return StepResult(loss=total, main_loss=main, mtp_loss=mtp, balance_loss=balance, gradient_norm=gradient_norm, load=load.cpu())
+    built.optimizer.step(settings.learning_rate, gradient_norm)
+    for layer, counts in zip(built.model.moe_layers(), load, strict=True):
+        bias = layer.router.expert_bias
+        bias.copy_(updated_bias(bias, counts.to(bias.device), settings.bias_speed))
+    return StepResult(
+        loss=total, main_loss=main, mtp_loss=mtp, balance_loss=balance, gradient_norm=gradient_norm, load=load, stop=stops > 0
+    )
+
+
+def _gradients(built: Built, batch: Batch, *, settings: Settings, train: Train, document_mask: bool) -> tuple[Tensor, Tensor]:
+    """Forward and backward of all micro-batches -> this rank's shares of the losses [4] (total, main, MTP, balance), and the load."""
+    model, mesh, device = built.model, built.mesh, built.model.embed.weight.device
+    targets = targets_by_depth(batch.labels, model.model.num_mtp_modules)
+    num_targets = all_reduce(count_targets(targets).to(device), mesh["dp"]).tolist()
+    positions = shard_positions(batch.inputs.shape[1], mesh["cp"]).to(device)
+    sums: list[Tensor] = []
+    load: Tensor | None = None
+    built.parameters.begin_step(mtp=settings.mtp_weight > 0)
+    # A rank whose share of the batch is smaller goes through its last micro-batch with fewer rows, or none: the others wait for it there.
+    begins = range(0, -(-settings.batch_sequences // mesh.layout.dp), train.micro_batch)
+    for begin in begins:
+        rows = slice(begin, begin + train.micro_batch)
+
+        def mine(x: Tensor) -> Tensor:
+            """This rank's part of each sequence, from whole ones [.., S]."""
+            return shard_tokens(x, mesh["cp"], dim=-1).to(device)
+
+        built.parameters.begin_micro_batch(last=begin == begins[-1])
+        loss: Loss = training_loss(
+            model,
+            mine(batch.inputs[rows]),
+            mine(targets[:, rows]),
+            positions=positions,
+            document_ids=mine(batch.document_ids[rows]) if document_mask else None,
+            weights=Weights(mtp=settings.mtp_weight, balance=train.balance_weight),
+            num_targets=num_targets,
+            num_sequences=settings.batch_sequences,
+            chunk=train.loss_chunk,
+        )
+        loss.total.backward()
+        built.parameters.end_micro_batch()
+        sums.append(torch.stack((loss.total.detach(), loss.main, loss.mtp, loss.balance)))
+        load = loss.load if load is None else load + loss.load
+    assert load is not None
+    return torch.stack(sums).sum(0), load

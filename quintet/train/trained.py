@@ -16,6 +16,8 @@ from quintet.checkpoint.manifest import step_of
 from quintet.data.tokenizer import Tokenizer
 from quintet.errors import CheckpointError
 from quintet.model.transformer import Transformer
+from quintet.parallel.mesh import single
+from quintet.parallel.precision import DTYPES, cast
 from quintet.spec import parse
 from quintet.spec.model import Model
 from quintet.spec.run import Data, Phase, Precision, Run, Source, Train
@@ -23,7 +25,6 @@ from quintet.train import device as machine
 from quintet.train import state
 from quintet.train.build import build
 from quintet.train.directory import CHECKPOINTS, RECIPE, TOKENIZER, create, refuse_existing
-from quintet.train.precision import DTYPES, cast
 from quintet.train.state import Position
 
 
@@ -104,10 +105,10 @@ def import_run(source: Path, directory: Path, *, on_message: Callable[[str], Non
     weights = dict(huggingface.import_(source))
     run = _imported_recipe(spec, directory, precision=_precision(weights))
     refuse_existing(run)
-    model, optimizer = build(run, torch.device("cpu"), on_message=lambda text: None, weights=weights)
+    built = build(run, single(), torch.device("cpu"), on_message=lambda text: None, weights=weights)
     create(run, tokenizer)
     # No data state: the first resume begins the data anew.
-    state.write(directory, run, state.gather(model, optimizer, {}, Position()), step=0)
+    state.write(directory, run, state.gather(built, {}, Position()), step=0)
 
 
 def _imported_recipe(model: Model, directory: Path, *, precision: Precision) -> Run:

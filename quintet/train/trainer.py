@@ -6,8 +6,8 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -20,62 +20,79 @@ from quintet.cost.flops import flops_per_token
 from quintet.data.loader import Loader
 from quintet.data.prepare import Prepared, open_prepared
 from quintet.data.tokenizer import Tokenizer
-from quintet.errors import DONE, INTERRUPTED
+from quintet.errors import DONE, INTERRUPTED, UsageError
 from quintet.model.generate import generate
 from quintet.monitor.meter import Meter
 from quintet.monitor.metrics import Message, Record, Saved, truncate_after
 from quintet.monitor.report import write_report
 from quintet.monitor.sinks import Sink
+from quintet.parallel.mesh import make_mesh
+from quintet.parallel.rendezvous import Ranks
 from quintet.spec import parse
 from quintet.spec.curriculum import PhaseCurves, Settings, Stretch, curriculum
 from quintet.spec.run import Run
 from quintet.train import device as machine
 from quintet.train import directory, state
-from quintet.train.build import build, refuse_many_devices
+from quintet.train.build import build
 from quintet.train.held_out import held_out_loss
 from quintet.train.state import Position
 from quintet.train.step import StepResult, run_step
 
 
-def train(run: Run, *, sinks: Sink) -> int:
-    """Train a new run on prepared data; returns the exit code, 0 (done) or 75 (stopped by a signal, resumable).
+def train(run: Run, *, sinks: Sink, ranks: Ranks | None = None) -> int:
+    """Train a new run on prepared data, on all `ranks` together; returns the exit code, 0 (done) or 75 (stopped by a signal, resumable).
 
-    Raises UsageError if the run's directory exists, DataError, CheckpointError, NumericsError.
+    Only rank 0 writes metrics and messages to its `sinks`. Raises UsageError if the run's directory exists, DataError, CheckpointError,
+    NumericsError.
     """
-    refuse_many_devices(run)
+    ranks = ranks or Ranks(make_mesh(run.layout), None)
+    refuse_pipelines(run)
     prepared = open_prepared(run.data, run.model.vocab_size)
     device = machine.prepare(run.train)
-    where = directory.create(run, prepared.tokenizer)
-    with directory.held(where):
-        return _Session(run, where, prepared, sinks, device=device).loop(Position())
+    where = ranks.lead_first("directory", lambda: directory.create(run, prepared.tokenizer) if ranks.is_lead else directory.of(run))
+    with directory.held(where) if ranks.is_lead else nullcontext():
+        return _Session(run, where, prepared, sinks, device=device, ranks=ranks).loop(Position())
 
 
-def resume(where: Path, *, sinks: Sink) -> int:
+def resume(where: Path, *, sinks: Sink, ranks: Ranks | None = None) -> int:
     """Continue the run in directory `where` from its newest complete checkpoint as if it had not stopped; returns and raises as `train`.
 
     A run that stopped before its first checkpoint begins anew, which its seed makes the same.
     """
     run = parse.read(where / directory.RECIPE)
-    refuse_many_devices(run)
-    prepared = open_prepared(run.data, run.model.vocab_size)
+    ranks = ranks or Ranks(make_mesh(run.layout), None)
+    refuse_pipelines(run)
+    prepared = open_prepared(run.data, run.model.vocab_size, recipe=where / directory.RECIPE)
     device = machine.prepare(run.train)
-    with directory.held(where):
+    with directory.held(where) if ranks.is_lead else nullcontext():
         directory.refuse_other_tokenizer(Tokenizer.from_file(where / directory.TOKENIZER), prepared)
         told: list[str] = []
         position, data = Position(), dict[str, int]()
         root = where / directory.CHECKPOINTS
-        found = latest(root, verify_content=True, report=told.append) if list_checkpoints(root) else None
-        session = _Session(run, where, prepared, sinks, device=device)
+        found = ranks.lead_first("checkpoint", lambda: _newest(root, told.append, verify_content=ranks.is_lead))
+        session = _Session(run, where, prepared, sinks, device=device, ranks=ranks)
         if found:
-            position, data = state.restore(found, session.model, session.optimizer)
+            position, data = state.restore(found, session.built)
         session.enter(position.phase)
         if data:
             session.loader.restore(data)
         # Only now that nothing can refuse any more; and what is told earlier would be cut too.
-        truncate_after(where / directory.METRICS, position.step)
+        if ranks.is_lead:
+            truncate_after(where / directory.METRICS, position.step)
         for text in (*told, f"resumed from {found}" if found else "no checkpoint was written yet: beginning anew"):
             sinks.write(Message(text=text))
         return session.loop(position)
+
+
+def refuse_pipelines(run: Run) -> None:
+    """Raise UsageError where the layout has pipeline stages, which this version does not run."""
+    if run.layout.pp > 1:
+        raise UsageError(f"layout.pp is {run.layout.pp}, but training in pipeline stages is not there yet; set layout.pp to 1")
+
+
+def _newest(root: Path, report: Callable[[str], None], *, verify_content: bool) -> Path | None:
+    """The newest whole checkpoint; rank 0, which looks first, verifies every byte and moves what is damaged out of the others' sight."""
+    return latest(root, verify_content=verify_content, report=report) if list_checkpoints(root) else None
 
 
 @dataclass(frozen=True)
@@ -89,12 +106,12 @@ class _Due:
 class _Session:
     """One process's share of a run: everything that is open while it trains."""
 
-    def __init__(self, run: Run, where: Path, prepared: Prepared, sinks: Sink, *, device: torch.device) -> None:
-        self.run, self.where, self.prepared, self.sinks, self.device = run, where, prepared, sinks, device
-        self.model, self.optimizer = build(run, device, on_message=lambda text: sinks.write(Message(text=text)))
+    def __init__(self, run: Run, where: Path, prepared: Prepared, sinks: Sink, *, device: torch.device, ranks: Ranks) -> None:
+        self.run, self.where, self.prepared, self.sinks, self.device, self.ranks = run, where, prepared, sinks, device, ranks
+        self.built = build(run, ranks.mesh, device, on_message=lambda text: sinks.write(Message(text=text)))
         self.stretches = curriculum(run)
         self.num_steps = sum(stretch.num_steps for stretch in self.stretches)
-        self.peak_flops = machine.measured_peak(device, run.train.precision)
+        self.peak_flops = machine.measured_peak(device, run.train.precision) * run.layout.num_ranks
         for name, part in prepared.sources.items():
             if not part.held_out.num_documents:
                 sinks.write(Message(text=f"source {name!r} has no held-out document and is not evaluated; raise data.held_out or add text"))
@@ -120,33 +137,35 @@ class _Session:
                     position, data = position.next_phase(), self.loader.state()
                     self.enter(position.phase)
                     self.loader.restore(data)
-                position, result, settings = self._step(position)
+                position, result, settings = self._step(position, stop)
                 if position.step % self.run.monitor.every == 0 or position.step == self.num_steps:
                     self._record(position, result, settings, *clock.lap(position.tokens))
                 with clock.paused():
                     due = self._due(position.step)
-                    if due.evaluation and (not stop or position.step == self.num_steps):
+                    # Ranks hear of a signal at different times; what they agreed on in the step counts.
+                    stopping = result.stop if self.ranks.store else bool(stop)
+                    if due.evaluation and (not stopping or position.step == self.num_steps):
                         self._evaluate(position)
-                    if due.checkpoint or stop:
+                    if due.checkpoint or stopping:
                         self._save(position)
-                if stop and position.step < self.num_steps:
+                if stopping and position.step < self.num_steps:
                     return INTERRUPTED
             self._finish(position)
         return DONE
 
-    def _step(self, position: Position) -> tuple[Position, StepResult, Settings]:
-        settings = self.curves.settings(position.phase_steps, position.phase_tokens)
-        batch = self.loader.next_batch(settings.batch_sequences)
+    def _step(self, position: Position, stop: _Stop) -> tuple[Position, StepResult, Settings]:
+        settings, mesh = self.curves.settings(position.phase_steps, position.phase_tokens), self.ranks.mesh
+        batch = self.loader.next_batch(settings.batch_sequences, part=mesh.at.dp, num_parts=mesh.layout.dp)
         result = run_step(
-            self.model,
-            self.optimizer,
+            self.built,
             batch,
             settings=settings,
             train=self.run.train,
             document_mask=self.run.data.document_mask,
             step=position.step + 1,
+            stop=lambda: bool(stop),
         )
-        return position.after_step(batch.inputs.numel()), result, settings
+        return position.after_step(settings.batch_sequences * self.stretch.phase.sequence_length), result, settings
 
     def _due(self, step: int) -> _Due:
         last = step == self.num_steps
@@ -183,17 +202,25 @@ class _Session:
         if not any(part.held_out.num_documents for part in self.prepared.sources.values()):
             return  # told at the start
         length = self.stretch.phase.sequence_length
-        self.sinks.write(held_out_loss(self.model, self.prepared, self.run, sequence_length=length, step=position.step))
+        self.sinks.write(
+            held_out_loss(
+                self.built.model, self.prepared, self.run, sequence_length=length, step=position.step, mesh=self.ranks.mesh
+            )
+        )
 
     def _save(self, position: Position) -> None:
         begin = time.perf_counter()
-        gathered = state.gather(self.model, self.optimizer, self.loader.state(), position)
+        gathered = state.gather(self.built, self.loader.state(), position)
         path = state.write(self.where, self.run, gathered, step=position.step)
-        size = sum(file.stat().st_size for file in path.iterdir())
+        size = sum(file.stat().st_size for file in path.iterdir()) if self.ranks.is_lead else 0
         self.sinks.write(Saved(step=position.step, path=str(path), seconds=time.perf_counter() - begin, num_bytes=size))
 
     def _finish(self, position: Position) -> None:
-        samples = [(prompt, self._sample(prompt)) for prompt in self.run.monitor.prompts]
+        if not self.ranks.is_lead:
+            return
+        layout, samples = self.run.layout, list[tuple[str, str]]()
+        if layout.tp == layout.cp == layout.ep == 1 and layout.zero < 3:  # else no rank has the whole model
+            samples = [(prompt, self._sample(prompt)) for prompt in self.run.monitor.prompts]
         try:
             told = f"report: {write_report(self.where, recipe_toml=parse.dumps(self.run), samples=samples)}"
         except OSError as error:  # the run itself is done and saved
@@ -208,7 +235,7 @@ class _Session:
             return ""
         generator = torch.Generator(self.device).manual_seed(self.run.seed)
         num_tokens = min(self.run.monitor.sample_tokens, room)
-        drawn = [*generate(self.model, ids, num_tokens=num_tokens, eos_id=tokenizer.eos_id, generator=generator)]
+        drawn = [*generate(self.built.model, ids, num_tokens=num_tokens, eos_id=tokenizer.eos_id, generator=generator)]
         return tokenizer.decode(drawn)
 
 

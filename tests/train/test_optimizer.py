@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from quintet.errors import CheckpointError
+from quintet.parallel.mesh import single
+from quintet.parallel.precision import DTYPES
+from quintet.parallel.zero import ShardedParameters
 from quintet.spec.run import Optimizer, Precision
 from quintet.train.optimizer import AdamW
-from quintet.train.precision import cast
 
 SHAPES = {"matrix": (3, 5), "scale": (5,), "experts": (2, 3, 4)}
 
@@ -27,16 +29,37 @@ class Parameters(nn.Module):
 
 
 def pair(seed: int, optimizer: Optimizer, precision: Precision = "fp32") -> tuple[Parameters, AdamW]:
-    module = Parameters(torch.Generator().manual_seed(seed))
-    parameters, masters = cast(module, precision)
-    return module, AdamW(parameters, masters, optimizer)
+    module = Parameters(torch.Generator())
+    parameters = ShardedParameters(module, single(), dtype=DTYPES[precision], device=torch.device("cpu"))
+    values = Parameters(torch.Generator().manual_seed(seed))
+    parameters.fill(lambda piece: values.get_parameter(piece.name).detach())
+    return module, AdamW(parameters, optimizer)
 
 
-def step(module: nn.Module, optimizer: AdamW, gradients: dict[str, Tensor], learning_rate: float = 0.01) -> None:
-    for name, parameter in module.named_parameters():
-        parameter.grad = gradients[name].to(parameter.dtype, copy=True)  # the optimizer scales what it takes over
-    optimizer.collect(alone=True)
-    optimizer.step(learning_rate, optimizer.gradient_norm())
+def collect(module: nn.Module, adamw: AdamW, *gradients: dict[str, Tensor]) -> float:
+    """Backward with these gradients, one dictionary for each micro-batch -> their norm."""
+    adamw.parameters.begin_step(mtp=False)
+    for i, each in enumerate(gradients):
+        adamw.parameters.begin_micro_batch(last=i + 1 == len(gradients))
+        torch.stack([(parameter.float() * each[name]).sum() for name, parameter in module.named_parameters()]).sum().backward()
+        assert all(parameter.grad is None for parameter in module.parameters())
+        adamw.parameters.end_micro_batch()
+    return float(adamw.parameters.norm_squared().sqrt())
+
+
+def step(module: nn.Module, adamw: AdamW, gradients: dict[str, Tensor], learning_rate: float = 0.01) -> None:
+    adamw.step(learning_rate, collect(module, adamw, gradients))
+
+
+def held(adamw: AdamW, kind: str) -> dict[str, Tensor]:
+    """Masters, gradients or moments by the name of their parameter."""
+    found = {}
+    for i, bucket in enumerate(adamw.parameters.buckets):
+        own = {"master": bucket.master, "gradient": bucket.gradient_shard}
+        shard = own[kind] if kind in own else getattr(adamw, kind)[i]
+        assert shard is not None
+        found |= {part.piece.name: part.values.view(part.piece.box.sizes) for part in bucket.parts(shard)}
+    return found
 
 
 def some_gradients(generator: torch.Generator, scale: float = 1.0) -> dict[str, Tensor]:
@@ -73,14 +96,12 @@ def test_in_fp32_it_is_torchs_adamw_with_decay_groups_and_clipping(optimizer: Op
         for group in reference.param_groups:
             group["lr"] = learning_rate
         reference.step()
-        for name, parameter in ours.named_parameters():
-            parameter.grad = gradients[name].clone()
-        adamw.collect(alone=True)
-        torch.testing.assert_close(adamw.gradient_norm(), norm)
-        adamw.step(learning_rate, adamw.gradient_norm())
+        found = collect(ours, adamw, gradients)
+        assert found == pytest.approx(float(norm), rel=1e-5)
+        adamw.step(learning_rate, found)
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter, theirs.get_parameter(name), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(adamw.state()[f"exp_avg_sq.{name}"], reference.state[theirs.get_parameter(name)]["exp_avg_sq"])
+        torch.testing.assert_close(held(adamw, "exp_avg_sq")[name], reference.state[theirs.get_parameter(name)]["exp_avg_sq"])
 
 
 def test_only_what_has_two_dims_is_decayed() -> None:
@@ -101,11 +122,8 @@ def test_the_first_step_moves_every_element_by_the_learning_rate_against_its_gra
 def test_the_norm_is_taken_before_clipping_and_over_all_parameters_together(generator: torch.Generator) -> None:
     module, adamw = pair(0, Optimizer(clip_norm=0.5))
     gradients = some_gradients(generator)
-    for name, parameter in module.named_parameters():
-        parameter.grad = gradients[name].clone()
-    adamw.collect(alone=True)
     expected = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
-    torch.testing.assert_close(adamw.gradient_norm(), expected)
+    assert collect(module, adamw, gradients) == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_bf16_parameters_are_their_rounded_masters_after_every_step(generator: torch.Generator) -> None:
@@ -113,10 +131,10 @@ def test_bf16_parameters_are_their_rounded_masters_after_every_step(generator: t
     for _ in range(5):
         step(module, adamw, some_gradients(generator))
         for name, parameter in module.named_parameters():
-            master = adamw.state()[f"master.{name}"]
+            master = held(adamw, "master")[name]
             assert (parameter.dtype, master.dtype) == (torch.bfloat16, torch.float32)
             assert torch.equal(parameter.detach(), master.bfloat16())
-    assert not torch.equal(adamw.state()["master.matrix"], module.matrix.detach().float()), "the masters know more than bf16"
+    assert not torch.equal(held(adamw, "master")["matrix"], module.matrix.detach().float()), "the masters know more than bf16"
 
 
 def test_masters_start_from_the_values_before_rounding_and_are_those_of_an_fp32_run(generator: torch.Generator) -> None:
@@ -127,14 +145,14 @@ def test_masters_start_from_the_values_before_rounding_and_are_those_of_an_fp32_
         step(exact, exact_adamw, gradients)
         step(rounded, rounded_adamw, gradients)
     for name, parameter in exact.named_parameters():
-        assert torch.equal(parameter.detach(), rounded_adamw.state()[f"master.{name}"])
+        assert torch.equal(parameter.detach(), held(rounded_adamw, "master")[name])
 
 
 def test_updates_too_small_for_bf16_add_up_in_the_master() -> None:
     module, adamw = pair(0, Optimizer(weight_decay=0.0), "bf16")
     with torch.no_grad():
         module.scale.fill_(1.0)
-        adamw.slots["scale"].master.fill_(1.0)
+        held(adamw, "master")["scale"].fill_(1.0)
     ones = {name: torch.ones(shape) for name, shape in SHAPES.items()}
     values = []
     for _ in range(8):
@@ -143,43 +161,36 @@ def test_updates_too_small_for_bf16_add_up_in_the_master() -> None:
     # bf16 has 1 - 1/256 = 0.99609375 and then 0.9921875 below 1: eight steps of 0.001 end at 0.992.
     assert values[0] == 1.0
     assert values[-1] == 0.9921875
-    torch.testing.assert_close(adamw.state()["master.scale"], torch.full((5,), 0.992))
+    torch.testing.assert_close(held(adamw, "master")["scale"], torch.full((5,), 0.992))
 
 
 def test_gradients_of_several_micro_batches_add_up_in_fp32() -> None:
     module, adamw = pair(0, Optimizer(), "bf16")
-    for value in (256.0, 1.0, 1.0):  # in bf16, 256 + 1 is 256
-        module.scale.grad = torch.full((5,), value, dtype=torch.bfloat16)
-        adamw.collect(alone=False)
-        assert module.scale.grad is None
-    gradient = adamw.slots["scale"].gradient
-    assert gradient is not None
-    assert gradient.tolist() == [258.0] * 5
-
-
-def test_a_parameter_without_a_gradient_stays(generator: torch.Generator) -> None:
-    module, adamw = pair(0, Optimizer())
-    before = module.experts.detach().clone()
-    module.matrix.grad = torch.ones(3, 5)
-    adamw.collect(alone=True)
-    adamw.step(0.1, adamw.gradient_norm())
-    assert torch.equal(module.experts.detach(), before)
+    collect(module, adamw, *({name: torch.full(shape, value) for name, shape in SHAPES.items()} for value in (256.0, 1.0, 1.0)))
+    assert held(adamw, "gradient")["scale"].tolist() == [258.0] * 5  # in bf16, 256 + 1 is 256
 
 
 def test_discarded_gradients_leave_nothing(generator: torch.Generator) -> None:
     module, adamw = pair(0, Optimizer())
-    module.matrix.grad = torch.ones(3, 5)
-    adamw.collect(alone=True)
-    adamw.discard()
-    assert all(slot.gradient is None for slot in adamw.slots.values())
-    assert (adamw.num_steps, float(adamw.state()["exp_avg.matrix"].abs().sum())) == (0, 0.0)
+    collect(module, adamw, some_gradients(generator))
+    adamw.parameters.discard()
+    assert adamw.parameters.updated() == [] and adamw.counts() == {"main": 0, "mtp": 0}
+    assert not any(moment.any() for moment in held(adamw, "exp_avg").values())
 
 
-def test_the_state_holds_masters_only_where_parameters_are_rounded() -> None:
-    assert not [name for name in pair(0, Optimizer())[1].state() if name.startswith("master")]
-    assert [name for name in pair(0, Optimizer(), "bf16")[1].state() if name.startswith("master")] == [f"master.{n}" for n in SHAPES]
+def test_moments_in_bf16_take_half_the_room_and_follow_those_in_fp32(generator: torch.Generator) -> None:
+    (exact, exact_adamw), (half, half_adamw) = pair(0, Optimizer()), pair(0, Optimizer(moments="bf16"))
+    for _ in range(4):
+        gradients = some_gradients(generator)
+        step(exact, exact_adamw, gradients)
+        step(half, half_adamw, gradients)
+    assert {tensor.dtype for tensor in (*half_adamw.exp_avg, *half_adamw.exp_avg_sq)} == {torch.bfloat16}
+    for name, parameter in exact.named_parameters():
+        torch.testing.assert_close(half.get_parameter(name), parameter, rtol=0, atol=1e-3)
+        assert not torch.equal(half.get_parameter(name), parameter)
 
 
-def test_a_negative_count_of_steps_is_refused() -> None:
-    with pytest.raises(CheckpointError, match=r"step count \(-1\) is negative"):
-        pair(0, Optimizer())[1].restore_count(-1)
+@pytest.mark.parametrize("counts", [{"main": -1, "mtp": 0}, {"main": 3}, {"main": 1, "mtp": True}])
+def test_impossible_counts_of_steps_are_refused(counts: dict[str, int]) -> None:
+    with pytest.raises(CheckpointError, match=r"step counts .* must be main and mtp, neither negative"):
+        pair(0, Optimizer())[1].restore_counts(counts)

@@ -1,0 +1,418 @@
+"""ZeRO (arXiv 1910.02054): a model's parameters in flat buckets, whose gradients, optimizer state and weights the replicas share out.
+
+A parameter (or this rank's part of it, see `spec.placement`) is replicated over some ranks, its holders, and its gradient is the sum over
+them. Parameters with the same holders lie one behind the other in a bucket, in the order in which backward reaches them. Let s be
+the number of holders that divide one set of shards among them, and n the bucket's padded length:
+
+    stage   weights [n]         gradient, fp32                      master and moments
+      0     whole               whole, all-reduced                  whole, equal on all (s = 1)
+      1     whole               whole while micro-batches add up,   shard [n/s]
+                                then reduce-scattered: shard
+      2     whole               whole while one backward runs,      shard [n/s]
+                                then a shard that adds up
+      3     shard; whole while  as 2                                shard [n/s]
+            their block runs
+
+A gradient leaves for its bucket as soon as backward has it; when a bucket is full, and those before it have gone, its reduction starts
+and goes on beside the rest of backward. After the update the holders of shards gather the whole weights again (stages 1 and 2). With
+hybrid sharding (arXiv 2304.11277) s is smaller than the number of holders, and the holders of equal shards add their sums up.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from quintet.parallel.collectives import Group, Pending, start_all_gather, start_all_reduce, start_reduce_scatter
+from quintet.parallel.mesh import Mesh
+from quintet.spec.layout import Layout
+from quintet.spec.placement import Box, local_box, placement
+
+BUCKET_NUMEL = 25_000_000
+"""Buckets of stages 0 to 2 are closed at this many elements (100 MB of fp32 gradients)."""
+_ALIGNMENT = 64
+"""Elements that every parameter's place is a multiple of; grouped products want 16 bytes."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A parameter's place in a bucket: `begin` to `end`. `box` is what this rank holds of it."""
+
+    name: str
+    parameter: nn.Parameter
+    box: Box
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """A contiguous run of one parameter's elements within a rank's shard: those `begin` to `end` of the local box, row by row."""
+
+    piece: Piece
+    begin: int
+    end: int
+    values: Tensor
+
+
+def holders(name: str, layout: Layout) -> str:
+    """Which of `spec.layout.HOLDERS` hold the same values of a parameter."""
+    split = {axis for axis in placement(name) if layout.degree(axis) > 1}
+    if "ep" in split:
+        return "expert_split" if "expert_tp" in split else "expert"
+    return "tp_split" if split else "replicated"
+
+
+class Bucket:
+    """Parameters one behind the other: weights [n] in the compute type, fp32 gradient and master, and this rank's shard of each [n/s]."""
+
+    def __init__(self, pieces: list[Piece], numel: int, *, num_decayed: int, shard: Group, replicate: Group, dtype: torch.dtype) -> None:
+        """`pieces` have parameters without elements, which get their places in the new weights, all 0."""
+        self.pieces, self.numel, self.num_decayed = pieces, numel, num_decayed
+        self.shard, self.replicate = shard, replicate
+        device = pieces[0].parameter.device
+        self.weights = torch.zeros(numel, dtype=dtype, device=device)
+        size = numel // shard.size
+        self.range = (shard.rank * size, (shard.rank + 1) * size)
+        self.weight_shard = self.weights[slice(*self.range)]
+        self.master = self.weight_shard if dtype == torch.float32 else torch.zeros(size, dtype=torch.float32, device=device)
+        self.gradient: Tensor | None = None
+        self.gradient_shard: Tensor | None = None
+        self._filled: set[str] = set()
+        self._gathering: Pending | None = None
+        self._sharded = False
+        for piece in pieces:
+            # By `.data`, so that autograd does not take the weights' update or arrival for a change of what it saved.
+            piece.parameter.data = self.weights[piece.begin : piece.end].view(piece.box.sizes)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the gradient of every parameter has come since the bucket was emptied."""
+        return len(self._filled) == len(self.pieces)
+
+    def add(self, piece: Piece, gradient: Tensor) -> None:
+        """Take a parameter's gradient over, adding to an earlier micro-batch's."""
+        if self.gradient is None:
+            self.gradient = torch.empty(self.numel, dtype=torch.float32, device=gradient.device)
+            self._fresh = {other.name for other in self.pieces}
+        target = self.gradient[piece.begin : piece.end].view(gradient.shape)
+        if piece.name in self._fresh:
+            self._fresh.discard(piece.name)
+            target.copy_(gradient)
+        else:
+            target.add_(gradient)
+        self._filled.add(piece.name)
+
+    def forget(self) -> None:
+        """Drop the gradient."""
+        self.gradient = self.gradient_shard = None
+        self._filled.clear()
+
+    def begin_micro_batch(self) -> None:
+        """From now on the gradients of another backward come."""
+        self._filled.clear()
+
+    def start_reduction(self) -> Pending:
+        """Give the gradient away to be summed over the holders of shards -> this rank's shard, not yet over `replicate` if s > 1."""
+        assert self.gradient is not None
+        end = 0
+        for piece in self.pieces:  # between the parameters, and where none came, the sum must be 0
+            self.gradient[end : piece.begin] = 0
+            if piece.name in self._fresh:
+                self.gradient[piece.begin : piece.end] = 0
+            end = piece.end
+        self.gradient[end:] = 0
+        whole, self.gradient = self.gradient, None
+        return start_all_reduce(whole, self.replicate) if self.shard.size == 1 else start_reduce_scatter(whole, self.shard)
+
+    def publish(self) -> None:
+        """After an update of the master: round it to the weights, and start gathering them from all shards."""
+        if self.master is not self.weight_shard:
+            self.weight_shard.copy_(self.master)
+        if self._sharded:
+            self.free()
+        elif self.shard.size > 1:
+            self._gathering = start_all_gather(self.weight_shard, self.weights, self.shard)
+
+    def finish_gathering(self) -> None:
+        """Wait until the weights are whole."""
+        if self._gathering is not None:
+            self._gathering.wait()
+            self._gathering = None
+
+    def shard_weights(self) -> None:
+        """From now on keep only this rank's shard of the weights (stage 3), except between `start_gathering` and `free`."""
+        if self.shard.size > 1:
+            own_master = self.master is self.weight_shard
+            self.weight_shard = self.weight_shard.clone()
+            if own_master:
+                self.master = self.weight_shard
+            self._sharded = True
+            self.free()
+
+    @property
+    def keeps_shards(self) -> bool:
+        """Whether the weights are kept as shards (stage 3)."""
+        return self._sharded
+
+    def start_gathering(self) -> None:
+        """Make room for the whole weights and ask the others for their shards, unless that is done."""
+        storage = self.weights.untyped_storage()
+        if self._sharded and self._gathering is None and storage.size() == 0:
+            storage.resize_(self.numel * self.weights.element_size())
+            self._gathering = start_all_gather(self.weight_shard, self.weights, self.shard)
+
+    def free(self) -> None:
+        """Give the room of the whole weights back (stage 3)."""
+        if self._sharded:
+            self.finish_gathering()
+            self.weights.untyped_storage().resize_(0)
+
+    def fill(self, piece: Piece, values: Tensor) -> None:
+        """Set a parameter to fp32 values in the shape of its box, before the weights are sharded."""
+        flat = values.to(self.weights.device).flatten()
+        self.weights[piece.begin : piece.end] = flat
+        begin, end = max(piece.begin, self.range[0]), min(piece.end, self.range[1])
+        if begin < end:
+            self.master[begin - self.range[0] : end - self.range[0]] = flat[begin - piece.begin : end - piece.begin]
+
+    def parts(self, shard: Tensor) -> Iterator[Part]:
+        """The runs of parameters that a tensor like the master [n/s] holds."""
+        for piece in self.pieces:
+            begin, end = max(piece.begin, self.range[0]), min(piece.end, self.range[1])
+            if begin < end:
+                yield Part(piece, begin - piece.begin, end - piece.begin, shard[begin - self.range[0] : end - self.range[0]])
+
+    def decayed(self) -> tuple[slice, slice]:
+        """Of this rank's shard: the part of matrices, which decay, and that of vectors."""
+        size = self.range[1] - self.range[0]
+        border = min(max(self.num_decayed - self.range[0], 0), size)
+        return slice(0, border), slice(border, size)
+
+
+class ShardedParameters:
+    """All parameters of a model in buckets, and the traffic of their gradients."""
+
+    def __init__(self, model: nn.Module, mesh: Mesh, *, dtype: torch.dtype, device: torch.device, bucket_numel: int = BUCKET_NUMEL) -> None:
+        """`model` is on the meta device with global shapes; afterwards it has this rank's parts, zero, on `device`."""
+        self.mesh, self.stage = mesh, mesh.layout.zero
+        self.buckets: list[Bucket] = []
+        self.is_mtp: list[bool] = []
+        self._unit_buckets: dict[str, list[Bucket]] = {}
+        for (names, kind, mtp), unit in _grouped(model, mesh.layout, by_unit=self.stage == 3, bucket_numel=bucket_numel):
+            pieces, numel, num_decayed = _cut(model, names, mesh, dtype=dtype, device=device)
+            shard, replicate = mesh[f"{kind}.shard"], mesh[f"{kind}.replicate"]
+            numel = math.ceil(numel / (shard.size * _ALIGNMENT)) * shard.size * _ALIGNMENT
+            bucket = Bucket(pieces, numel, num_decayed=num_decayed, shard=shard, replicate=replicate, dtype=dtype)
+            self.buckets.append(bucket)
+            self.is_mtp.append(mtp)
+            self._unit_buckets.setdefault(unit, []).append(bucket)
+            for piece in pieces:
+                piece.parameter.register_post_accumulate_grad_hook(self._taker(bucket, piece, unit))
+        self._active: list[Bucket] = []
+        self._last = False
+        self._started: dict[int, Pending] = {}
+        for name, buffer in list(model.named_buffers()):
+            model.get_submodule(name.rpartition(".")[0]).register_buffer(name.rpartition(".")[2], torch.zeros_like(buffer, device=device))
+        self._units = _Units(model, self._unit_buckets) if self.stage == 3 else None
+
+    def fill(self, values: Callable[[Piece], Tensor]) -> None:
+        """Set every parameter: `values` of a piece are fp32, in the shape of its box."""
+        for bucket in self.buckets:
+            for piece in bucket.pieces:
+                bucket.fill(piece, values(piece))
+            if self.stage == 3:
+                bucket.shard_weights()
+
+    def begin_step(self, *, mtp: bool) -> None:
+        """Before a step's first micro-batch; without `mtp` its modules do not run and their buckets stay as they are."""
+        self._active = [bucket for bucket, is_mtp in zip(self.buckets, self.is_mtp, strict=True) if mtp or not is_mtp]
+
+    def begin_micro_batch(self, *, last: bool) -> None:
+        """Before a backward; `last` of its step."""
+        self._last = last
+        for bucket in self._active:
+            bucket.begin_micro_batch()
+
+    def end_micro_batch(self) -> None:
+        """Behind a backward: reduce what has not started yet, and wait for all that has."""
+        if not (self._last or self.stage >= 2):
+            return
+        self._start_reductions(all_of_them=True)
+        reduced = [self._started.pop(i).wait() for i in range(len(self._active))]
+        for bucket, shard in zip(self._active, reduced, strict=True):
+            bucket.gradient_shard = shard if bucket.gradient_shard is None else bucket.gradient_shard.add_(shard)
+        if self._last:
+            pending = [
+                start_all_reduce(bucket.gradient_shard, bucket.replicate)
+                for bucket in self._active
+                if bucket.shard.size > 1 and bucket.gradient_shard is not None
+            ]
+            for each in pending:
+                each.wait()
+
+    def updated(self) -> list[Bucket]:
+        """The buckets whose gradients came in this step, as shards."""
+        return [bucket for bucket in self._active if bucket.gradient_shard is not None]
+
+    def norm_squared(self) -> Tensor:
+        """This rank's term of the gradient's squared norm: the terms of all ranks add up to it. A scalar, fp64."""
+        terms = [
+            torch.linalg.vector_norm(bucket.gradient_shard).double().square() / bucket.replicate.size
+            for bucket in self.updated()
+            if bucket.gradient_shard is not None
+        ]
+        return torch.stack(terms).sum()
+
+    def discard(self) -> None:
+        """Forget the gradients."""
+        for bucket in self.buckets:
+            bucket.forget()
+
+    def publish(self) -> None:
+        """After an update: the weights follow the masters."""
+        for bucket in self._active:
+            bucket.forget()
+            bucket.publish()
+        for bucket in self._active:
+            bucket.finish_gathering()
+
+    def gather(self) -> None:
+        """Make all weights whole (they stay so until the next update)."""
+        for bucket in self.buckets:
+            bucket.start_gathering()
+        for bucket in self.buckets:
+            bucket.finish_gathering()
+
+    def _taker(self, bucket: Bucket, piece: Piece, unit: str) -> Callable[[Tensor], None]:
+        def take(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            gradient, parameter.grad = parameter.grad, None
+            bucket.add(piece, gradient)
+            if bucket.is_full and (self._last or self.stage >= 2):
+                self._start_reductions()
+                if self._units is not None:
+                    self._units.leave_backward(unit)
+
+        return take
+
+    def _start_reductions(self, *, all_of_them: bool = False) -> None:
+        """Start those of full buckets, in the order of the buckets: every rank makes the same calls in the same order."""
+        for i, bucket in enumerate(self._active):
+            if i in self._started:
+                continue
+            if not (all_of_them or bucket.is_full):
+                return
+            if bucket.gradient is None:
+                bucket.gradient, bucket._fresh = torch.zeros(bucket.numel, dtype=torch.float32, device=bucket.master.device), set()
+            self._started[i] = bucket.start_reduction()
+
+
+class _Units:
+    """Stage 3: each layer's weights are whole only while it computes, those of the next one on their way; embedding, last norm and head
+    stay whole from the first forward after an update to the next update."""
+
+    def __init__(self, model: nn.Module, buckets: dict[str, list[Bucket]]) -> None:
+        self.names = [name for name in buckets if name != "root"][::-1]  # as forward goes
+        self.buckets, self.in_backward = buckets, dict.fromkeys(self.names, False)
+        model.register_forward_pre_hook(lambda module, args: self._whole("root"))
+        for name in self.names:
+            part = model.get_submodule(name)
+            part.register_forward_pre_hook(self._before(name))
+            part.register_forward_hook(self._behind(name))
+
+    def _whole(self, name: str) -> None:
+        for bucket in self.buckets[name]:
+            bucket.start_gathering()
+        for bucket in self.buckets[name]:
+            bucket.finish_gathering()
+
+    def _ask(self, name: str, *, step: int) -> None:
+        place = self.names.index(name) + step
+        if 0 <= place < len(self.names):
+            for bucket in self.buckets[self.names[place]]:
+                bucket.start_gathering()
+
+    def _before(self, name: str) -> Callable[..., None]:
+        def before(module: nn.Module, args: object) -> None:
+            self._whole(name)
+            if not self.in_backward[name]:
+                self._ask(name, step=1)
+
+        return before
+
+    def _behind(self, name: str) -> Callable[..., None]:
+        def behind(module: nn.Module, args: object, output: tuple[Tensor, object]) -> None:
+            if self.in_backward[name]:
+                return  # recomputed: backward is about to need the weights
+            if output[0].requires_grad:
+                output[0].register_hook(lambda gradient: self._enter_backward(name))
+            for bucket in self.buckets[name]:
+                bucket.free()
+
+        return behind
+
+    def _enter_backward(self, name: str) -> None:
+        self.in_backward[name] = True
+        self._whole(name)
+        self._ask(name, step=-1)
+
+    def leave_backward(self, name: str) -> None:
+        """The gradient of one of the part's buckets is full. A parameter's gradient comes from the operation that reads its weight, so
+        when all have come no weight is needed any more."""
+        if name in self.in_backward and all(bucket.is_full for bucket in self.buckets[name]):
+            self.in_backward[name] = False
+            for bucket in self.buckets[name]:
+                bucket.free()
+
+
+def _grouped(
+    model: nn.Module, layout: Layout, *, by_unit: bool, bucket_numel: int
+) -> Iterable[tuple[tuple[list[str], str, bool], str]]:
+    """The names of each bucket's parameters, its holders, whether it belongs to MTP modules, and its unit; in the order of backward."""
+    parameters = dict(model.named_parameters())
+
+    def unit(name: str) -> str:
+        parts = name.split(".")
+        return ".".join(parts[:2]) if parts[0] in ("layers", "mtp") else "root" if by_unit else parts[0]
+
+    open_buckets: dict[tuple[str, bool], list[str]] = {}
+    closed: list[tuple[tuple[list[str], str, bool], str]] = []
+
+    def close(key: tuple[str, bool], of: str) -> None:
+        closed.append(((open_buckets.pop(key), *key), of))
+
+    backward = sorted(list(parameters)[::-1], key=lambda name: unit(name) == "root") if by_unit else list(parameters)[::-1]
+    for of, names in itertools.groupby(backward, unit):
+        for name in names:
+            open_buckets.setdefault((holders(name, layout), of.startswith("mtp.")), []).append(name)
+        for key, held in list(open_buckets.items()):
+            if by_unit or sum(parameters[name].numel() for name in held) >= bucket_numel:
+                close(key, of)
+    for key in list(open_buckets):
+        close(key, "root")
+    return closed
+
+
+def _cut(model: nn.Module, names: list[str], mesh: Mesh, *, dtype: torch.dtype, device: torch.device) -> tuple[list[Piece], int, int]:
+    """Put parameters without elements in place of the model's -> their pieces, the bucket's length, and where its vectors begin."""
+    pieces: list[Piece] = []
+    end = num_decayed = 0
+    for name in sorted(names, key=lambda name: model.get_parameter(name).ndim < 2):
+        old = model.get_parameter(name)
+        shape = tuple(old.shape)
+        box = local_box(name, shape, mesh.layout, mesh.rank)
+        parameter = nn.Parameter(torch.empty(0, dtype=dtype, device=device))
+        begin = math.ceil(end / _ALIGNMENT) * _ALIGNMENT
+        end = begin + math.prod(box.sizes)
+        if len(shape) >= 2:
+            num_decayed = end
+        owner, _, own_name = name.rpartition(".")
+        model.get_submodule(owner).register_parameter(own_name, parameter)
+        pieces.append(Piece(name, parameter, box, begin, end))
+    return pieces, end, num_decayed
