@@ -39,6 +39,8 @@ BATCH_BYTES = 4 << 20
 """Text that is encoded at a time, in characters."""
 PIECE_BYTES = 1 << 20
 """Longer documents are encoded in pieces, in characters."""
+_TRAINING_PIECE_BYTES = 16 << 10
+"""What the tokenizer's training is fed at a time, in characters; it takes hundreds of them ahead."""
 _BATCH_DOCUMENTS = 4096
 _CHECKED_BYTES = 256 << 10
 _PERCENTILES = (1, 10, 50, 90, 99, 100)
@@ -309,10 +311,13 @@ def _training_texts(data: Data, listings: Mapping[str, Listing], *, seed: int, w
         reader = Reader(files, text_key=source.text_key, max_document_bytes=data.max_document_bytes, strict=data.strict)
         read = 0
         for batch in _batches(reader):
-            yield from (
-                piece for document in batch if not _is_held_out(document, data.held_out) for piece in cut.pieces(document.text, PIECE_BYTES)
-            )
-            progress.advance("tokenizer", len(batch), reader.bytes_read - read)
+            kept = (document.text for document in batch if not _is_held_out(document, data.held_out))
+            pieces = [piece for text in kept for piece in cut.pieces(text, _TRAINING_PIECE_BYTES)]
+            stored = reader.bytes_read - read
+            for i, piece in enumerate(pieces):
+                yield piece
+                progress.advance("tokenizer", 0, stored * (i + 1) // len(pieces) - stored * i // len(pieces))
+            progress.advance("tokenizer", len(batch), 0 if pieces else stored)
             read = reader.bytes_read
             if read > budget:
                 break

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -242,8 +243,37 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, on_message: Callable[[st
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, min_frequency=2, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=_BYTE_CHARS, show_progress=False
     )
-    bpe.train_from_iterator(texts, trainer)
+    _feed(bpe, texts, trainer)
     return Tokenizer(bpe.to_str(pretty=False), origin="the trained tokenizer", on_message=on_message)
+
+
+def _feed(bpe: tokenizers.Tokenizer, texts: Iterable[str], trainer: trainers.BpeTrainer) -> None:
+    """Train in a thread, so that Ctrl-C is heard here: the library asks for texts from threads of its own, in which no signal arrives."""
+    stopped = threading.Event()
+    errors: list[BaseException] = []
+
+    def until_stopped() -> Iterator[str]:
+        for text in texts:
+            if stopped.is_set():
+                raise KeyboardInterrupt
+            yield text
+
+    def train() -> None:
+        try:
+            bpe.train_from_iterator(until_stopped(), trainer)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    try:
+        thread.join()
+    except KeyboardInterrupt:
+        stopped.set()
+        thread.join()
+        raise
+    if errors:
+        raise errors[0]
 
 
 def _encode_fast(encoder: gigatoken.Tokenizer, texts: Sequence[str]) -> list[Ids]:

@@ -6,7 +6,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from quintet.data import prepare as module
 from quintet.data import tokenizer as tokenizer_module
 from quintet.data.prepare import prepare
 from quintet.data.tokenizer import Ids, Tokenizer, train_bpe
+from quintet.errors import DataError
 from quintet.spec.run import Data
 from tests.data.corpus import some_texts, source, write_texts
 
@@ -162,3 +164,29 @@ def test_what_cannot_be_cut_is_encoded_whole_and_told(tokenizer: Tokenizer, monk
     assert mine.pieces("x" * 1000, 10) == ["x" * 1000] and told == []
     assert mine.pieces("x" * 1001 + " y", 10) == ["x" * 1001, " y"]
     assert len(told) == 1 and "which shows no progress and which Ctrl-C waits for" in told[0]
+
+
+def test_ctrl_c_is_heard_while_a_tokenizer_is_trained() -> None:
+    taken: list[str] = []
+
+    def texts() -> Iterator[str]:
+        for i in range(20_000):
+            taken.append(f"word {i} " * 20)
+            if i == 1000:
+                os.kill(os.getpid(), signal.SIGINT)
+            if i > 1000:
+                time.sleep(0.001)
+            yield taken[-1]
+
+    with pytest.raises(KeyboardInterrupt):
+        train_bpe(texts(), 500)
+    assert len(taken) < 10_000
+
+
+def test_an_error_in_the_texts_ends_the_training_with_it() -> None:
+    def texts() -> Iterator[str]:
+        yield "a text"
+        raise DataError("the second is broken")
+
+    with pytest.raises(DataError, match="the second is broken"):
+        train_bpe(texts(), 500)
