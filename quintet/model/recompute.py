@@ -45,7 +45,8 @@ def recomputed(tensors: tuple[Tensor, ...], make: Callable[[], tuple[Tensor, ...
         yield
         return
     recipe = _Recipe(make)
-    index_of = {t.untyped_storage().data_ptr(): i for i, t in enumerate(tensors)}
+    # Tensors without elements (an empty micro-batch) all lie at address 0: they cannot be told apart, and cost nothing to keep.
+    index_of = {t.untyped_storage().data_ptr(): i for i, t in enumerate(tensors) if t.numel()}
 
     def pack(t: Tensor) -> Tensor | _View:
         index = index_of.get(t.untyped_storage().data_ptr())

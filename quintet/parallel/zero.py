@@ -379,7 +379,8 @@ def _grouped(
 
     def unit(name: str) -> str:
         parts = name.split(".")
-        return ".".join(parts[:2]) if parts[0] in ("layers", "mtp") else "root" if by_unit else parts[0]
+        layered = parts[0] in ("layers", "mtp") and parts[2] != "norm"  # an MTP module's last norm runs behind it
+        return ".".join(parts[:2]) if layered else "root" if by_unit else parts[0]
 
     open_buckets: dict[tuple[str, bool], list[str]] = {}
     closed: list[tuple[tuple[list[str], str, bool], str]] = []
@@ -390,7 +391,7 @@ def _grouped(
     backward = sorted(list(parameters)[::-1], key=lambda name: unit(name) == "root") if by_unit else list(parameters)[::-1]
     for of, names in itertools.groupby(backward, unit):
         for name in names:
-            open_buckets.setdefault((holders(name, layout), of.startswith("mtp.")), []).append(name)
+            open_buckets.setdefault((holders(name, layout), name.startswith("mtp.")), []).append(name)
         for key, held in list(open_buckets.items()):
             if by_unit or sum(parameters[name].numel() for name in held) >= bucket_numel:
                 close(key, of)

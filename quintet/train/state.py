@@ -84,12 +84,17 @@ def _pieces(box: Box, runs: list[tuple[int, int, Tensor]], dtype: torch.dtype) -
     """Runs (begin, end, values [end - begin]) of the elements of a part of a tensor -> the tensor where it is all here, else its pieces."""
     if box.sizes == box.shape and [run[:2] for run in runs] == [(0, math.prod(box.shape))]:
         return runs[0][2].view(box.shape)
+    return Pieces(box.shape, boxes_of(box, runs), dtype=dtype)
+
+
+def boxes_of(box: Box, runs: list[tuple[int, int, Tensor]]) -> list[tuple[tuple[int, ...], Tensor]]:
+    """Runs of the elements of a part of a tensor -> global offsets and values of each box that they consist of."""
     boxes = []
     for begin, end, values in runs:
         for offsets, sizes in run_of_boxes(box.sizes, begin, end):
             part, values = values[: math.prod(sizes)], values[math.prod(sizes) :]
             boxes.append((tuple(a + b for a, b in zip(box.offsets, offsets, strict=True)), part.view(sizes)))
-    return Pieces(box.shape, boxes, dtype=dtype)
+    return boxes
 
 
 def gather(built: Built, data: Mapping[str, int], position: Position) -> dict[str, Any]:

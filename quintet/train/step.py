@@ -48,9 +48,14 @@ def run_step(
 
     Raises NumericsError, with weights and moments untouched, if loss or gradient is not finite.
     """
-    sums, load = _gradients(built, batch, settings=settings, train=train, document_mask=document_mask)
+    sums, load = accumulate(built, batch, settings=settings, train=train, document_mask=document_mask)
+    return update(built, sums, load, settings=settings, step=step, stop=stop())
+
+
+def update(built: Built, sums: Tensor, load: Tensor, *, settings: Settings, step: int, stop: bool = False) -> StepResult:
+    """The second half of `run_step`: from what `accumulate` left and returned."""
     # One message for all that must be known of every rank before the update.
-    told = torch.cat((sums.double(), built.parameters.norm_squared()[None], load.new_tensor([stop()]).double(), load.flatten().double()))
+    told = torch.cat((sums.double(), built.parameters.norm_squared()[None], load.new_tensor([stop]).double(), load.flatten().double()))
     told = all_reduce(told, built.mesh["world"]).cpu()
     total, main, mtp, balance, norm_squared, stops = told[:6].tolist()
     gradient_norm, load = math.sqrt(norm_squared) if norm_squared >= 0 else math.nan, told[6:].long().view(load.shape)
@@ -69,8 +74,11 @@ def run_step(
     )
 
 
-def _gradients(built: Built, batch: Batch, *, settings: Settings, train: Train, document_mask: bool) -> tuple[Tensor, Tensor]:
-    """Forward and backward of all micro-batches -> this rank's shares of the losses [4] (total, main, MTP, balance), and the load."""
+def accumulate(built: Built, batch: Batch, *, settings: Settings, train: Train, document_mask: bool) -> tuple[Tensor, Tensor]:
+    """The first half of `run_step`: forward and backward of all micro-batches, after which `built.parameters` hold the step's gradient.
+
+    Returns this rank's shares of the losses [4] (total, main, MTP, balance), and of the load [layers, E].
+    """
     model, mesh, device = built.model, built.mesh, built.model.embed.weight.device
     targets = targets_by_depth(batch.labels, model.model.num_mtp_modules)
     num_targets = all_reduce(count_targets(targets).to(device), mesh["dp"]).tolist()
