@@ -16,6 +16,7 @@ from quintet.cli.options import Switch, read
 from quintet.errors import SpecError, UsageError
 from quintet.plan import costs as plan_costs
 from quintet.plan import draw
+from quintet.plan.break_even import break_even
 from quintet.plan.costs import Costs
 from quintet.plan.formulas import Formula, formula
 from quintet.plan.simulate import Simulation, simulate
@@ -74,6 +75,8 @@ def main(arguments: list[str]) -> int:
     for reason in refused:
         console.print(f"left out: {reason}", style="dim", highlight=False)
     console.print(anatomy(first), highlight=False)
+    for line in gains(simulations):
+        console.print(line, highlight=False)
     console.print(draw.terminal(first.timeline, width=console.width), soft_wrap=True)
     return 0
 
@@ -150,6 +153,22 @@ def anatomy(simulation: Simulation) -> str:
     parts = ", ".join(f"{draw.NAMES.get(kind, kind)} {draw.seconds(value)}" for kind, value in simulation.anatomy.items() if value)
     low, high = min(simulation.bubble), max(simulation.bubble)
     return f"mean over ranks: {parts}; bubble {low:.1%} to {high:.1%} of a rank's step"
+
+
+def gains(simulations: list[Simulation]) -> list[str]:
+    """For each schedule of pairs, what a pair must gain to beat the best schedule without; nothing where there is none to compare with."""
+    paired = [one for one in simulations if one.anatomy["FB"]]
+    plain = [one for one in simulations if not one.anatomy["FB"]]
+    if not plain or simulations[0].costs.layer:
+        return []
+    best = min(plain, key=lambda one: one.makespan)
+    found = []
+    for one in paired:
+        schedule, rival = one.timeline.schedule, best.timeline.schedule
+        share = break_even(schedule, one.costs, against=best.makespan)
+        needed = f"if F&B is at most {share:.3f} of F + B" if share else "only if F&B is below half of F + B"
+        found.append(f"{schedule.name} is no slower than {rival.name}, the best without pairs, {needed}; here it is {one.costs.pair:.3g}")
+    return found
 
 
 def write(given: Arguments, simulations: list[Simulation]) -> None:

@@ -111,10 +111,11 @@ def _legend(timeline: Timeline) -> str:
 
 
 def _axis(makespan: float, scale: float, y: int) -> str:
-    ticks = [makespan * i / 10 for i in range(11)]
-    return "".join(
-        f'<text x="{LEFT + tick * scale:.1f}" y="{y + 14}" text-anchor="middle" fill="#777">{seconds(tick)}</text>' for tick in ticks
-    )
+    parts = []
+    for i in range(11):
+        tick, anchor = makespan * i / 10, "end" if i == 10 else "middle"
+        parts.append(f'<text x="{LEFT + tick * scale:.1f}" y="{y + 14}" text-anchor="{anchor}" fill="#777">{seconds(tick)}</text>')
+    return "".join(parts)
 
 
 def html(simulations: list[Simulation]) -> str:

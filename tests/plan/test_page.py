@@ -1,0 +1,66 @@
+"""docs/pipeline.md stays true: its pictures, tables and outputs are what the tool gives."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from quintet.cli.main import main
+from quintet.plan.break_even import break_even
+from quintet.plan.costs import PRESETS, read
+from quintet.plan.simulate import simulate
+from quintet.schedule import NAMES, build
+
+PAGE = (Path(__file__).parent.parent.parent / "docs" / "pipeline.md").read_text()
+DRAWINGS = re.findall(r"^quintet (schedule .*) --svg docs/(images/\S+)$", PAGE, re.MULTILINE)
+
+
+def test_every_picture_of_the_page_is_drawn() -> None:
+    assert {path for _, path in DRAWINGS} == set(re.findall(r"!\[.*?\]\((.*?)\)", PAGE))
+
+
+@pytest.mark.parametrize(("line", "path"), DRAWINGS)
+def test_pictures_are_what_the_tool_draws(line: str, path: str, root: Path, tmp_path: Path) -> None:
+    assert main([*shlex.split(line), "--svg", str(tmp_path / "drawn.svg")]) == 0
+    assert (tmp_path / "drawn.svg").read_text() == (root / "docs" / path).read_text()
+
+
+def test_what_the_page_shows_is_what_the_tool_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = re.findall(r"^\$ quintet (schedule .*)\n((?:rank .*\n)+)", PAGE, re.MULTILINE)
+    assert len(shown) == 2
+    for line, output in shown:
+        assert main(shlex.split(line)) == 0
+        assert capsys.readouterr().out == output
+
+
+def test_the_costs_file_of_the_page_can_be_read(tmp_path: Path) -> None:
+    (text,) = re.findall(r"^```text\n(# The last.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    (tmp_path / "costs.toml").write_text(text)
+    costs = read(str(tmp_path / "costs.toml"))
+    assert (costs.profile, costs.layers) == ((1.0, 1.0, 1.0, 1.5), 4)
+
+
+def test_the_table_of_deepseeks_costs_is_simulated() -> None:
+    rows = re.findall(r"^\| ([\w-]+) \| ([\d.]+) s \| ([\d.]+) % \| ([\d.]+) s \| [\d.]+ s \| ([\d.]+) \|$", PAGE, re.MULTILINE)
+    assert {row[0] for row in rows} == set(NAMES)
+    for name, *shown in rows:
+        found = simulate(build(name, 16, 120), PRESETS["deepseek-v3"])
+        kept = max(found.peak_activations)
+        assert [float(one) for one in shown] == pytest.approx(
+            [round(found.makespan, 1), round(100 - 100 * found.mean_bubble, 1), round(found.anatomy["bubble"], 2), kept]
+        )
+
+
+def test_the_break_evens_are_simulated() -> None:
+    rows = re.findall(r"^\| (\d+), (\d+) \| (.+?) \| ([\d.]+) \| ([\d.]+) \|$", PAGE, re.MULTILINE)
+    assert len(rows) == 5
+    for ranks, microbatches, name, *shown in rows:
+        costs = PRESETS.get(name, PRESETS["equal"])
+        plain = [one for one in NAMES if not one.startswith("dualpipe")]
+        best = min(simulate(build(one, int(ranks), int(microbatches)), costs).makespan for one in plain)
+        for one, share in zip(("dualpipe", "dualpipev"), shown, strict=True):
+            found = break_even(build(one, int(ranks), int(microbatches)), costs, against=best)
+            assert found == pytest.approx(float(share), abs=0.001)
