@@ -6,9 +6,10 @@ Ring: one attention layer (V3's head widths and latent, 16 heads: V3's rank at t
 thread per rank. Both payloads take turns in the same processes; a round lasts as long as its slowest rank, and each shape's figure is the
 median. Bytes are those that the ranks counted, which must equal `quintet.cost.comm`. A link of so many Mbit/s is made of network
 namespaces, one per rank, joined by a bridge and shaped in both directions by tc; that takes root, `ip` and `tc`, and is left out without
-them. Link 0 is the loopback device. The link's true speed and that of one rank's products are measured, and the payload that
-`ring_payload` then expects to be faster stands beside the one that was. 2 Mbit/s per GFLOP/s weigh fp32 messages against
-products as 50 GB/s (between V3's nodes) weigh those in bf16 against 400 TFLOP/s; 8 Mbit/s as 200 GB/s (within a node).
+them. Link 0 is the loopback device. The link's true speed (half the nominal one between two ranks: gloo uses their one connection in one
+direction at a time) and that of one rank's products are measured, and the payload that `ring_payload` then expects to be faster stands
+beside the one that was. 2 Mbit/s per GFLOP/s weigh fp32 messages against products as 50 GB/s (between V3's nodes) weigh those in bf16
+against 400 TFLOP/s; 8 Mbit/s as 200 GB/s (within a node).
 
 Context: one training forward and backward of a small transformer on a single sequence (--context, 32,768 tokens), on one device and on
 --cp ranks, each process under the same limit on its data (RLIMIT_DATA): half of what one device allocates without a limit.
@@ -189,7 +190,7 @@ def start(task: Mapping[str, Any], *, ranks: int, hosts: Sequence[str] = ()) -> 
     for rank in range(ranks):
         place = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": str(port)} if ranks > 1 else {}
         place |= {"MASTER_ADDR": _address(0) if hosts else "127.0.0.1", "GLOO_SOCKET_IFNAME": "eth0" if hosts else "lo"} if place else {}
-        environment = {**os.environ, **place, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        environment = {**os.environ, **place, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
         prefix = ["ip", "netns", "exec", hosts[rank]] if hosts else []
         command = [*prefix, sys.executable, __file__, "--worker", json.dumps(task)]
         crew.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
