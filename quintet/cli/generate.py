@@ -63,8 +63,8 @@ def refuse_broken_text(prompt: str) -> None:
         prompt.encode()
     except UnicodeEncodeError as error:
         raise UsageError(
-            f"--prompt is not UTF-8 text: {os.fsencode(prompt[error.start])!r} after {prompt[: error.start][-20:]!r}; convert it, for example "
-            "with iconv -t utf-8"
+            f"--prompt is not UTF-8 text: {os.fsencode(prompt[error.start])!r} after {prompt[: error.start][-20:]!r}; convert it, for "
+            "example with iconv -t utf-8"
         ) from None
 
 

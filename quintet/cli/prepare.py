@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -23,6 +24,8 @@ class Arguments:
     """A recipe in TOML, the first argument."""
     run: Overrides
     """One training run."""
+    replace: Switch = False
+    """Replace what was prepared in data.directory from other text or settings; runs that depend on it cannot go on then."""
     json: Switch = False
     """Print the statistics as JSON."""
 
@@ -30,7 +33,7 @@ class Arguments:
 def main(arguments: list[str]) -> int:
     """Run the command and return its exit code."""
     given = read_with_recipe(Arguments, arguments, command="prepare")
-    prepared = prepare(given.run, Console(stderr=True))
+    prepared = prepare(given.run, Console(stderr=True), recipe=given.recipe, on_other="replace" if given.replace else "refuse")
     if given.json:
         print(json.dumps({name: asdict(part.statistics) for name, part in prepared.sources.items()}, indent=2))
     else:
@@ -38,10 +41,18 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def prepare(run: Run, console: Console) -> data.Prepared:
-    """Prepare the run's data, with bars on `console` while there is work, and return it opened."""
+def prepare(run: Run, console: Console, *, recipe: Path, on_other: data.OnOther = "refuse") -> data.Prepared:
+    """Prepare the run's data, with bars on `console` while there is work, and return it opened; see `data.prepare` for `on_other`."""
     with Bars(console) as bars:
-        return data.prepare(run.data, vocab_size=run.model.vocab_size, seed=run.seed, progress=bars, on_message=bars.tell)
+        return data.prepare(
+            run.data,
+            vocab_size=run.model.vocab_size,
+            seed=run.seed,
+            on_other=on_other,
+            recipe=recipe,
+            progress=bars,
+            on_message=bars.tell,
+        )
 
 
 class Bars:

@@ -25,4 +25,5 @@ def main(arguments: list[str]) -> int:
         raise CheckpointError(f"{given.run} is not a run: it has no recipe.toml; name a directory that `quintet train` made")
     from quintet.cli.together import together
 
-    return together(parse.read(recipe), given.run, first=lambda: None, resume=True)
+    run = parse.read(recipe)
+    return together(run, given.run, first=lambda: run, resume=True)

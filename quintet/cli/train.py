@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from rich.console import Console
 
@@ -28,7 +29,7 @@ class Arguments:
 def main(arguments: list[str]) -> int:
     """Run the command and return its exit code."""
     given = read_with_recipe(Arguments, arguments, command="train")
-    return show(given.run) if given.dry_run else train(given.run)
+    return show(given.run) if given.dry_run else train(given.run, recipe=given.recipe)
 
 
 def show(run: Run) -> int:
@@ -39,15 +40,18 @@ def show(run: Run) -> int:
     return 0
 
 
-def train(run: Run) -> int:
-    """Prepare what is not prepared yet, then train."""
+def train(run: Run, *, recipe: Path) -> int:
+    """Prepare what is not prepared yet, beside what earlier runs may depend on, then train on it."""
     from quintet.cli.prepare import prepare
     from quintet.cli.together import together
     from quintet.train import directory
 
-    def first() -> None:
+    def first() -> Run:
         directory.refuse_existing(run)
         warn(doubts(run))
-        prepare(run, Console(stderr=True))
+        prepared = prepare(run, Console(stderr=True), recipe=recipe, on_other="beside")
+        if prepared.directory == Path(run.data.directory).expanduser():
+            return run
+        return replace(run, data=replace(run.data, directory=str(prepared.directory)))
 
     return together(run, directory.of(run), first=first, resume=False)

@@ -1,7 +1,7 @@
 """From a recipe's sources to token shards: train or load the tokenizer, encode, split off held-out documents; nothing done twice.
 
 <data.directory>/tokenizer.json
-<data.directory>/trained.json                       what the tokenizer was trained from, if it was
+<data.directory>/trained.json                       what the tokenizer was trained from, if it was, and its fingerprint
 <data.directory>/<source>/{train,held_out}/...      see `shards`
 <data.directory>/<source>/source.json               `_Done`: from what, with which result
 """
@@ -13,11 +13,11 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 import numpy as np
@@ -25,7 +25,8 @@ import orjson
 from blake3 import blake3
 
 from quintet.data import cut
-from quintet.data.shards import FORMAT, Shard, ShardWriter, committed_folder, disk_errors, token_dtype, write_file
+from quintet.data.origin import Origin, hash_of, origin_of, spec_of
+from quintet.data.shards import Shard, ShardWriter, committed_folder, disk_errors, token_dtype, write_file
 from quintet.data.sources import Document, Listing, Reader, list_files
 from quintet.data.tokenizer import Ids, Tokenizer, check_trainable, train_bpe
 from quintet.errors import DataError
@@ -33,8 +34,6 @@ from quintet.spec.run import Data, Source
 
 TRAINING_BYTES = 256 << 20
 """Text that a tokenizer is trained on at most, in bytes; every source gives its share by weight."""
-_VERSION = 1
-"""Raised when the same text would yield other shards."""
 BATCH_BYTES = 4 << 20
 """Text that is encoded at a time, in characters."""
 PIECE_BYTES = 1 << 20
@@ -45,7 +44,11 @@ _BATCH_DOCUMENTS = 4096
 _CHECKED_BYTES = 256 << 10
 _PERCENTILES = (1, 10, 50, 90, 99, 100)
 
+_SHOWN_BYTES = 1 << 30
+"""Text whose reading for its fingerprint is shown, in stored bytes."""
+
 OnMessage = Callable[[str], None]
+OnOther = Literal["refuse", "beside", "replace"]
 
 
 class Progress(Protocol):
@@ -128,42 +131,97 @@ class Prepared:
     def fingerprint(self) -> str:
         """blake3, hexadecimal, of every source's name and content and of the tokenizer."""
         contents = [(name, part.train.meta.content, part.held_out.meta.content) for name, part in self.sources.items()]
-        return _hash([self.tokenizer.fingerprint, *contents])
+        return hash_of([self.tokenizer.fingerprint, *contents])
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Done:
     """source.json."""
 
-    spec: str
-    """Hash of what the recipe says about the source."""
-    input: str
-    """Hash of the spec, of every file's name, size and time, and of the tokenizer."""
+    origin: Origin
+    """What the shards were made from."""
+    tokenizer: str
+    """Fingerprint of the tokenizer that made them."""
     statistics: Statistics
     """Result."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What is to be prepared, and whether the folder's tokenizer is already the one for it."""
+
+    listings: Mapping[str, Listing]
+    """Files of each source."""
+    origins: Mapping[str, Origin]
+    """Of each source, as it is now."""
+    tokenizer_key: str
+    """The given tokenizer's fingerprint, or a hash of all that one to be trained depends on."""
+    fingerprint: str | None
+    """Of the tokenizer, as far as it is known without training one."""
+    given: Tokenizer | None
+    """The recipe's tokenizer; None: one is trained."""
+
+    @property
+    def key(self) -> str:
+        """Hash of everything that shapes the shards."""
+        return hash_of([self.tokenizer_key, [(name, origin.spec, origin.text) for name, origin in self.origins.items()]])
+
+
 def prepare(
-    data: Data, *, vocab_size: int, seed: int, progress: Progress | None = None, on_message: OnMessage = lambda message: None
+    data: Data,
+    *,
+    vocab_size: int,
+    seed: int,
+    on_other: OnOther = "refuse",
+    recipe: Path | str = "RECIPE",
+    progress: Progress | None = None,
+    on_message: OnMessage = lambda message: None,
 ) -> Prepared:
     """Bring `data.directory` up to date with the recipe and open it; sources that did not change are left as they are.
 
     `vocab_size` is the model's: the most tokens that the tokenizer may have, and the size of one that is trained. `seed` picks the
     files that train it where there are more than `TRAINING_BYTES`. `on_message` gets notices, one line each.
 
+    Shards that are there already and were made from other text or settings, or by another tokenizer, may be those of earlier runs.
+    `on_other` says what then becomes of them: they make this a DataError, whose remedy names `recipe` ("refuse"); they stay, and the
+    data is prepared in a folder beside theirs, named by what it is made from ("beside"); or they are replaced ("replace").
+
     Raises DataError for missing or empty sources, bad documents under data.strict, a tokenizer that does not fit, a full disk.
     """
     progress = progress or _NoProgress()
     directory = Path(data.directory).expanduser()
     with _locked(directory):
-        listings = {source.name: list_files(source) for source in data.sources}
-        tokenizer = _tokenizer(data, listings, directory, vocab_size=vocab_size, seed=seed, progress=progress, on_message=on_message)
-        if tokenizer.fim is None and data.fim_rate and any(source.domain == "code" for source in data.sources):
-            on_message(f"{tokenizer.origin} has no fill-in-the-middle tokens: data.fim_rate ({data.fim_rate}) has no effect")
-        reused = {
-            source.name: _prepare_source(data, source, listings[source.name], directory, tokenizer, progress=progress)
-            for source in data.sources
-        }
+        plan = _plan(data, directory, vocab_size=vocab_size, seed=seed, progress=progress, on_message=on_message)
+        others = _others(directory, plan.origins, plan.fingerprint)
+        if not others or on_other == "replace":
+            tokenizer = _tokenizer(data, plan, directory, vocab_size=vocab_size, seed=seed, progress=progress, on_message=on_message)
+            others = _others(directory, plan.origins, tokenizer.fingerprint)
+            if not others or on_other == "replace":
+                prepared = _make(data, plan, directory, tokenizer, progress=progress, on_message=on_message)
+                for name in set(others) - prepared.sources.keys():  # of another recipe, and without their tokenizer
+                    shutil.rmtree(directory / name)
+                return prepared
+    there = f"{directory} holds {', '.join(others)} made from other text or settings or by another tokenizer, on which runs may depend"
+    if on_other == "refuse":
+        raise DataError(
+            f"{there}, and is left as it is; set data.directory to another folder, or replace what is there: "
+            f"quintet prepare {recipe} --replace"
+        )
+    beside = directory.with_name(f"{directory.name}-{plan.key[:8]}")
+    on_message(f"{there}, and stays as it is; this run's data is in {beside}")
+    return prepare(
+        replace(data, directory=str(beside)), vocab_size=vocab_size, seed=seed, recipe=recipe, progress=progress, on_message=on_message
+    )
+
+
+def _make(data: Data, plan: _Plan, directory: Path, tokenizer: Tokenizer, *, progress: Progress, on_message: OnMessage) -> Prepared:
+    if tokenizer.fim is None and data.fim_rate and any(source.domain == "code" for source in data.sources):
+        on_message(f"{tokenizer.origin} has no fill-in-the-middle tokens: data.fim_rate ({data.fim_rate}) has no effect")
+    trained = {} if plan.given else {plan.tokenizer_key: tokenizer.fingerprint}
+    if trained != _read_trained(directory):
+        write_file(directory / "trained.json", orjson.dumps(trained))
+    tokenizer.save(directory / "tokenizer.json")
+    reused = {source.name: _prepare_source(data, source, plan, directory, tokenizer, progress=progress) for source in data.sources}
     prepared = _open(data, directory, tokenizer, recipe="RECIPE")
     parts = {name: replace(part, statistics=replace(part.statistics, reused=reused[name])) for name, part in prepared.sources.items()}
     return replace(prepared, sources=parts)
@@ -218,7 +276,7 @@ def _open(data: Data, directory: Path, tokenizer: Tokenizer, *, recipe: Path | s
     sources = {}
     for source in data.sources:
         done = _read_done(directory / source.name)
-        if done is None or done.spec != _spec_key(data, source):
+        if done is None or done.origin.spec != spec_of(data, source):
             state = "is not prepared" if done is None else "was prepared from other paths or settings than the recipe's"
             raise DataError(f"source {source.name!r} {state} in {directory}; run: quintet prepare {recipe}")
         train, held_out = (Shard(directory / source.name / split, tokenizer=tokenizer.fingerprint) for split in ("train", "held_out"))
@@ -242,48 +300,66 @@ def _locked(directory: Path) -> Iterator[None]:
         yield
 
 
-def _hash(value: object) -> str:
-    return blake3(orjson.dumps(value)).hexdigest()
+def _plan(data: Data, directory: Path, *, vocab_size: int, seed: int, progress: Progress, on_message: OnMessage) -> _Plan:
+    """Look at the sources and at what was made before; a source's text is read where its files are not those of before."""
+    listings = {source.name: list_files(source) for source in data.sources}
+    origins = {}
+    for source in data.sources:
+        name, size = f"fingerprint of {source.name}", listings[source.name].num_bytes
+        done = _read_done(directory / source.name)
+        on_read = _noted(progress, name, size) if size >= _SHOWN_BYTES else lambda size: None
+        origins[source.name] = origin_of(data, source, listings[source.name], before=done.origin if done else None, on_read=on_read)
+    if data.tokenizer is not None:
+        given = _given_tokenizer(data.tokenizer, on_message=on_message)
+        _check_vocab(given, vocab_size)
+        return _Plan(listings=listings, origins=origins, tokenizer_key=given.fingerprint, fingerprint=given.fingerprint, given=given)
+    # Where only a part is read, which part depends on the files' names too.
+    names = {source.name: [os.fsencode(file.path).hex() for file in listings[source.name].files] for source in data.sources}
+    sample = None if _is_whole(listings) else [seed, [source.weight for source in data.sources], names]
+    key = hash_of([vocab_size, [(origin.spec, origin.text) for origin in origins.values()], sample])
+    return _Plan(listings=listings, origins=origins, tokenizer_key=key, fingerprint=_read_trained(directory).get(key), given=None)
 
 
-def _spec_key(data: Data, source: Source) -> str:
-    return _hash([_VERSION, FORMAT, source.paths, source.text_key, data.held_out, data.max_document_bytes])
+def _noted(progress: Progress, name: str, num_bytes: int) -> Callable[[int], None]:
+    progress.start(name, num_bytes)
+    return lambda size: progress.advance(name, 1, size)
 
 
-def _input_key(data: Data, source: Source, listing: Listing) -> str:
-    files = [(os.fsencode(f.path).hex(), f.kind, f.num_bytes, f.mtime_ns) for f in listing.files]
-    return _hash([_spec_key(data, source), files, listing.num_not_text])
+def _others(directory: Path, origins: Mapping[str, Origin], fingerprint: str | None) -> list[str]:
+    """The sources in `directory` that would no longer fit: made by another tokenizer than that of `fingerprint`, or from another origin."""
+    found = []
+    for path in sorted(directory.glob("[!.]*/source.json")):
+        done, wanted = _read_done(path.parent), origins.get(path.parent.name)
+        if done and (done.tokenizer != fingerprint or (wanted and not done.origin.is_same(wanted))):
+            found.append(path.parent.name)
+    return found
+
+
+def _is_whole(listings: Mapping[str, Listing]) -> bool:
+    """Whether a tokenizer is trained on all of the text."""
+    return sum(listing.num_bytes for listing in listings.values()) <= TRAINING_BYTES
+
+
+def _read_trained(directory: Path) -> dict[str, str]:
+    """trained.json: the key of what the tokenizer was trained from, with its fingerprint; empty where none was trained."""
+    try:
+        return msgspec.json.decode((directory / "trained.json").read_bytes(), type=dict[str, str])
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        return {}
 
 
 def _tokenizer(
-    data: Data,
-    listings: Mapping[str, Listing],
-    directory: Path,
-    *,
-    vocab_size: int,
-    seed: int,
-    progress: Progress,
-    on_message: OnMessage,
+    data: Data, plan: _Plan, directory: Path, *, vocab_size: int, seed: int, progress: Progress, on_message: OnMessage
 ) -> Tokenizer:
-    """The recipe's tokenizer, or one trained on its sources (again only if they changed), stored in `directory`."""
-    path = directory / "tokenizer.json"
-    if data.tokenizer is not None:
-        tokenizer = _given_tokenizer(data.tokenizer, on_message=on_message)
-        _check_vocab(tokenizer, vocab_size)
-        tokenizer.save(path)
-        return tokenizer
-    keys = [_input_key(data, source, listings[source.name]) for source in data.sources]
-    whole = sum(listing.num_bytes for listing in listings.values()) <= TRAINING_BYTES
-    key = _hash([vocab_size, keys, None if whole else [seed, [source.weight for source in data.sources]]])
-    marker = directory / "trained.json"
-    if path.is_file() and marker.is_file():
-        tokenizer = Tokenizer.from_file(path, on_message=on_message)
-        if marker.read_bytes() == orjson.dumps([key, tokenizer.fingerprint]):
-            return tokenizer
-    tokenizer = train_bpe(_training_texts(data, listings, seed=seed, whole=whole, progress=progress), vocab_size, on_message=on_message)
-    tokenizer.save(path)
-    write_file(marker, orjson.dumps([key, tokenizer.fingerprint]))
-    return tokenizer
+    """The recipe's tokenizer, or one trained on its sources (again only if they changed)."""
+    if plan.given:
+        return plan.given
+    with suppress(DataError):  # absent or damaged: trained again
+        found = Tokenizer.from_file(directory / "tokenizer.json", on_message=on_message)
+        if found.fingerprint == plan.fingerprint:
+            return found
+    texts = _training_texts(data, plan.listings, seed=seed, whole=_is_whole(plan.listings), progress=progress)
+    return train_bpe(texts, vocab_size, on_message=on_message)
 
 
 def _given_tokenizer(path: str, *, on_message: OnMessage = lambda message: None) -> Tokenizer:
@@ -338,25 +414,31 @@ def _read_done(folder: Path) -> _Done | None:
         return None
 
 
-def _prepare_source(data: Data, source: Source, listing: Listing, directory: Path, tokenizer: Tokenizer, *, progress: Progress) -> bool:
-    """Make the shards of one source unless they are there, whole and from the same input; True if they were."""
-    folder = directory / source.name
-    key = _hash([_input_key(data, source, listing), tokenizer.fingerprint])
+def _prepare_source(data: Data, source: Source, plan: _Plan, directory: Path, tokenizer: Tokenizer, *, progress: Progress) -> bool:
+    """Make the shards of one source unless they are there, whole and from the same origin; True if they were."""
+    folder, listing, origin = directory / source.name, plan.listings[source.name], plan.origins[source.name]
     done = _read_done(folder)
-    if done is not None and done.input == key and not (data.strict and _has_bad(done.statistics)):
+    same = done is not None and done.origin.is_same(origin) and done.tokenizer == tokenizer.fingerprint
+    if done and same and not (data.strict and _has_bad(done.statistics)):
         try:
             for split in ("train", "held_out"):
                 Shard(folder / split, tokenizer=tokenizer.fingerprint, verify=True)
+            if done.origin != origin:  # the same text in files of other names or times
+                write_file(folder / "source.json", _source_json(replace(done, origin=origin)))
             return True
         except DataError:
             pass  # Damaged since: made again below.
     progress.start(source.name, listing.num_bytes)
     with committed_folder(folder) as temporary:
         statistics = _tokenize(data, source, listing, temporary, tokenizer, progress)
-        done = _Done(spec=_spec_key(data, source), input=key, statistics=statistics)
+        done = _Done(origin=origin, tokenizer=tokenizer.fingerprint, statistics=statistics)
         with disk_errors(directory):
-            (temporary / "source.json").write_bytes(msgspec.json.format(msgspec.json.encode(done)))
+            (temporary / "source.json").write_bytes(_source_json(done))
     return False
+
+
+def _source_json(done: _Done) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(done))
 
 
 def _has_bad(statistics: Statistics) -> bool:

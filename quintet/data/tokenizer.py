@@ -130,8 +130,9 @@ class Tokenizer:
         return cls(text, origin=str(path), on_message=on_message)
 
     def save(self, path: Path) -> None:
-        """Write the tokenizer.json, whole or not at all. Raises DataError if the disk refuses."""
-        write_file(path, self._text.encode())
+        """Write the tokenizer.json, whole or not at all, unless it is there already. Raises DataError if the disk refuses."""
+        if not path.is_file() or path.read_bytes() != self._text.encode():
+            write_file(path, self._text.encode())
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """The ids of each text, without control tokens; on all cores."""

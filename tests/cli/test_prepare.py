@@ -40,6 +40,17 @@ def test_statistics_are_printed_and_what_is_done_is_not_done_again(arguments: li
     assert "work done before done before" in words
 
 
+def test_what_is_there_from_other_text_is_replaced_only_when_asked(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 0
+    (tmp_path / "text" / "0.txt").write_text("other text")
+    assert main(arguments) == 10
+    assert f"quintet prepare {arguments[1]} --replace" in capsys.readouterr().err
+    assert main([*arguments, "--replace"]) == 0
+    assert main(arguments) == 0
+
+
 def test_a_missing_folder_is_a_data_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*arguments, "--data.sources.0.paths", "no/such/folder"]) == 10
     assert "'no/such/folder'" in capsys.readouterr().err

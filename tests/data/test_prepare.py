@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from quintet.data import origin
 from quintet.data import prepare as module
-from quintet.data.prepare import open_prepared, prepare
+from quintet.data.prepare import Prepared, open_prepared, prepare
 from quintet.data.tokenizer import Tokenizer
 from quintet.errors import DataError
 from quintet.spec.run import Data
@@ -93,7 +94,7 @@ def test_a_second_prepare_changes_nothing_and_a_changed_file_is_noticed(tmp_path
     fixed = replace(data, tokenizer=str(tokenizer_file))
     assert prepare(fixed, vocab_size=400, seed=0).sources["code"].statistics.reused
     (tmp_path / "texts/0000.py").write_text("something new")
-    changed = prepare(fixed, vocab_size=400, seed=0)
+    changed = prepare(fixed, vocab_size=400, seed=0, on_other="replace")
     assert not changed.sources["code"].statistics.reused and changed.fingerprint != again.fingerprint
     assert prepare(fixed, vocab_size=400, seed=0).fingerprint == changed.fingerprint
 
@@ -104,7 +105,7 @@ def test_only_the_source_that_changed_is_done_again(tmp_path: Path, tokenizer: T
     data = Data(sources=sources, directory=str(tmp_path / "prepared"), tokenizer=str(tmp_path / "t.json"))
     prepare(data, vocab_size=400, seed=0)
     (tmp_path / "b/0000.py").write_text("something new")
-    again = prepare(data, vocab_size=400, seed=0)
+    again = prepare(data, vocab_size=400, seed=0, on_other="replace")
     assert [part.statistics.reused for part in again.sources.values()] == [True, False]
 
 
@@ -116,7 +117,7 @@ def test_preparing_twice_from_nothing_gives_the_same_bytes(tmp_path: Path) -> No
 
 def test_a_document_stays_in_its_split_when_others_come(tmp_path: Path) -> None:
     def held_out(count: int) -> set[str]:
-        prepared = prepare(recipe(tmp_path, count=count), vocab_size=400, seed=0)
+        prepared = prepare(recipe(tmp_path, count=count), vocab_size=400, seed=0, on_other="replace")
         shard = prepared.sources["code"].held_out
         return {prepared.tokenizer.decode(shard.document(i)[:-1].tolist()) for i in range(shard.num_documents)}
 
@@ -146,7 +147,7 @@ def test_large_corpora_train_the_tokenizer_on_a_seeded_sample(tmp_path: Path, mo
     first = prepare(recipe(tmp_path), vocab_size=400, seed=0, progress=progress)
     assert 0 < progress.documents["tokenizer"] < 30
     assert prepare(recipe(tmp_path), vocab_size=400, seed=0).tokenizer.fingerprint == first.tokenizer.fingerprint
-    assert prepare(recipe(tmp_path), vocab_size=400, seed=1).tokenizer.fingerprint != first.tokenizer.fingerprint
+    assert prepare(recipe(tmp_path), vocab_size=400, seed=1, on_other="replace").tokenizer.fingerprint != first.tokenizer.fingerprint
 
 
 def test_opening_what_is_not_prepared_says_what_to_run(tmp_path: Path) -> None:
@@ -244,7 +245,7 @@ def test_a_disk_error_while_committing_keeps_the_old_shards(tmp_path: Path, monk
 
     with monkeypatch.context() as patch, pytest.raises(DataError, match="No space left"):
         patch.setattr(os, "fsync", full)
-        prepare(data, vocab_size=400, seed=0)
+        prepare(data, vocab_size=400, seed=0, on_other="replace")
     assert open_prepared(data, 400).fingerprint == before
 
 
@@ -280,3 +281,90 @@ def test_a_tokenizer_without_fim_tokens_gets_a_notice(tmp_path: Path, tokenizer:
 def test_prepare_imports_no_torch() -> None:
     script = "import quintet.data.prepare, sys; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def made_twice(tmp_path: Path, tokenizer: Tokenizer | None = None) -> tuple[Data, Prepared]:
+    """A recipe whose data was prepared before its text changed."""
+    if tokenizer:
+        tokenizer.save(tmp_path / "t.json")
+    data = recipe(tmp_path, tokenizer=str(tmp_path / "t.json") if tokenizer else None)
+    before = prepare(data, vocab_size=400, seed=0)
+    (tmp_path / "texts/0000.py").write_text("something new")
+    return data, before
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_shards_of_other_text_are_never_replaced_unasked(tmp_path: Path, tokenizer: Tokenizer, trained: bool) -> None:
+    data, before = made_twice(tmp_path, None if trained else tokenizer)
+    kept = snapshot(tmp_path / "prepared")
+    message = r"prepared holds code made from other text .* set data.directory to another folder, or .*: quintet prepare r\.toml --replace"
+    with pytest.raises(DataError, match=message):
+        prepare(data, vocab_size=400, seed=0, recipe="r.toml")
+    assert snapshot(tmp_path / "prepared") == kept
+    assert prepare(data, vocab_size=400, seed=0, on_other="replace").fingerprint != before.fingerprint
+    assert prepare(data, vocab_size=400, seed=0).sources["code"].statistics.reused
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_other_data_can_be_prepared_beside_and_is_found_there_again(tmp_path: Path, tokenizer: Tokenizer, trained: bool) -> None:
+    data, before = made_twice(tmp_path, None if trained else tokenizer)
+    kept = snapshot(tmp_path / "prepared")
+    told: list[str] = []
+    beside = prepare(data, vocab_size=400, seed=0, on_other="beside", on_message=told.append)
+    assert snapshot(tmp_path / "prepared") == kept
+    assert beside.directory.parent == tmp_path and beside.directory.name.startswith("prepared-")
+    assert len(told) == 1 and f"this run's data is in {beside.directory}" in told[0]
+    again = prepare(data, vocab_size=400, seed=0, on_other="beside")
+    assert (again.directory, again.fingerprint) == (beside.directory, beside.fingerprint)
+    assert again.sources["code"].statistics.reused
+    assert open_prepared(replace(data, directory=str(beside.directory)), 400).fingerprint == beside.fingerprint
+    (tmp_path / "texts/0000.py").write_text(some_texts(1)[0])  # the text of before
+    assert prepare(data, vocab_size=400, seed=0, on_other="beside").fingerprint == before.fingerprint
+
+
+def test_the_same_text_in_newer_files_is_no_other_data(tmp_path: Path) -> None:
+    data = recipe(tmp_path)
+    before = prepare(data, vocab_size=400, seed=0)
+    for path in (tmp_path / "texts").iterdir():
+        path.touch()
+    shards = snapshot(tmp_path / "prepared/code/train")
+    again = prepare(data, vocab_size=400, seed=0)
+    assert again.sources["code"].statistics.reused and again.fingerprint == before.fingerprint
+    assert snapshot(tmp_path / "prepared/code/train") == shards
+    with pytest.MonkeyPatch.context() as patch:  # and the next look need not read
+        patch.setattr(origin, "_hash_of_text", lambda *arguments: pytest.fail("the text was read again"))
+        prepare(data, vocab_size=400, seed=0)
+
+
+def test_one_more_source_keeps_the_others_where_the_tokenizer_is_given_and_not_where_it_is_trained(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    tokenizer.save(tmp_path / "t.json")
+    more = source(write_texts(tmp_path / "more", some_texts(9, seed=5)), name="more")
+    given = recipe(tmp_path, tokenizer=str(tmp_path / "t.json"))
+    prepare(given, vocab_size=400, seed=0)
+    both = prepare(replace(given, sources=(*given.sources, more)), vocab_size=400, seed=0)
+    assert [part.statistics.reused for part in both.sources.values()] == [True, False]
+    trained = replace(recipe(tmp_path), directory=str(tmp_path / "trained"))
+    prepare(trained, vocab_size=400, seed=0)
+    with pytest.raises(DataError, match="holds code made from other text or settings or by another tokenizer"):
+        prepare(replace(trained, sources=(*trained.sources, more)), vocab_size=400, seed=0)
+
+
+def test_replacing_the_tokenizer_takes_away_what_another_recipe_made_with_the_old_one(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    data = recipe(tmp_path)
+    more = source(write_texts(tmp_path / "more", some_texts(9, seed=5)), name="more")
+    prepare(replace(data, sources=(*data.sources, more)), vocab_size=400, seed=0)
+    with pytest.raises(DataError, match="holds code, more made from"):
+        prepare(data, vocab_size=400, seed=0)
+    prepare(data, vocab_size=400, seed=0, on_other="replace")
+    assert not (tmp_path / "prepared/more").exists()
+    assert prepare(data, vocab_size=400, seed=0).sources["code"].statistics.reused
+
+
+def test_a_lost_tokenizer_is_trained_again_to_the_same_and_the_shards_stay(tmp_path: Path) -> None:
+    data = recipe(tmp_path)
+    before = prepare(data, vocab_size=400, seed=0)
+    (tmp_path / "prepared/tokenizer.json").write_text("{}")
+    again = prepare(data, vocab_size=400, seed=0)
+    assert again.fingerprint == before.fingerprint and again.sources["code"].statistics.reused

@@ -179,7 +179,11 @@ def test_prepared_data_that_changed_under_a_run_is_10_and_giving_it_back_lets_it
     assert tell("train", recipe)[0] == 0
     shutil.copytree(run.data.directory, tmp_path / "kept")
     (tmp_path / "code" / "new.py").write_text("something new\n" * 20)
-    assert tell("prepare", recipe)[0] == 0
+    code, err = tell("prepare", recipe)
+    assert code == 10
+    assert f"{run.data.directory} holds code, prose made from other text" in err and f"quintet prepare {recipe} --replace" in err
+    assert tell("resume", where(run))[0] == 0
+    assert tell("prepare", recipe, "--replace")[0] == 0
     code, err = tell("resume", where(run))
     assert code == 10
     assert "give back the prepared data of the run, or start a new run" in err or "was prepared with another tokenizer" in err
@@ -189,6 +193,22 @@ def test_prepared_data_that_changed_under_a_run_is_10_and_giving_it_back_lets_it
     (tmp_path / "kept").rename(run.data.directory)
     assert tell("resume", where(run))[0] == 0
     assert verdict(run) == ("done", 0)
+
+
+def test_a_new_run_on_changed_text_prepares_beside_and_both_runs_go_on(tell: Tell, run: Run, tmp_path: Path) -> None:
+    run = own_data(run, tmp_path)
+    recipe = write_recipe(run, tmp_path / "r.toml")
+    assert tell("train", recipe)[0] == 0
+    before = content(Path(run.data.directory))
+    (tmp_path / "code" / "new.py").write_text("something new\n" * 20)
+    code, err = tell("train", recipe, "--name", "second")
+    assert code == 0
+    second = parse.read(Path(run.directory) / "second" / "recipe.toml")
+    assert second.data.directory.startswith(f"{run.data.directory}-")
+    assert f"this run's data is in {second.data.directory}" in err
+    assert content(Path(run.data.directory)) == before
+    assert [tell("resume", where(each))[0] for each in (run, second)] == [0, 0]
+    assert tell("evaluate", where(second))[0] == 0
 
 
 def test_prepared_data_that_is_gone_is_10_and_names_the_command(tell: Tell, run: Run, tmp_path: Path) -> None:
