@@ -108,6 +108,13 @@ class Layout:
         key = same(self, at)
         return tuple(other for other in others if same(self, self.coordinates(other)) == key)
 
+    def groups(self, axis: str) -> list[tuple[int, ...]]:
+        """All groups of an axis of `GROUPS`, each ascending, by their first ranks."""
+        found: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.num_ranks):
+            found.setdefault(GROUPS[axis](self, self.coordinates(rank)), []).append(rank)
+        return [tuple(ranks) for ranks in found.values()]
+
     def nodes_of(self, ranks: Iterable[int]) -> tuple[int, ...]:
         """The nodes that the ranks lie on."""
         return tuple(sorted({rank // self.node_size for rank in ranks}))

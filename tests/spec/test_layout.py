@@ -31,8 +31,10 @@ def small_layouts(draw: st.DrawFn) -> Layout:
 
 
 def partition(layout: Layout, axis: str) -> set[tuple[int, ...]]:
-    """All groups of an axis."""
-    return {layout.group_of(rank, axis) for rank in range(layout.num_ranks)}
+    """All groups of an axis, which `groups` lists in order."""
+    found = {layout.group_of(rank, axis) for rank in range(layout.num_ranks)}
+    assert layout.groups(axis) == sorted(found)
+    return found
 
 
 @settings(max_examples=25)
