@@ -1,4 +1,9 @@
-"""A run's verdict in one small file, status.json, replaced atomically, for people and for the programs that restart runs."""
+"""A run's verdict in one small file, status.json, for people and for the programs that restart runs.
+
+The file is replaced atomically. A disk that is full by the time of the verdict has no room for a second file; then the first one is
+overwritten where it lies, which needs no room: it never takes more than the one block (4,096 bytes) that it was given when the run began.
+(File systems that never overwrite in place, such as btrfs and ZFS, may refuse that too.)
+"""
 
 from __future__ import annotations
 
@@ -14,10 +19,11 @@ from typing import Literal
 
 import msgspec
 
-from quintet.errors import DONE, INTERRUPTED, DataError, GivenUp, QuintetError, UsageError
+from quintet.errors import DONE, INTERRUPTED, KEYBOARD_INTERRUPT, DataError, GivenUp, QuintetError, UsageError
 from quintet.monitor.metrics import Event, Record
 
 Verdict = Literal["running", "done", "interrupted", "failed"]
+_BLOCK = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,18 +51,46 @@ class Status:
 
 
 def verdict_of(exit_code: int) -> Verdict:
-    """done for 0, interrupted for 75, failed for anything else."""
-    return "done" if exit_code == DONE else "interrupted" if exit_code == INTERRUPTED else "failed"
+    """done for 0, interrupted for 75 and 130, failed for anything else."""
+    return "done" if exit_code == DONE else "interrupted" if exit_code in (INTERRUPTED, KEYBOARD_INTERRUPT) else "failed"
 
 
 def write_status(run_directory: Path, status: Status) -> None:
-    """Replace status.json whole: a reader sees the old or the new one, never a part."""
+    """Replace status.json whole: a reader sees the old or the new one, never a part. Raises OSError.
+
+    Where that is refused and `status` is a verdict, the file is overwritten in one write.
+    """
+    content, path = _encoded(status), run_directory / "status.json"
     temporary = run_directory / f".status.json.{os.getpid()}"
     try:
-        temporary.write_bytes(msgspec.json.format(msgspec.json.encode(status)) + b"\n")
-        temporary.replace(run_directory / "status.json")
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError:
+        if status.verdict == "running":
+            raise
+        _overwrite(path, content)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _encoded(status: Status) -> bytes:
+    """The status as JSON that fits into one block; a long message loses its middle."""
+    content = msgspec.json.format(msgspec.json.encode(status)) + b"\n"
+    if len(content) > _BLOCK:
+        keep = _BLOCK // 16  # a character takes six bytes at most
+        status = replace(status, message=f"{status.message[:keep]} ... {status.message[-keep:]}")
+        content = msgspec.json.format(msgspec.json.encode(status)) + b"\n"
+    return content
+
+
+def _overwrite(path: Path, content: bytes) -> None:
+    """Put `content` over a file's beginning, and blanks over the rest of it, without asking the disk for room."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.pwrite(descriptor, content.ljust(os.fstat(descriptor).st_size), 0)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_status(run_directory: Path) -> Status | None:
@@ -123,6 +157,8 @@ class StatusFile:
             return  # such as: another process trains here, and this is its file
         if isinstance(error, QuintetError):
             self.finish(error.exit_code, str(error))
+        elif isinstance(error, KeyboardInterrupt):
+            self.finish(KEYBOARD_INTERRUPT, "interrupted before training began")
         elif error is not None:
             self.finish(1, f"{type(error).__name__}: {error}")
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from quintet.errors import DataError, NumericsError, UsageError
 from quintet.monitor.metrics import Message
-from quintet.monitor.status import Status, StatusFile, read_status, write_status
+from quintet.monitor.status import Status, StatusFile, read_status, verdict_of, write_status
 from tests.monitor.events import record
 
 
@@ -97,21 +103,82 @@ def test_it_is_written_seldom_and_at_the_end(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
 
 
-def test_a_reader_never_sees_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    status = StatusFile(tmp_path)
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No file can be made or grow: new ones stay empty, and old ones keep their size."""
+    real = Path.write_bytes
+
+    def write_bytes(self: Path, data: bytes) -> int:
+        real(self, b"")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def pwrite(fd: int, data: bytes, offset: int) -> int:
+        if offset + len(data) > 4096 * max(1, -(-os.fstat(fd).st_size // 4096)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real_pwrite(fd, data, offset)
+
+    real_pwrite = os.pwrite
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "write_bytes", write_bytes)
+        patch.setattr(os, "pwrite", pwrite)
+        yield
+
+
+def test_while_a_run_goes_on_a_reader_never_sees_a_part_and_a_full_disk_keeps_the_old(tmp_path: Path) -> None:
+    status = StatusFile(tmp_path, every_seconds=0)
     status.write(record(1))
     before = status_of(tmp_path)
-
-    def fail(self: Path, target: Path) -> Path:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises(OSError, match="No space"):
-        write_status(tmp_path, before)
-    status.finish(0, "done")  # does not raise
-    monkeypatch.undo()
+    with full_disk():
+        status.write(record(2))  # does not raise
+        with pytest.raises(OSError, match="No space"):
+            write_status(tmp_path, before)
     assert status_of(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
+@pytest.mark.parametrize("exit_code", [0, 75, 11])
+@pytest.mark.parametrize("message", ["all of it", "short", "long " * 3000, "\x01🙂" * 3000])
+def test_the_verdict_is_written_on_a_full_disk_too(tmp_path: Path, exit_code: int, message: str) -> None:
+    status = StatusFile(tmp_path)
+    status.write(record(3))
+    with full_disk():
+        status.finish(exit_code, message)
+    written = status_of(tmp_path)
+    assert (written.verdict, written.exit_code, written.step) == (verdict_of(exit_code), exit_code, 3)
+    assert written.message.startswith(message[:100]) and written.message.endswith(message[-100:])
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+    assert (tmp_path / "status.json").stat().st_size <= 4096
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB in memory, where this process may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = shutil.which("mount")
+    if not mount or subprocess.run([mount, "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_the_verdict_is_right_on_a_real_full_disk(small_disk: Path) -> None:
+    status = StatusFile(small_disk, resumed=True)
+    status.write(record(3))
+    with pytest.raises(OSError, match="No space"):
+        (small_disk / "filler").write_bytes(bytes(1 << 20))
+    status.finish(11, "the disk is full; " + "free some space " * 20)
+    written = status_of(small_disk)
+    assert (written.verdict, written.exit_code) == ("failed", 11)
+
+
+def test_ctrl_c_before_the_first_step_is_an_interruption(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), StatusFile(tmp_path) as status:
+        status.write(Message(text="compiling"))
+        raise KeyboardInterrupt
+    written = status_of(tmp_path)
+    assert (written.verdict, written.exit_code) == ("interrupted", 130)
+    assert written.remedy == f"quintet resume {tmp_path}"
 
 
 def test_a_broken_status_is_an_error_and_a_missing_one_is_none(tmp_path: Path) -> None:
