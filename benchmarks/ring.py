@@ -1,6 +1,6 @@
 """Ring attention: latents against keys and values round the ring, and how long a context a rank holds that one device cannot.
 
-    python benchmarks/ring.py [--part ring context] [--ranks 2] [--tokens 512 1024 2048] [--links 0 1000 400 100] [--rounds 3] [--json FILE]
+    python benchmarks/ring.py [--part ring context] [--ranks 2] [--tokens 256 1024 2048] [--links 0 1000 400 100] [--rounds 3] [--json FILE]
 
 Ring: one attention layer (V3's head widths and latent, 16 heads: V3's rank at tp 8), fp32, forward and backward, one gloo process of one
 thread per rank. Both payloads take turns in the same processes; a round lasts as long as its slowest rank, and each shape's figure is the
@@ -325,7 +325,7 @@ def main() -> None:
     parser.add_argument("--part", choices=("ring", "context"), nargs="+", default=["ring", "context"])
     parser.add_argument("--ranks", type=int, default=2, help="of the ring")
     parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 1024, 2048], help="per rank")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 2048], help="per rank")
     parser.add_argument("--links", type=int, nargs="+", default=[0, 1000, 400, 100], help="Mbit/s; 0 is the loopback device")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--context", type=int, default=32768, help="tokens of the long sequence")
