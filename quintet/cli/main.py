@@ -21,6 +21,7 @@ COMMANDS = {
     "export": "write a checkpoint as a Hugging Face model",
     "import": "make a run of a Hugging Face model",
     "info": "describe a recipe, a run or a Hugging Face model",
+    "verify": "prove that a layout computes what one device computes",
     "schedule": "simulate and draw a pipeline schedule",
     "doctor": "tell what this machine can do, and what is missing",
 }

@@ -11,20 +11,26 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
 from quintet.data.loader import Batch
-from quintet.evaluate.parity import TOLERANCES, StepTrace, compare, first_failure, trace_steps
+from quintet.evaluate.parity import Reference, Row, first_failure, judge, trace_reference, trace_steps
 from quintet.ops.cross_entropy import IGNORED
-from quintet.parallel.mesh import make_mesh, single
+from quintet.parallel import collectives, zero
+from quintet.parallel.collectives import Group, Pending
+from quintet.parallel.mesh import make_mesh
 from quintet.spec.curriculum import Settings
 from quintet.spec.layout import Layout
 from quintet.spec.model import Model
 from quintet.spec.run import Data, Optimizer, Phase, Run, Source, Train
 from tests.ranks import on_ranks
+from tests.spec.strategies import layouts
 
 CPU = torch.device("cpu")
 LENGTH = 32
-SETTINGS = Settings(batch_sequences=5, learning_rate=1e-2, mtp_weight=0.3, bias_speed=0.01)
+SETTINGS = Settings(batch_sequences=5, learning_rate=1e-3, mtp_weight=0.3, bias_speed=0.01)
 MODEL = Model(
     vocab_size=64,
     hidden_size=16,
@@ -79,26 +85,23 @@ def batches(run: Run, *, count: int = 2) -> list[Batch]:
     return made
 
 
-_REFERENCES: dict[str, list[StepTrace]] = {}
+_REFERENCES: dict[str, Reference] = {}
 
 
-def reference(run: Run) -> list[StepTrace]:
-    """The single device's trace, once for each run."""
-    alone = replace(run, layout=Layout())
-    key = repr(alone)
+def reference(run: Run) -> Reference:
+    """The single device's traces, once for each run."""
+    key = repr(replace(run, layout=Layout()))
     if key not in _REFERENCES:
-        _REFERENCES[key] = trace_steps(alone, single(), batches(alone), SETTINGS, device=CPU)
+        _REFERENCES[key] = trace_reference(run, batches(run), SETTINGS, device=CPU)
     return _REFERENCES[key]
 
 
-def check(run: Run) -> None:
+def rows_of(run: Run) -> list[Row]:
+    """The layout's comparisons with one device."""
     expected = reference(run)
-    assert all(math.isfinite(step.gradient_norm) for step in expected)
+    assert all(math.isfinite(step.gradient_norm) for step in expected.exact)
     found = on_ranks(run.layout.num_ranks, lambda rank: trace_steps(run, make_mesh(run.layout), batches(run), SETTINGS, device=CPU))
-    rows = compare(expected, found, tolerance=TOLERANCES[run.train.precision])
-    failure = first_failure(rows)
-    assert failure is None, failure
-    assert len(rows) > 100
+    return judge(expected, found)
 
 
 LAYOUTS: list[tuple[Layout, dict[str, Any]]] = [
@@ -145,4 +148,62 @@ LAYOUTS: list[tuple[Layout, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("layout", "changes"), LAYOUTS, ids=lambda value: str(value) if isinstance(value, Layout) else ",".join(value))
 def test_a_layout_computes_what_one_device_computes(layout: Layout, changes: dict[str, Any]) -> None:
-    check(a_run(layout, **changes))
+    rows = rows_of(a_run(layout, **changes))
+    assert first_failure(rows) is None
+    # Nothing was left out: every parameter's gradient, and every weight or, in fp32, bias.
+    kinds = {what: {row.name for row in rows if row.what == what} for what in ("gradient", "weight")}
+    assert len(kinds["gradient"]) > 30 and kinds["gradient"] <= kinds["weight"]
+
+
+@settings(max_examples=6)
+@given(st.data())
+def test_random_legal_layouts_compute_what_one_device_computes(data: st.DataObject) -> None:
+    layout = data.draw(layouts(MODEL, [LENGTH]).filter(lambda layout: 1 < layout.num_ranks <= 8 and layout.pp == 1))
+    recompute = data.draw(st.sampled_from(["none", "selective", "full"]))
+    assert first_failure(rows_of(a_run(layout, recompute=recompute, document_mask=data.draw(st.booleans())))) is None
+
+
+def forgets_to_sum(tensor: Tensor, group: Group) -> Pending:
+    """A reduce-scatter that keeps this rank's own part."""
+    return Pending(tensor.chunk(group.size)[group.rank].clone(), None)
+
+
+def sums_twice(tensor: Tensor, group: Group, **named: Any) -> Pending:
+    """An all-reduce that counts everything twice."""
+    return Pending(collectives.start_all_reduce(tensor, group, **named).wait() * 2, None)
+
+
+def to_the_neighbour(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    """The way back of rows, with each rank's rows in another order."""
+    return collectives.all_to_all(grads[0].flip(0), ctx.group, send=ctx.receive, receive=ctx.send), None, None, None
+
+
+_wait = collectives.Shift.wait
+
+
+def zeros_instead(shift: collectives.Shift) -> list[Tensor]:
+    """What the previous rank sent, lost."""
+    return [torch.zeros_like(tensor) for tensor in _wait(shift)]
+
+
+FAULTS: dict[str, tuple[Layout, object, str, Any]] = {
+    "a reduce-scatter that does not sum": (Layout(dp=2, zero=1), zero, "start_reduce_scatter", forgets_to_sum),
+    "an all-reduce that sums twice": (Layout(dp=2), zero, "start_all_reduce", sums_twice),
+    "row gradients in a wrong order": (Layout(dp=2, ep=2), collectives._Exchange, "backward", staticmethod(to_the_neighbour)),
+    "tokens gathered whose gradients are not summed": (
+        Layout(tp=2), collectives, "_scatter", lambda tensor, group, dim: tensor.chunk(group.size, dim)[group.rank].contiguous(),
+    ),
+    "a ring that passes zeros on": (Layout(cp=2), collectives.Shift, "wait", zeros_instead),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_broken_collective_is_caught_and_its_first_victim_named(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout, owner, name, broken = FAULTS[fault]
+    run = a_run(layout)
+    reference(run)  # before the fault
+    monkeypatch.setattr(owner, name, broken)
+    rows = rows_of(run)
+    failure = first_failure(rows)
+    assert failure is not None and failure.step == 1
+    assert max(row.error for row in rows if row.what == "gradient") > 0.05

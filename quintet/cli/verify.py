@@ -1,0 +1,155 @@
+"""`quintet verify`: does a layout compute what one device computes? Starts its ranks here, and compares every gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from quintet.cli.options import Overrides, Recipe, Switch, read_with_recipe
+from quintet.errors import UsageError
+from quintet.spec.curriculum import Settings
+from quintet.spec.run import Run
+from quintet.spec.tiny import tiny
+
+if TYPE_CHECKING:
+    from quintet.data.loader import Batch
+    from quintet.evaluate.parity import Row
+
+_SHOWN = 12
+DIFFERENT = 12
+"""Exit code where a comparison failed: that of wrong numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Train a few steps on one device and on the layout, from the same seed and data, and compare losses, gradient norm, every
+    parameter's gradient and updated weight: in fp32, where they must be equal to rounding, and then in the recipe's precision."""
+
+    recipe: Recipe
+    """A recipe in TOML, the first argument."""
+    run: Overrides
+    """One training run; its layout is what is verified."""
+    steps: int = 2
+    """Optimizer steps."""
+    sequences: int | None = None
+    """Sequences of each step; absent: an odd number, so that ranks get unequal shares."""
+    tiny: Switch = False
+    """Shrink the model's widths, layers and experts and the sequence, keep its structure, and use random tokens."""
+    all: Switch = False
+    """Print every comparison instead of the worst ones."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command and return its exit code."""
+    given = read_with_recipe(Arguments, arguments, command="verify")
+    run = tiny(given.run) if given.tiny else given.run
+    sequences = given.sequences or 2 * run.layout.dp + 1
+    if given.steps < 1 or sequences < 1:
+        raise UsageError(f"steps ({given.steps}) and sequences ({sequences}) must be at least 1")
+    if run.layout.num_ranks == 1:
+        raise UsageError("the layout is one device, which is what others are compared with; name one, for example: --layout.dp 2")
+    if run.layout.pp > 1:
+        raise UsageError(f"layout.pp is {run.layout.pp}, but training in pipeline stages is not there yet; set layout.pp to 1")
+    console = Console(stderr=True)
+    batches = _random_batches(run, sequences, given.steps) if given.tiny else _batches(run, given.recipe, sequences, given.steps, console)
+    mtp = 0.3 if run.model.num_mtp_modules else 0.0
+    settings = Settings(batch_sequences=sequences, learning_rate=1e-3, mtp_weight=mtp, bias_speed=1e-3)
+    exit_codes = []
+    for precision in dict.fromkeys(("fp32", run.train.precision)):
+        each = replace(run, train=replace(run.train, precision=precision))
+        exit_codes.append(report(_compare(each, batches, settings, console), each, everything=given.all, out=Console()))
+    return max(exit_codes)
+
+
+def _compare(run: Run, batches: Sequence[Batch], settings: Settings, console: Console) -> list[Row]:
+    """Both computations, each in processes of its own."""
+    from quintet.evaluate import parity
+    from quintet.launch.local import run_on_ranks
+
+    preload = ["quintet.evaluate.parity", "torch._dynamo", "torch.distributed._functional_collectives"]
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} ranks"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        alone = progress.add_task("one device", total=1)
+        (reference,) = run_on_ranks(1, parity.trace_reference_here, (run, batches, settings), preload=preload)
+        progress.advance(alone)
+        many = progress.add_task(str(run.layout), total=run.layout.num_ranks)
+        found = run_on_ranks(
+            run.layout.num_ranks,
+            parity.trace_rank,
+            (run, batches, settings),
+            preload=preload,
+            on_result=lambda rank: progress.advance(many),
+        )
+    return parity.judge(reference, found)
+
+
+def report(rows: Sequence[Row], run: Run, *, everything: bool, out: Console) -> int:
+    """Print the comparisons and the verdict -> 0 if all passed, else DIFFERENT."""
+    failed = [row for row in rows if not row.passed]
+    numbers = [row for row in rows if not row.name]
+    tensors = sorted((row for row in rows if row.name), key=_badness, reverse=True)
+    table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
+    for name in ("step", "compared", "parameter", "error", "tolerance", "rank", ""):
+        table.add_column(name, justify="right" if name in ("step", "error", "tolerance", "rank") else "left", no_wrap=True)
+    shown = list(rows) if everything else [*numbers, *tensors[: max(_SHOWN, min(len(failed), 50))]]
+    for row in shown:
+        mark = "[green]pass[/green]" if row.passed else "[red]FAIL[/red]"
+        rank = "" if row.rank is None else str(row.rank)
+        table.add_row(str(row.step), row.what, row.name, f"{row.error:.1e}", f"{row.tolerance:.1e}", rank, mark)
+    out.print(table, width=None if out.is_terminal else 120)
+    if len(shown) < len(rows):
+        out.print(f"... the worst of {len(tensors)} tensors are shown; --all shows the rest", style="dim")
+    if not failed:
+        worst = tensors[0].error if tensors else 0.0
+        text = f"{run.layout}: {len(rows)} comparisons in {run.train.precision} pass; the largest error of a tensor is {worst:.1e}"
+        out.print(text, soft_wrap=True)
+        return 0
+    first = failed[0]
+    where = "" if first.rank is None else f", most on rank {first.rank}"
+    what = f"{first.what} of {first.name}" if first.name else first.what
+    out.print(
+        f"[red]{run.layout}: {len(failed)} of {len(rows)} comparisons fail[/red]; the first is the {what} in step {first.step}: off by "
+        f"{first.error:.1e}, allowed {first.tolerance:.1e}{where}",
+        soft_wrap=True,
+    )
+    return DIFFERENT
+
+
+def _badness(row: Row) -> float:
+    return math.inf if math.isnan(row.error) else row.error / row.tolerance
+
+
+def _batches(run: Run, recipe: Path, sequences: int, steps: int, console: Console) -> list[Batch]:
+    """The first rows that the run would train on."""
+    from quintet.cli.prepare import prepare
+    from quintet.data.loader import Loader
+
+    prepared = prepare(run, console, recipe=recipe, on_other="beside")
+    loader = Loader(prepared, run.data, sequence_length=run.phases[0].sequence_length, seed=run.seed)
+    return [loader.next_batch(sequences) for _ in range(steps)]
+
+
+def _random_batches(run: Run, sequences: int, steps: int) -> list[Batch]:
+    """Random tokens in rows of two documents, with padding at some ends."""
+    import torch
+
+    from quintet.data.loader import Batch
+    from quintet.ops.cross_entropy import IGNORED
+
+    generator, length = torch.Generator().manual_seed(run.seed), run.phases[0].sequence_length
+    batches = []
+    for _ in range(steps):
+        tokens = torch.randint(run.model.vocab_size, (sequences, length + 1), generator=generator)
+        border, end = (torch.randint(1, length + 1, (sequences, 1), generator=generator) for _ in range(2))
+        places = torch.arange(length)[None]
+        labels = tokens[:, 1:].masked_fill((places >= end) & (torch.arange(sequences)[:, None] % 3 == 1), IGNORED)
+        batches.append(Batch(inputs=tokens[:, :-1].contiguous(), labels=labels, document_ids=(places >= border).int()))
+    return batches
+
