@@ -2,8 +2,7 @@
 
     QuintetError                 1   anything below
     ├── UsageError               2   the command line or the recipe is wrong
-    │   ├── SpecError                a value breaks a rule of the recipe
-    │   └── MissingExtra             an optional package is not installed
+    │   └── SpecError                a value breaks a rule of the recipe
     ├── DataError               10   the text, the tokenizer or the shards are wrong
     ├── CheckpointError         11   no valid checkpoint, or not this model's
     ├── NumericsError           12   a loss or a gradient is not finite
@@ -22,8 +21,6 @@ from typing import ClassVar
 DONE = 0
 INTERRUPTED = 75
 """Stopped by a signal after a complete checkpoint: `quintet resume` continues."""
-
-
 KEYBOARD_INTERRUPT = 130
 """Ctrl-C where there was nothing to save; what is done already stays."""
 
@@ -42,13 +39,6 @@ class UsageError(QuintetError):
 
 class SpecError(UsageError, ValueError):
     """A value of the recipe breaks a rule. Also a ValueError, so that parsers add the path of the value."""
-
-
-class MissingExtra(UsageError):
-    """An optional package is missing; the message carries the exact install line."""
-
-    def __init__(self, package: str, *, extra: str) -> None:
-        super().__init__(f"{package} is not installed; install it with: pip install -c constraints.txt 'quintet[{extra}]'")
 
 
 class DataError(QuintetError):

@@ -20,7 +20,7 @@ CORE = (
 ).split()
 """Packages that every installation has."""
 
-OPTIONAL = {"transformers": "hf", "pytest": "dev", "hypothesis": "dev", "ruff": "dev", "mypy": "dev"}
+OPTIONAL = {"transformers": "dev", "pytest": "dev", "hypothesis": "dev", "ruff": "dev", "mypy": "dev"}
 """Optional packages and the extra that installs each."""
 
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "sve", "bf16")

@@ -13,6 +13,7 @@ from torch import Tensor
 from quintet.checkpoint import huggingface
 from quintet.checkpoint.load import latest, load, read_extra, read_manifest
 from quintet.checkpoint.manifest import step_of
+from quintet.cost.memory import step_memory
 from quintet.data.tokenizer import Tokenizer
 from quintet.errors import CheckpointError
 from quintet.model.transformer import Transformer
@@ -102,9 +103,9 @@ def import_run(source: Path, directory: Path, *, on_message: Callable[[str], Non
     spec = huggingface.read_config(source, on_message=on_message)
     remedy = "an import needs it beside the weights: fetch it from where the model was published, or export the model with its tokenizer"
     tokenizer = Tokenizer.from_file(source / TOKENIZER, remedy=remedy)
+    refuse_existing(_imported_recipe(spec, directory, precision="fp32"))  # before all weights are read
     weights = dict(huggingface.import_(source))
     run = _imported_recipe(spec, directory, precision=_precision(weights))
-    refuse_existing(run)
     built = build(run, single(), torch.device("cpu"), on_message=lambda text: None, weights=weights)
     create(run, tokenizer)
     # No data state: the first resume begins the data anew.
@@ -113,11 +114,14 @@ def import_run(source: Path, directory: Path, *, on_message: Callable[[str], Non
 
 def _imported_recipe(model: Model, directory: Path, *, precision: Precision) -> Run:
     tokenizer = str((directory / TOKENIZER).resolve())
+    sequence_length, batch = min(model.max_context, 512), 8
     return Run(
         name=directory.name,
         directory=str(directory.parent),
         model=model,
-        train=Train(precision=precision),
+        train=Train(
+            precision=precision, micro_batch=_micro_batch(model, sequence_length=sequence_length, largest=batch, precision=precision)
+        ),
         data=Data(
             directory=f"prepared/{directory.name}",
             tokenizer=tokenizer,
@@ -130,12 +134,22 @@ def _imported_recipe(model: Model, directory: Path, *, precision: Precision) -> 
             Phase(
                 name="continue",
                 length="100 steps",
-                sequence_length=min(model.max_context, 512),
-                batch=("8",),
+                sequence_length=sequence_length,
+                batch=(str(batch),),
                 learning_rate=("linear to 1e-5 until 10%", "cosine to 1e-6"),
             ),
         ),
     )
+
+
+def _micro_batch(model: Model, *, sequence_length: int, largest: int, precision: Precision) -> int:
+    """The largest power of two, up to `largest`, at which what a micro-batch adds to memory is less than the model's own state or 1 GiB."""
+    for count in (1 << n for n in reversed(range(largest.bit_length()))):
+        memory = step_memory(model, Train(precision=precision, micro_batch=count), sequence_length=sequence_length)
+        state_bytes = memory.weights + memory.gradients + memory.master_weights + memory.moments
+        if memory.total - state_bytes <= max(state_bytes, 1 << 30):
+            return count
+    return 1
 
 
 def _precision(weights: dict[str, Tensor]) -> Precision:

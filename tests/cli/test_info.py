@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -113,17 +114,23 @@ def test_steps_are_shared_among_the_phases_in_proportion(run: Run) -> None:
 def test_doctor_finds_this_interpreter_and_tells_what_is_missing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "OPTIONAL", {"quintet-no-such-package": "hf"})
+    monkeypatch.setattr(machine, "OPTIONAL", {"quintet-no-such-package": "dev"})
     code = main(["doctor", "--json"])
     found = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)}
     assert code == int(any(finding["missing"] for finding in found.values()))
     assert found["torch"]["value"] != "not installed"
     absent = found["quintet-no-such-package"]
     assert (absent["value"], absent["missing"]) == ("not installed", False)
-    assert absent["remedy"] == "pip install -c constraints.txt 'quintet[hf]'"
+    assert absent["remedy"] == "pip install -c constraints.txt 'quintet[dev]'"
 
 
 def test_doctor_fails_where_a_core_package_is_missing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "CORE", ["quintet-no-such-package"])
     assert main(["doctor"]) == 1
     assert "pip install -c constraints.txt quintet-no-such-package" in " ".join(capsys.readouterr().out.split())
+
+
+def test_every_extra_that_doctor_names_is_one(root: Path) -> None:
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(machine.OPTIONAL.values()) == set(extras)
+    assert all(package in extras[extra] for package, extra in machine.OPTIONAL.items())

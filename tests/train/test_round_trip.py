@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from quintet.checkpoint import huggingface
 from quintet.checkpoint.load import list_checkpoints, read_manifest
 from quintet.cli.main import main
+from quintet.cost.memory import step_memory
 from quintet.errors import CheckpointError
 from quintet.monitor.metrics import Evaluated, read_events
 from quintet.spec import parse
-from quintet.spec.run import Checkpoint, Data, Precision, Run
+from quintet.spec.run import Checkpoint, Data, Precision, Run, Train
 from quintet.train import trained as module
 from quintet.train.trained import find_checkpoint, master_weights, open_trained
 from tests.train.runs import PHASE, checkpoint, make_quick, records, resume, tiny_run, train, where, write_recipe
@@ -185,3 +186,15 @@ def test_an_export_never_overwrites_a_directory(trained: Run, tmp_path: Path, ca
 def test_what_is_neither_run_nor_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is neither a run nor a checkpoint"):
         find_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "length", "expected"), [("laptop", 512, 8), ("v3-671b", 512, 8), ("laptop", 8192, 2), ("laptop", 65_536, 1)]
+)
+def test_an_imported_recipes_micro_batch_follows_from_the_shape(root: Path, recipe: str, length: int, expected: int) -> None:
+    model = parse.read(root / "recipes" / f"{recipe}.toml").model
+    count = module._micro_batch(model, sequence_length=length, largest=8, precision="bf16")
+    assert count == expected
+    memory = step_memory(model, Train(micro_batch=count), sequence_length=length)
+    own = memory.weights + memory.gradients + memory.master_weights + memory.moments
+    assert count == 1 or memory.total - own <= max(own, 2**30)
