@@ -87,7 +87,7 @@ def usage() -> str:
         f"commands:\n{commands}\n\n"
         f"options:\n{options}\n\n"
         "exit codes: 0 done, 1 other error, 2 usage, 10 data, 11 checkpoint, 12 numerics, 75 stopped by a signal (resume it),\n"
-        "            93 given up, 130 interrupted (Ctrl-C)"
+        "            76 a rank is lost (resume it), 93 given up, 130 interrupted (Ctrl-C)"
     )
 
 
