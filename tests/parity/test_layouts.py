@@ -178,6 +178,11 @@ def to_the_neighbour(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     return collectives.all_to_all(grads[0].flip(0), ctx.group, send=ctx.receive, receive=ctx.send), None, None, None
 
 
+def own_part(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradient of gathered tokens, without the other ranks' terms."""
+    return grads[0].chunk(ctx.group.size, ctx.dim)[ctx.group.rank].contiguous(), None, None
+
+
 _wait = collectives.Shift.wait
 
 
@@ -190,11 +195,9 @@ FAULTS: dict[str, tuple[Layout, object, str, Any]] = {
     "a reduce-scatter that does not sum": (Layout(dp=2, zero=1), zero, "start_reduce_scatter", forgets_to_sum),
     "an all-reduce that sums twice": (Layout(dp=2), zero, "start_all_reduce", sums_twice),
     "row gradients in a wrong order": (Layout(dp=2, ep=2), collectives._Exchange, "backward", staticmethod(to_the_neighbour)),
-    "tokens gathered whose gradients are not summed": (
-        Layout(tp=2), collectives, "_scatter", lambda tensor, group, dim: tensor.chunk(group.size, dim)[group.rank].contiguous(),
-    ),
+    "tokens gathered whose gradients are not summed": (Layout(tp=2), collectives._Gather, "backward", staticmethod(own_part)),
     "a ring that passes zeros on": (Layout(cp=2), collectives.Shift, "wait", zeros_instead),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
