@@ -1,54 +1,38 @@
-"""Bytes of one training step on a single device, part by part, from the spec.
+"""Bytes of one training step on a rank of a layout, part by part, from the spec; by default on a single device.
 
-Weights, gradients and optimizer state follow from the precision (bytes per parameter, MTP included):
+Per weight of a rank (its part by `spec.placement`, MTP included), of which one in s is in its ZeRO shard:
 
-            weights  gradients  master  moments
-    bf16       2         4         4       8       bf16 weights; fp32 accumulated gradients, master weights, AdamW moments
-    fp32       4         4         -       8
+    ZeRO    weights  gradients  master  moments                 with weights in fp32
+    0         2         4         4       8                     4, 4, -, 8: the weights are their own master
+    1         2         4        4/s     8/s                    whole gradients add up over micro-batches
+    2         2        4/s       4/s     8/s                    besides whole gradients of the buckets that are on their way
+    3        2/s       4/s       4/s     8/s                    besides whole weights and gradients of the layers at work
 
-Activations are what autograd keeps for backward when element-wise operations are fused. Per token, in elements of the compute type
-(D hidden, H heads, r_q and r_kv the latents' widths, n p v the widths per head of no-position, rotary and value part, F an inner
-width, K experts per token, S sequence), a layer keeps
+with moments of 4 bytes; bf16 moments take half. What activations are kept: `cost.activations`. The loss turns its logits into the gradients
+of hidden states (counted as activations) and head at once, chunk by chunk.
 
-    attention   x, norm(x)                2 D                the norm's input, and that of wq_a and wkv_a
-                latents, normed latents   2 (r_q + r_kv) + p
-                q, k, v                   H (2 (n+p) + v)    k with a copy of its rotary part per head
-                output                    H v                the input of wo
-                CPU: probabilities        H (S + 128)/2      in blocks of 128 queries, if S is at most 2,048
-                CUDA: output again        H v                as the fused kernel laid it out
-    dense ffn   x, norm(x)                2 D
-                gate and up, product      3 F
-    MoE ffn     x, norm(x)                2 D
-                shared experts            3 F_s
-                routed experts            K (D + 3 F_e)      gathered inputs, gate and up, product times the router's gate
-
-and a few numbers in fp32: reciprocal RMS, log-sum-exp, scores. Each routed expert's rows are padded to a multiple of 16. Under `selective`
-recompute the norms' outputs, normed latents, q, k, v and probabilities are made again (V3 3.2.3), but norm(x) stays where queries are
-made straight from it; under `full` a layer keeps only x, and one layer at a time goes backward with all it needs. The loss turns its
-logits into the gradients of hidden states (counted as activations) and head at once, chunk by chunk.
-
-An estimate: the allocator's rounding, temporaries inside an operation and the working gradients of a single layer are left out.
+An estimate: the allocator's rounding, temporaries inside an operation and the working gradients of a single layer are left out, and
+activations are those of one micro-batch, of which a pipeline keeps several at a time.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
-from typing import Literal
 
-from quintet.cost.flops import parameters
+from quintet.cost.activations import FP32, Device, block_bytes, element_bytes, outside_bytes, tokens_of
+from quintet.cost.comm import ring_payload, ring_width
+from quintet.cost.shard import Held, held, num_shards
+from quintet.spec.layout import Layout
 from quintet.spec.model import Model
-from quintet.spec.run import Train
+from quintet.spec.run import Precision, Train
+from quintet.spec.stage import stage_of
 
-Device = Literal["cpu", "cuda"]
-
-FP32 = 4
-INDEX = 8
-KEEP_PROBABILITIES_BELOW = 2048
-"""Longest sequence whose attention probabilities are kept on a CPU. These three are those of `ops`, which needs torch."""
-QUERY_BLOCK = 128
-"""Queries whose probabilities reach to the same key."""
-ROW_ALIGNMENT = 16
-"""What the rows of each expert are padded to a multiple of, unless they are few."""
+BUCKET_NUMEL = 25_000_000
+"""Gradients that ZeRO reduces together below stage 3. It and the next are those of `parallel.zero`, which needs torch."""
+OPEN_BUCKETS = 3
+"""Buckets whose gradients are whole at one time: one that fills, and those whose reduction is under way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,19 +40,23 @@ class Memory:
     """Bytes by part at the peak of a training step."""
 
     weights: int
-    """Weights that compute."""
+    """Weights that compute; with ZeRO 3 this rank's shard of them."""
     gradients: int
     """Accumulated gradients, fp32."""
     master_weights: int
     """fp32 copy of bf16 weights; 0 if the weights are fp32."""
     moments: int
-    """Both AdamW moments, fp32."""
+    """Both AdamW moments."""
+    gathered: int
+    """ZeRO 2 and 3: whole gradients of a few buckets; ZeRO 3: whole weights of what is at work, and of embedding and head."""
     activations: int
     """What a micro-batch keeps from forward for backward."""
     recomputation: int
     """What the largest layer holds besides while backward computes it again; 0 without recompute."""
     logits: int
     """One chunk's logits and their gradient, and the head's gradient that the chunks add up to: fp32, then one per loss."""
+    messages: int
+    """The largest message and its copy, where tokens, rows or payloads travel."""
 
     @property
     def total(self) -> int:
@@ -76,74 +64,93 @@ class Memory:
         return sum(getattr(self, field.name) for field in fields(self))
 
 
-def step_memory(model: Model, train: Train, *, sequence_length: int, device: Device = "cpu") -> Memory:
-    """Bytes of a step with micro-batches of `train.micro_batch` sequences of `sequence_length` tokens, on one device."""
-    size, width, modules = element_bytes(train), model.hidden_size, model.num_mtp_modules
-    tokens, count = train.micro_batch * sequence_length, parameters(model).total_with_mtp
-    num_blocks = {False: model.num_dense_layers, True: model.num_moe_layers + modules}
+def step_memory(
+    model: Model,
+    train: Train,
+    *,
+    sequence_length: int,
+    device: Device = "cpu",
+    layout: Layout | None = None,
+    stage: int = 0,
+    moments: Precision = "fp32",
+) -> Memory:
+    """Bytes of a step with micro-batches of `train.micro_batch` sequences of `sequence_length` tokens, on each rank of pipeline stage
+    `stage` of a legal `layout` (default: one device); `moments` is the type that the optimizer keeps them in."""
+    layout = layout or Layout()
+    part, size, weights = stage_of(model, layout, stage), element_bytes(train), held(model, layout, stage=stage)
+    whole, shard = sum(weights.total.values()), _shard_of([weights.total], layout)
+    modules = model.num_mtp_modules if part.mtp else 0
+    num_dense = sum(layer < model.num_dense_layers for layer in part.layers)
+    num_blocks = {False: num_dense, True: len(part.layers) - num_dense + modules}
 
     def block(moe: bool, policy: Train) -> int:
-        return block_bytes(model, policy, moe=moe, sequence_length=sequence_length, device=device)
+        return block_bytes(model, policy, layout, moe=moe, sequence_length=sequence_length, device=device)
 
-    # Per loss the last norm's input and the gradient of its output. Per module the inputs of its two norms and of eh_proj; a module that
-    # is recomputed keeps the first two only, one of them in place of its block's input.
-    losses = (1 + modules) * tokens * (2 * size * width + FP32 + 2 * INDEX)
-    inputs = modules * tokens * (size * width if train.recompute == "full" else 4 * size * width + 2 * FP32)
-    chunk = 2 * size * min(train.loss_chunk, tokens) * model.vocab_size
+    recomputed = (block(moe, replace(train, recompute="none")) - block(moe, train) for moe, num in num_blocks.items() if num)
+    outside = outside_bytes(model, train, layout, sequence_length=sequence_length, losses=part.head * (1 + modules), modules=modules)
     return Memory(
-        weights=size * count,
-        gradients=FP32 * count,
-        master_weights=FP32 * count if size < FP32 else 0,
-        moments=2 * FP32 * count,
-        activations=sum(num * block(moe, train) for moe, num in num_blocks.items()) + losses + inputs,
-        recomputation=max(block(moe, replace(train, recompute="none")) - block(moe, train) for moe, num in num_blocks.items() if num),
-        logits=chunk + (FP32 + size * modules) * model.vocab_size * width,
+        weights=size * (shard if layout.zero == 3 else whole),
+        gradients=FP32 * (shard if layout.zero >= 2 else whole),
+        master_weights=FP32 * shard if size < FP32 else 0,
+        moments=2 * (2 if moments == "bf16" else FP32) * shard,
+        gathered=_gathered(weights, layout, size=size),
+        activations=sum(num * block(moe, train) for moe, num in num_blocks.items()) + outside,
+        recomputation=max(recomputed, default=0),
+        logits=_logits(model, train, layout, sequence_length=sequence_length, modules=modules) if part.head else 0,
+        messages=_messages(model, train, layout, sequence_length=sequence_length),
     )
 
 
-def block_bytes(model: Model, train: Train, *, moe: bool, sequence_length: int, device: Device) -> int:
-    """Bytes that a micro-batch keeps in one layer, dense or mixture of experts, outside of its own recomputation."""
-    size, width, tokens = element_bytes(train), model.hidden_size, train.micro_batch * sequence_length
-    if train.recompute == "full":
-        return tokens * size * width
-    kept, again, exact = _attention_elements(model, sequence_length=sequence_length, device=device)
-    kept, again = kept + width, again + width  # the other norm's input and output
-    if not moe:
-        kept += 3 * model.dense_ffn_size
-    else:
-        kept += 3 * model.num_shared_experts * model.expert_ffn_size
-        exact += model.num_routed_experts
-    per_token = size * (kept + (again if train.recompute == "none" else 0)) + FP32 * exact
-    return tokens * per_token + (_routed_bytes(model, tokens, size=size) if moe else 0)
+def largest_rank(
+    model: Model, train: Train, *, sequence_length: int, device: Device = "cpu", layout: Layout, moments: Precision = "fp32"
+) -> Memory:
+    """The `step_memory` of the pipeline stage that needs most."""
+    stages = (
+        step_memory(model, train, sequence_length=sequence_length, device=device, layout=layout, stage=stage, moments=moments)
+        for stage in range(layout.pp)
+    )
+    return max(stages, key=lambda memory: memory.total)
 
 
-def _attention_elements(model: Model, *, sequence_length: int, device: Device) -> tuple[int, int, int]:
-    """Per token of one layer: elements that are always kept, those that selective recompute makes again, and numbers in fp32."""
-    width, heads, compressed = model.hidden_size, model.num_heads, model.q_lora_rank is not None
-    latents = (model.q_lora_rank or 0) + model.kv_lora_rank
-    kept = width + latents + model.qk_rope_head_dim + heads * model.v_head_dim
-    again = latents + heads * (2 * model.qk_head_dim + model.v_head_dim)
-    exact = 3 + compressed  # norms of this layer, the one before the feed-forward included
-    if compressed:
-        again += width
-    else:
-        kept += width
-    if device == "cuda":
-        kept += heads * model.v_head_dim
-        exact += heads
-    elif sequence_length <= KEEP_PROBABILITIES_BELOW:
-        again += heads * (sequence_length + min(sequence_length, QUERY_BLOCK)) // 2
-    return kept, again, exact
+def _shard_of(counts: Iterable[Counter[str]], layout: Layout) -> int:
+    """Elements of a rank's ZeRO shard of weights by holders, the padding of its buckets left out."""
+    return sum(-(-count // num_shards(layout, holders)) for some in counts for holders, count in some.items())
 
 
-def _routed_bytes(model: Model, tokens: int, *, size: int) -> int:
-    """Bytes that the routed experts of one layer keep: rows, gates and where each row lies."""
-    slots = tokens * model.num_experts_per_token
-    padded = slots >= 4 * model.num_routed_experts * ROW_ALIGNMENT
-    rows = slots + (model.num_routed_experts * (ROW_ALIGNMENT - 1) if padded else 0)
-    return rows * (size * (model.hidden_size + 3 * model.expert_ffn_size) + FP32 + INDEX) + slots * (FP32 + 2 * INDEX)
+def _gathered(weights: Held, layout: Layout, *, size: int) -> int:
+    """Bytes of whole weights and gradients beside a rank's shards."""
+    if layout.zero < 2:
+        return 0
+    units = [_shared_out(unit, layout) for unit in weights.units]
+    root, largest = _shared_out(weights.root, layout), max(units, default=0)
+    if layout.zero == 2:
+        buckets = min(OPEN_BUCKETS * max(BUCKET_NUMEL, largest), sum(units) + root)
+        return FP32 * buckets
+    # Embedding and head stay whole through a step; of the layers, one is at work and the next one is on its way.
+    return size * (root + min(2 * largest, sum(units))) + FP32 * min(OPEN_BUCKETS * largest, sum(units) + root)
 
 
-def element_bytes(train: Train) -> int:
-    """Bytes of one weight or activation."""
-    return 2 if train.precision == "bf16" else FP32
+def _shared_out(counts: Counter[str], layout: Layout) -> int:
+    """Elements of those weights that ZeRO shards at all."""
+    return sum(count for holders, count in counts.items() if num_shards(layout, holders) > 1)
+
+
+def _logits(model: Model, train: Train, layout: Layout, *, sequence_length: int, modules: int) -> int:
+    """Bytes of the loss. A split vocabulary has its logits and their gradient in fp32 too, since ranks compare them in between."""
+    size, rows = element_bytes(train), model.vocab_size // layout.tp
+    per_logit = 2 * size + (2 * FP32 if layout.tp > 1 and size < FP32 else 0)
+    chunk = per_logit * min(train.loss_chunk, tokens_of(train, layout, sequence_length)) * rows
+    return chunk + (FP32 + size * modules) * rows * model.hidden_size
+
+
+def _messages(model: Model, train: Train, layout: Layout, *, sequence_length: int) -> int:
+    """Bytes of the largest message that a rank has in hand, and of what it was made from or becomes."""
+    size, tokens = element_bytes(train), tokens_of(train, layout, sequence_length)
+    gathered = tokens * model.hidden_size if layout.tp > 1 else 0
+    sent = tokens // (1 if layout.expert_tp > 1 else layout.tp) * model.num_experts_per_token if layout.ep > 1 else 0
+    passed = 0
+    if layout.cp > 1:
+        own = sequence_length // layout.cp
+        payload = ring_payload(model, tokens_per_rank=own, cp=layout.cp, tp=layout.tp, element_bytes=size)
+        passed = 2 * tokens * ring_width(model, tp=layout.tp, payload=payload)
+    return size * max(gathered, 2 * sent * model.hidden_size, passed)

@@ -8,14 +8,14 @@ the number of holders that divide one set of shards among them, and n the bucket
       0     whole               whole, all-reduced                  whole, equal on all (s = 1)
       1     whole               whole while micro-batches add up,   shard [n/s]
                                 then reduce-scattered: shard
-      2     whole               whole while one backward runs,      shard [n/s]
-                                then a shard that adds up
+      2     whole               whole until their bucket is full    shard [n/s]
+                                and reduced, a shard that adds up
       3     shard; whole while  as 2                                shard [n/s]
             their block runs
 
 A gradient leaves for its bucket as soon as backward has it; when a bucket is full, and those before it have gone, its reduction starts
-and goes on beside the rest of backward. After the update the holders of shards gather the whole weights again (stages 1 and 2). With
-hybrid sharding (arXiv 2304.11277) s is smaller than the number of holders, and the holders of equal shards add their sums up.
+and goes on beside the rest of backward, two at a time. After the update the holders of shards gather the whole weights again (stages 1
+and 2). With hybrid sharding (arXiv 2304.11277) s is smaller than the number of holders, and the holders of equal shards add their sums up.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ BUCKET_NUMEL = 25_000_000
 """Buckets of stages 0 to 2 are closed at this many elements (100 MB of fp32 gradients)."""
 _ALIGNMENT = 64
 """Elements that every parameter's place is a multiple of; grouped products want 16 bytes."""
+_IN_FLIGHT = 2
+"""Reductions under way at one time; before another one starts the first is waited for, and its whole gradient can be freed."""
 
 
 @dataclass(frozen=True)
@@ -217,6 +219,7 @@ class ShardedParameters:
         self._active: list[Bucket] = []
         self._last = False
         self._started: dict[int, Pending] = {}
+        self._num_started = 0
         for name, buffer in list(model.named_buffers()):
             model.get_submodule(name.rpartition(".")[0]).register_buffer(name.rpartition(".")[2], torch.zeros_like(buffer, device=device))
         self._units = _Units(model, self._unit_buckets) if self.stage == 3 else None
@@ -235,7 +238,7 @@ class ShardedParameters:
 
     def begin_micro_batch(self, *, last: bool) -> None:
         """Before a backward; `last` of its step."""
-        self._last = last
+        self._last, self._num_started = last, 0
         for bucket in self._active:
             bucket.begin_micro_batch()
 
@@ -244,9 +247,7 @@ class ShardedParameters:
         if not (self._last or self.stage >= 2):
             return
         self._start_reductions(all_of_them=True)
-        reduced = [self._started.pop(i).wait() for i in range(len(self._active))]
-        for bucket, shard in zip(self._active, reduced, strict=True):
-            bucket.gradient_shard = shard if bucket.gradient_shard is None else bucket.gradient_shard.add_(shard)
+        self._finish_reductions()
         if self._last:
             pending = [
                 start_all_reduce(bucket.gradient_shard, bucket.replicate)
@@ -303,14 +304,21 @@ class ShardedParameters:
 
     def _start_reductions(self, *, all_of_them: bool = False) -> None:
         """Start those of full buckets, in the order of the buckets: every rank makes the same calls in the same order."""
-        for i, bucket in enumerate(self._active):
-            if i in self._started:
-                continue
+        for place in range(self._num_started, len(self._active)):
+            bucket = self._active[place]
             if not (all_of_them or bucket.is_full):
                 return
             if bucket.gradient is None:
                 bucket.gradient, bucket._fresh = torch.zeros(bucket.numel, dtype=torch.float32, device=bucket.master.device), set()
-            self._started[i] = bucket.start_reduction()
+            self._finish_reductions(leave=_IN_FLIGHT - 1)
+            self._started[place], self._num_started = bucket.start_reduction(), place + 1
+
+    def _finish_reductions(self, *, leave: int = 0) -> None:
+        """Wait for the reductions that started first, all but `leave` of them, and add their shards up."""
+        while len(self._started) > leave:
+            place = min(self._started)
+            bucket, shard = self._active[place], self._started.pop(place).wait()
+            bucket.gradient_shard = shard if bucket.gradient_shard is None else bucket.gradient_shard.add_(shard)
 
 
 class _Units:

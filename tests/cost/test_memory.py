@@ -11,8 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quintet.cost.activations import KEEP_PROBABILITIES_BELOW, QUERY_BLOCK, ROW_ALIGNMENT
 from quintet.cost.flops import parameters
-from quintet.cost.memory import KEEP_PROBABILITIES_BELOW, QUERY_BLOCK, ROW_ALIGNMENT, Memory, step_memory
+from quintet.cost.memory import Memory, step_memory
 from quintet.model.loss import Weights, count_targets, targets_by_depth, training_loss
 from quintet.model.transformer import Transformer
 from quintet.ops import attention, permute
