@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -111,11 +112,13 @@ def assert_ranks_equal_one_device(cases: list[Case], count: int) -> None:
     def work(rank: int) -> list[Result]:
         return [ring(case, payload)[0] for case in cases for payload in PAYLOADS]
 
+    # First here: what the calls import is then imported in the ranks, which are forks of this process.
+    ones = [attended(case, alone("cp"), None) for case in cases]
     found = on_ranks(count, work)
-    for i, case in enumerate(case for case in cases for _ in PAYLOADS):
-        one = attended(case, alone("cp"), None)
-        wrong = {name: error for name, error in errors(joined(case, [parts[i] for parts in found]), one).items() if not error < 2e-6}
-        assert not wrong, (case, PAYLOADS[i % 2], wrong)
+    for i, (case, payload) in enumerate((case, payload) for case in range(len(cases)) for payload in PAYLOADS):
+        all_errors = errors(joined(cases[case], [parts[i] for parts in found]), ones[case])
+        wrong = {name: error for name, error in all_errors.items() if not error < 2e-6}
+        assert not wrong, (cases[case], payload, wrong)
 
 
 def test_each_rank_holds_an_early_and_a_late_chunk() -> None:
@@ -161,6 +164,18 @@ def test_outputs_and_all_gradients_equal_one_devices(count: int) -> None:
         for documents in (False, True)
     ]
     assert_ranks_equal_one_device(cases, count)
+
+
+def test_any_widths_do(seed: int) -> None:
+    draw = random.Random(seed)
+
+    def case() -> Case:
+        widths = {name: draw.randint(1, 6) for name in ("num_heads", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")}
+        model = like_small(**widths, qk_rope_head_dim=2 * draw.randint(1, 3), q_lora_rank=draw.choice([None, 3, 8]))
+        flags: dict[str, Any] = {name: draw.random() < 0.5 for name in ("documents", "recompute", "checkpoint")}
+        return Case(model, batch=draw.randint(1, 3), length=6 * draw.randint(1, 4), **flags)
+
+    assert_ranks_equal_one_device([case() for _ in range(8)], 3)
 
 
 def test_recomputation_of_parts_and_of_all_changes_nothing() -> None:
