@@ -6,6 +6,7 @@ The rotary part needs no permutation: both sides turn interleaved pairs. Read ar
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,9 @@ from quintet.spec.model import Model
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LISTED = 8
 
+OnProgress = Callable[[float, float], None]
+"""Hears how much of what total is done."""
+
 
 def export(
     state: Mapping[str, Tensor],
@@ -34,13 +38,16 @@ def export(
     eos_token_id: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
     max_shard_bytes: int = 5 * 10**9,
+    on_progress: OnProgress = lambda done, total: None,
 ) -> None:
     """Write a new directory that transformers' AutoModelForCausalLM and AutoTokenizer, and servers that read V3, load.
 
     state: the tensors of `hub_names.shapes(model)`; only one is copied at a time. tokenizer_file: a tokenizer.json, of which the two ids
     say what begins and ends a text (generation stops at the latter). dtype: of the weights in the files, float32, bfloat16 or float16;
-    router biases stay float32. The directory appears whole or not at all. Raises UsageError for a directory that holds something already,
-    CheckpointError for another model's state, a tokenizer that does not fit, and a file system that refuses.
+    router biases stay float32. `on_progress` hears of the bytes. The directory appears whole or not at all.
+
+    Raises UsageError for a directory that holds something already, CheckpointError for another model's state, a tokenizer that does not
+    fit, and a file system that refuses.
     """
     if dtype not in _DTYPES:
         raise CheckpointError(f"cannot export as {dtype}; choose one of {', '.join(map(dtype_name, _DTYPES))}")
@@ -51,8 +58,14 @@ def export(
         for part, _ in sources.values()
     ]
 
+    sizes, written = {entry.name: entry.num_bytes for entry in entries}, 0
+    total = sum(sizes.values())
+
     def tensor(name: str) -> Tensor:
+        nonlocal written
         part, ours = sources[name]
+        on_progress(written, total)
+        written += sizes[name]
         return torch.empty(part.shape) if ours is None else state[ours][part.index].detach()
 
     tokenizer = hub_files.tokenizer(tokenizer_file, model, bos_id=bos_token_id, eos_id=eos_token_id)
@@ -93,12 +106,14 @@ def read_config(directory: Path, *, on_message: Callable[[str], None] = lambda m
     return held
 
 
-def import_(directory: Path, *, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+def import_(
+    directory: Path, *, dtype: torch.dtype | None = None, on_progress: OnProgress = lambda done, total: None
+) -> Iterator[tuple[str, Tensor]]:
     """The tensors of `hub_names.shapes(read_config(directory))`, one by one, by our names.
 
-    dtype: of the weights given; None keeps the files' own (FP8 blocks become the config's torch_dtype). Router biases are float32. All
-    names and shapes are checked before the first tensor is read. Raises CheckpointError for missing, unknown and wrongly shaped tensors,
-    and for a copy of the embedding or the head that differs from it.
+    dtype: of the weights given; None keeps the files' own (FP8 blocks become the config's torch_dtype). Router biases are float32.
+    All names and shapes are checked before the first tensor is read; `on_progress` hears of the elements. Raises CheckpointError for
+    missing, unknown and wrongly shaped tensors, and for a copy of the embedding or the head that differs from it.
     """
     config = hub_config.read(directory)
     catalog = shards.Catalog(directory)
@@ -108,7 +123,8 @@ def import_(directory: Path, *, dtype: torch.dtype | None = None) -> Iterator[tu
     _check_names(directory, model, plan, catalog.shapes())
     block = tuple((config.quantization_config or {}).get("weight_block_size") or (128, 128))
     unquantized = dtype or getattr(torch, str(config.torch_dtype), None) or torch.bfloat16
-    return _assembled(plan, model, catalog, block=block, dtype=dtype, unquantized=unquantized)
+    tensors = _assembled(plan, model, catalog, block=block, dtype=dtype, unquantized=unquantized)
+    return _watched(tensors, hub_names.shapes(model), on_progress)
 
 
 def _sources(model: Model) -> dict[str, tuple[Part, str | None]]:
@@ -188,6 +204,14 @@ def _assembled(
             if not torch.equal(read(copy), first):
                 raise CheckpointError(f"{copy} differs from {plan[ours][0].name}, but they are one tensor in this model")
         yield ours, tensor
+
+
+def _watched(tensors: Iterator[tuple[str, Tensor]], shapes: Mapping[str, Shape], on_progress: OnProgress) -> Iterator[tuple[str, Tensor]]:
+    total, done = sum(math.prod(shape) for shape in shapes.values()), 0
+    for name, tensor in tensors:
+        done += tensor.numel()
+        on_progress(done, total)
+        yield name, tensor
 
 
 def dequantized(weight: Tensor, scale: Tensor, block: tuple[int, ...]) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from rich.console import Console
 from rich.table import Table
 
+from quintet.cli.bar import Bar
 from quintet.cli.options import RunPath, Switch, read
 from quintet.monitor.metrics import Evaluated
 
@@ -28,7 +29,8 @@ def main(arguments: list[str]) -> int:
     given = read(Arguments, arguments, command="evaluate")
     from quintet.evaluate.perplexity import evaluate
 
-    evaluated = evaluate(given.model)
+    with Bar(f"evaluating {given.model}") as bar:
+        evaluated = evaluate(given.model, on_progress=bar)
     if given.json:
         print(json.dumps(asdict(evaluated), indent=2))
     else:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from rich.console import Console
 
+from quintet.cli.bar import Bar
 from quintet.cli.options import Directory, RunPath, read
 
 
@@ -31,17 +32,19 @@ def main(arguments: list[str]) -> int:
     from quintet.train.trained import master_weights, open_trained
 
     huggingface.refuse_existing(given.directory)
-    trained = open_trained(given.model)
-    dtype = torch.bfloat16 if given.dtype == "bf16" else torch.float32
-    state = master_weights(trained) if given.dtype == "fp32" else trained.model.state_dict()
-    huggingface.export(
-        state,
-        trained.run.model,
-        given.directory,
-        tokenizer_file=trained.tokenizer_file,
-        bos_token_id=trained.tokenizer.bos_id,
-        eos_token_id=trained.tokenizer.eos_id,
-        dtype=dtype,
-    )
+    with Bar(f"reading {given.model}"):
+        trained = open_trained(given.model)
+        state = master_weights(trained) if given.dtype == "fp32" else trained.model.state_dict()
+    with Bar(f"exporting to {given.directory}") as bar:
+        huggingface.export(
+            state,
+            trained.run.model,
+            given.directory,
+            tokenizer_file=trained.tokenizer_file,
+            bos_token_id=trained.tokenizer.bos_id,
+            eos_token_id=trained.tokenizer.eos_id,
+            dtype=torch.bfloat16 if given.dtype == "bf16" else torch.float32,
+            on_progress=bar,
+        )
     Console(stderr=True).print(f"wrote {given.directory}", markup=False, highlight=False, soft_wrap=True)
     return 0

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from quintet.cli.bar import Bar
 from quintet.cli.options import RunPath, read
 from quintet.errors import UsageError
 
@@ -37,7 +38,8 @@ def main(arguments: list[str]) -> int:
     from quintet.model.generate import generate
     from quintet.train.trained import open_trained
 
-    trained = open_trained(given.model)
+    with Bar(f"reading {given.model}"):
+        trained = open_trained(given.model)
     ids = torch.from_numpy(trained.tokenizer.encode_batch([given.prompt])[0].astype("int64")).to(trained.device)
     drawn = generate(
         trained.model,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
+from quintet.cli.bar import Bar
 from quintet.cli.options import Directory, RunPath, read
 
 
@@ -29,6 +30,7 @@ def main(arguments: list[str]) -> int:
     def tell(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    import_run(given.source, given.run, on_message=tell)
+    with Bar(f"importing {given.source}", console) as bar:
+        import_run(given.source, given.run, on_message=tell, on_progress=bar)
     tell(f"made {given.run}; see: quintet info {given.run}")
     return 0

@@ -45,7 +45,7 @@ _CHECKED_BYTES = 256 << 10
 _PERCENTILES = (1, 10, 50, 90, 99, 100)
 
 _SHOWN_BYTES = 1 << 30
-"""Text whose reading for its fingerprint is shown, in stored bytes."""
+"""What is only read, for a fingerprint, is shown from this size on."""
 
 OnMessage = Callable[[str], None]
 OnOther = Literal["refuse", "beside", "replace"]
@@ -305,9 +305,8 @@ def _plan(data: Data, directory: Path, *, vocab_size: int, seed: int, progress: 
     listings = {source.name: list_files(source) for source in data.sources}
     origins = {}
     for source in data.sources:
-        name, size = f"fingerprint of {source.name}", listings[source.name].num_bytes
         done = _read_done(directory / source.name)
-        on_read = _noted(progress, name, size) if size >= _SHOWN_BYTES else lambda size: None
+        on_read = _noted(progress, f"fingerprint of {source.name}", listings[source.name].num_bytes)
         origins[source.name] = origin_of(data, source, listings[source.name], before=done.origin if done else None, on_read=on_read)
     if data.tokenizer is not None:
         given = _given_tokenizer(data.tokenizer, on_message=on_message)
@@ -321,8 +320,15 @@ def _plan(data: Data, directory: Path, *, vocab_size: int, seed: int, progress: 
 
 
 def _noted(progress: Progress, name: str, num_bytes: int) -> Callable[[int], None]:
+    """Progress of reading alone, which is shown where there is much of it."""
+    if num_bytes < _SHOWN_BYTES:
+        return lambda size: None
     progress.start(name, num_bytes)
-    return lambda size: progress.advance(name, 1, size)
+    return lambda size: progress.advance(name, 0, size)
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir()) if folder.is_dir() else 0
 
 
 def _others(directory: Path, origins: Mapping[str, Origin], fingerprint: str | None) -> list[str]:
@@ -421,8 +427,11 @@ def _prepare_source(data: Data, source: Source, plan: _Plan, directory: Path, to
     same = done is not None and done.origin.is_same(origin) and done.tokenizer == tokenizer.fingerprint
     if done and same and not (data.strict and _has_bad(done.statistics)):
         try:
-            for split in ("train", "held_out"):
+            sizes = [_folder_bytes(folder / split) for split in ("train", "held_out")]
+            on_read = _noted(progress, f"check of {source.name}", sum(sizes))
+            for split, size in zip(("train", "held_out"), sizes, strict=True):
                 Shard(folder / split, tokenizer=tokenizer.fingerprint, verify=True)
+                on_read(size)
             if done.origin != origin:  # the same text in files of other names or times
                 write_file(folder / "source.json", _source_json(replace(done, origin=origin)))
             return True

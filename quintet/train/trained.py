@@ -93,18 +93,24 @@ def master_weights(trained: Trained) -> dict[str, Tensor]:
     return trained.model.state_dict() | {name.removeprefix("optimizer.master."): tensor for name, tensor in masters.items()}
 
 
-def import_run(source: Path, directory: Path, *, on_message: Callable[[str], None] = lambda message: None) -> None:
+def import_run(
+    source: Path,
+    directory: Path,
+    *,
+    on_message: Callable[[str], None] = lambda message: None,
+    on_progress: huggingface.OnProgress = lambda done, total: None,
+) -> None:
     """Make a run, with recipe and a checkpoint of step 0, of a model in Hugging Face's format with a tokenizer.json.
 
     The recipe trains on the default corpus; edit it before `quintet resume`. `on_message` is told what the files lack of what their
-    config.json says. Raises CheckpointError for a directory that is not such a model, DataError for its tokenizer, UsageError if the
-    run's directory exists.
+    config.json says, `on_progress` how many of the weights are read. Raises CheckpointError for a directory that is not such a model,
+    DataError for its tokenizer, UsageError if the run's directory exists.
     """
     spec = huggingface.read_config(source, on_message=on_message)
     remedy = "an import needs it beside the weights: fetch it from where the model was published, or export the model with its tokenizer"
     tokenizer = Tokenizer.from_file(source / TOKENIZER, remedy=remedy)
     refuse_existing(_imported_recipe(spec, directory, precision="fp32"))  # before all weights are read
-    weights = dict(huggingface.import_(source))
+    weights = dict(huggingface.import_(source, on_progress=on_progress))
     run = _imported_recipe(spec, directory, precision=_precision(weights))
     built = build(run, single(), torch.device("cpu"), on_message=lambda text: None, weights=weights)
     create(run, tokenizer)

@@ -45,6 +45,18 @@ def test_what_is_exported_is_imported_bit_for_bit(tmp_path: Path, model: Model, 
     assert all(torch.equal(imported[name], state[name]) and imported[name].dtype == state[name].dtype for name in state)
 
 
+def test_progress_is_told_from_nothing_to_all(tmp_path: Path, generator: torch.Generator) -> None:
+    told: list[tuple[float, float]] = []
+    state = _exported(tmp_path / "hub", SMALL, generator, on_progress=lambda done, total: told.append((done, total)))
+    shares = [done for done, _ in told]
+    assert shares[0] == 0 and shares == sorted(shares)
+    assert {total for _, total in told} == {sum(tensor.nbytes for tensor in _tensors(tmp_path / "hub").values())}
+    told.clear()
+    dict(import_(tmp_path / "hub", on_progress=lambda done, total: told.append((done, total))))
+    size = sum(tensor.numel() for tensor in state.values())
+    assert told[-1] == (size, size) and len(told) == len(state)
+
+
 def test_the_names_are_those_that_v3_was_published_with(tmp_path: Path, generator: torch.Generator) -> None:
     state = _exported(tmp_path / "hub", SMALL, generator)
     found = _tensors(tmp_path / "hub")

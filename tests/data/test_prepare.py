@@ -368,3 +368,13 @@ def test_a_lost_tokenizer_is_trained_again_to_the_same_and_the_shards_stay(tmp_p
     (tmp_path / "prepared/tokenizer.json").write_text("{}")
     again = prepare(data, vocab_size=400, seed=0)
     assert again.fingerprint == before.fingerprint and again.sources["code"].statistics.reused
+
+
+def test_reading_for_fingerprints_is_shown_where_there_is_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_SHOWN_BYTES", 1000)
+    data = recipe(tmp_path)
+    first, second = Recorder(), Recorder()
+    prepare(data, vocab_size=400, seed=0, progress=first)
+    assert first.bytes["fingerprint of code"] == first.started["fingerprint of code"] == first.started["code"]
+    prepare(data, vocab_size=400, seed=0, progress=second)
+    assert second.bytes["check of code"] == second.started["check of code"] > 1000

@@ -15,6 +15,7 @@ from quintet.checkpoint.load import list_checkpoints, read_manifest
 from quintet.cli.main import main
 from quintet.cost.memory import step_memory
 from quintet.errors import CheckpointError
+from quintet.evaluate.perplexity import evaluate
 from quintet.monitor.metrics import Evaluated, read_events
 from quintet.spec import parse
 from quintet.spec.run import Checkpoint, Data, Precision, Run, Train
@@ -57,6 +58,13 @@ def test_evaluating_a_run_gives_the_loss_that_its_training_ended_with(trained: R
     assert evaluated["bits_per_byte"] == pytest.approx(ended.bits_per_byte, rel=1e-6)
     shown = told(capsys, "evaluate", where(trained))
     assert all(f"{loss:.4f}" in shown for loss in ended.losses.values())
+
+
+def test_an_evaluation_tells_how_far_it_is(trained: Run) -> None:
+    seen: list[tuple[float, float]] = []
+    evaluate(where(trained), on_progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1][0] == seen[-1][1] == trained.evaluation.num_sequences * len(trained.data.sources)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
 def test_a_run_means_its_newest_checkpoint_and_a_checkpoint_itself(trained: Run, capsys: pytest.CaptureFixture[str]) -> None:
