@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -34,10 +35,10 @@ from quintet.spec.layout import Layout
 from quintet.spec.placement import Box, local_box, placement
 
 BUCKET_NUMEL = 25_000_000
-"""Buckets of stages 0 to 2 are closed at this many elements (100 MB of fp32 gradients)."""
+"""Buckets of stages 0 to 2 are closed at this many elements of a rank (100 MB of fp32 gradients)."""
 _ALIGNMENT = 64
 """Elements that every parameter's place is a multiple of; grouped products want 16 bytes."""
-_IN_FLIGHT = 2
+IN_FLIGHT = 2
 """Reductions under way at one time; before another one starts the first is waited for, and its whole gradient can be freed."""
 
 
@@ -62,6 +63,15 @@ class Part:
     values: Tensor
 
 
+@dataclass(frozen=True)
+class Reduction:
+    """A bucket's gradient on its way; `whole` stays alive until it has been read."""
+
+    bucket: Bucket
+    whole: Tensor
+    pending: Pending
+
+
 def holders(name: str, layout: Layout) -> str:
     """Which of `spec.layout.HOLDERS` hold the same values of a parameter."""
     split = {axis for axis in placement(name) if layout.degree(axis) > 1}
@@ -73,24 +83,29 @@ def holders(name: str, layout: Layout) -> str:
 class Bucket:
     """Parameters one behind the other: weights [n] in the compute type, fp32 gradient and master, and this rank's shard of each [n/s]."""
 
-    def __init__(self, pieces: list[Piece], numel: int, *, num_decayed: int, shard: Group, replicate: Group, dtype: torch.dtype) -> None:
-        """`pieces` have parameters without elements, which get their places in the new weights, all 0."""
+    def __init__(
+        self, pieces: list[Piece], numel: int, *, num_decayed: int, shard: Group, replicate: Group, dtype: torch.dtype, keep_shards: bool
+    ) -> None:
+        """`pieces` have parameters without elements, which get their places in the new weights, all 0. With `keep_shards` (stage 3) only
+        this rank's shard of the weights is kept, except between `start_gathering` and `free`."""
         self.pieces, self.numel, self.num_decayed = pieces, numel, num_decayed
         self.shard, self.replicate = shard, replicate
+        self.keeps_shards = keep_shards and shard.size > 1
         device = pieces[0].parameter.device
-        self.weights = torch.zeros(numel, dtype=dtype, device=device)
         size = numel // shard.size
         self.range = (shard.rank * size, (shard.rank + 1) * size)
-        self.weight_shard = self.weights[slice(*self.range)]
+        self.weights = torch.empty(numel, dtype=dtype, device=device)
+        self.weight_shard = torch.zeros(size, dtype=dtype, device=device) if self.keeps_shards else self.weights.zero_()[slice(*self.range)]
         self.master = self.weight_shard if dtype == torch.float32 else torch.zeros(size, dtype=torch.float32, device=device)
         self.gradient: Tensor | None = None
         self.gradient_shard: Tensor | None = None
         self._filled: set[str] = set()
+        self._fresh: set[str] = set()
         self._gathering: Pending | None = None
-        self._sharded = False
         for piece in pieces:
             # By `.data`, so that autograd does not take the weights' update or arrival for a change of what it saved.
             piece.parameter.data = self.weights[piece.begin : piece.end].view(piece.box.sizes)
+        self.free()
 
     @property
     def is_full(self) -> bool:
@@ -99,6 +114,7 @@ class Bucket:
 
     def add(self, piece: Piece, gradient: Tensor) -> None:
         """Take a parameter's gradient over, adding to an earlier micro-batch's."""
+        assert piece.name not in self._filled, piece.name  # else a reduction might be under way without it
         if self.gradient is None:
             self.gradient = torch.empty(self.numel, dtype=torch.float32, device=gradient.device)
             self._fresh = {other.name for other in self.pieces}
@@ -119,9 +135,10 @@ class Bucket:
         """From now on the gradients of another backward come."""
         self._filled.clear()
 
-    def start_reduction(self) -> Pending:
-        """Give the gradient away to be summed over the holders of shards -> this rank's shard, not yet over `replicate` if s > 1."""
-        assert self.gradient is not None
+    def start_reduction(self) -> Reduction:
+        """Give the gradient away, 0 where none came, to be summed over the holders of shards."""
+        if self.gradient is None:
+            self.gradient, self._fresh = torch.zeros(self.numel, dtype=torch.float32, device=self.master.device), set()
         end = 0
         for piece in self.pieces:  # between the parameters, and where none came, the sum must be 0
             self.gradient[end : piece.begin] = 0
@@ -130,13 +147,13 @@ class Bucket:
             end = piece.end
         self.gradient[end:] = 0
         whole, self.gradient = self.gradient, None
-        return start_all_reduce(whole, self.replicate) if self.shard.size == 1 else start_reduce_scatter(whole, self.shard)
+        return Reduction(self, whole, start_reduce_scatter(whole, self.shard))
 
     def publish(self) -> None:
         """After an update of the master: round it to the weights, and start gathering them from all shards."""
         if self.master is not self.weight_shard:
             self.weight_shard.copy_(self.master)
-        if self._sharded:
+        if self.keeps_shards:
             self.free()
         elif self.shard.size > 1:
             self._gathering = start_all_gather(self.weight_shard, self.weights, self.shard)
@@ -147,41 +164,28 @@ class Bucket:
             self._gathering.wait()
             self._gathering = None
 
-    def shard_weights(self) -> None:
-        """From now on keep only this rank's shard of the weights (stage 3), except between `start_gathering` and `free`."""
-        if self.shard.size > 1:
-            own_master = self.master is self.weight_shard
-            self.weight_shard = self.weight_shard.clone()
-            if own_master:
-                self.master = self.weight_shard
-            self._sharded = True
-            self.free()
-
-    @property
-    def keeps_shards(self) -> bool:
-        """Whether the weights are kept as shards (stage 3)."""
-        return self._sharded
-
     def start_gathering(self) -> None:
         """Make room for the whole weights and ask the others for their shards, unless that is done."""
         storage = self.weights.untyped_storage()
-        if self._sharded and self._gathering is None and storage.size() == 0:
+        if self.keeps_shards and storage.size() == 0:
             storage.resize_(self.numel * self.weights.element_size())
             self._gathering = start_all_gather(self.weight_shard, self.weights, self.shard)
 
     def free(self) -> None:
-        """Give the room of the whole weights back (stage 3)."""
-        if self._sharded:
+        """Give the room of the whole weights back, once nothing arrives there any more (stage 3)."""
+        if self.keeps_shards:
             self.finish_gathering()
             self.weights.untyped_storage().resize_(0)
 
     def fill(self, piece: Piece, values: Tensor) -> None:
-        """Set a parameter to fp32 values in the shape of its box, before the weights are sharded."""
-        flat = values.to(self.weights.device).flatten()
-        self.weights[piece.begin : piece.end] = flat
+        """Set a parameter to fp32 values in the shape of its box."""
+        flat = values.flatten()
+        if not self.keeps_shards:
+            self.weights[piece.begin : piece.end] = flat
         begin, end = max(piece.begin, self.range[0]), min(piece.end, self.range[1])
         if begin < end:
-            self.master[begin - self.range[0] : end - self.range[0]] = flat[begin - piece.begin : end - piece.begin]
+            for target in (self.weight_shard, self.master):
+                target[begin - self.range[0] : end - self.range[0]] = flat[begin - piece.begin : end - piece.begin]
 
     def parts(self, shard: Tensor) -> Iterator[Part]:
         """The runs of parameters that a tensor like the master [n/s] holds."""
@@ -206,11 +210,13 @@ class ShardedParameters:
         self.buckets: list[Bucket] = []
         self.is_mtp: list[bool] = []
         self._unit_buckets: dict[str, list[Bucket]] = {}
-        for (names, kind, mtp), unit in _grouped(model, mesh.layout, by_unit=self.stage == 3, bucket_numel=bucket_numel):
+        for (names, kind, mtp), unit in _grouped(model, mesh, by_unit=self.stage == 3, bucket_numel=bucket_numel):
             pieces, numel, num_decayed = _cut(model, names, mesh, dtype=dtype, device=device)
             shard, replicate = mesh[f"{kind}.shard"], mesh[f"{kind}.replicate"]
             numel = math.ceil(numel / (shard.size * _ALIGNMENT)) * shard.size * _ALIGNMENT
-            bucket = Bucket(pieces, numel, num_decayed=num_decayed, shard=shard, replicate=replicate, dtype=dtype)
+            bucket = Bucket(
+                pieces, numel, num_decayed=num_decayed, shard=shard, replicate=replicate, dtype=dtype, keep_shards=self.stage == 3
+            )
             self.buckets.append(bucket)
             self.is_mtp.append(mtp)
             self._unit_buckets.setdefault(unit, []).append(bucket)
@@ -218,8 +224,10 @@ class ShardedParameters:
                 piece.parameter.register_post_accumulate_grad_hook(self._taker(bucket, piece, unit))
         self._active: list[Bucket] = []
         self._last = False
-        self._started: dict[int, Pending] = {}
-        self._num_started = 0
+        self._num_passed = 0
+        """Of the active buckets, those whose turn to be reduced has come in this backward."""
+        self._started: deque[Reduction] = deque()
+        self._replicating: list[tuple[Bucket, Pending]] = []
         for name, buffer in list(model.named_buffers()):
             model.get_submodule(name.rpartition(".")[0]).register_buffer(name.rpartition(".")[2], torch.zeros_like(buffer, device=device))
         self._units = _Units(model, self._unit_buckets) if self.stage == 3 else None
@@ -229,8 +237,6 @@ class ShardedParameters:
         for bucket in self.buckets:
             for piece in bucket.pieces:
                 bucket.fill(piece, values(piece))
-            if self.stage == 3:
-                bucket.shard_weights()
 
     def begin_step(self, *, mtp: bool) -> None:
         """Before a step's first micro-batch; without `mtp` its modules do not run and their buckets stay as they are."""
@@ -238,24 +244,20 @@ class ShardedParameters:
 
     def begin_micro_batch(self, *, last: bool) -> None:
         """Before a backward; `last` of its step."""
-        self._last, self._num_started = last, 0
+        self._last, self._num_passed = last, 0
         for bucket in self._active:
             bucket.begin_micro_batch()
 
     def end_micro_batch(self) -> None:
         """Behind a backward: reduce what has not started yet, and wait for all that has."""
-        if not (self._last or self.stage >= 2):
-            return
         self._start_reductions(all_of_them=True)
-        self._finish_reductions()
-        if self._last:
-            pending = [
-                start_all_reduce(bucket.gradient_shard, bucket.replicate)
-                for bucket in self._active
-                if bucket.shard.size > 1 and bucket.gradient_shard is not None
-            ]
-            for each in pending:
-                each.wait()
+        while self._started:
+            self._finish_reduction()
+        for bucket, pending in self._replicating:
+            bucket.gradient_shard = pending.wait()
+        self._replicating.clear()
+        if self._units is not None:
+            self._units.end_backward()
 
     def updated(self) -> list[Bucket]:
         """The buckets whose gradients came in this step, as shards."""
@@ -283,19 +285,12 @@ class ShardedParameters:
         for bucket in self._active:
             bucket.finish_gathering()
 
-    def gather(self) -> None:
-        """Make all weights whole (they stay so until the next update)."""
-        for bucket in self.buckets:
-            bucket.start_gathering()
-        for bucket in self.buckets:
-            bucket.finish_gathering()
-
     def _taker(self, bucket: Bucket, piece: Piece, unit: str) -> Callable[[Tensor], None]:
         def take(parameter: Tensor) -> None:
             assert parameter.grad is not None
             gradient, parameter.grad = parameter.grad, None
             bucket.add(piece, gradient)
-            if bucket.is_full and (self._last or self.stage >= 2):
+            if bucket.is_full:
                 self._start_reductions()
                 if self._units is not None:
                     self._units.leave_backward(unit)
@@ -304,35 +299,46 @@ class ShardedParameters:
 
     def _start_reductions(self, *, all_of_them: bool = False) -> None:
         """Start those of full buckets, in the order of the buckets: every rank makes the same calls in the same order."""
-        for place in range(self._num_started, len(self._active)):
-            bucket = self._active[place]
+        while self._num_passed < len(self._active):
+            bucket = self._active[self._num_passed]
             if not (all_of_them or bucket.is_full):
                 return
-            if bucket.gradient is None:
-                bucket.gradient, bucket._fresh = torch.zeros(bucket.numel, dtype=torch.float32, device=bucket.master.device), set()
-            self._finish_reductions(leave=_IN_FLIGHT - 1)
-            self._started[place], self._num_started = bucket.start_reduction(), place + 1
+            self._num_passed += 1
+            # What is not divided would stay as large as it is: its sum waits for the last micro-batch.
+            if self._last or (self.stage >= 2 and bucket.shard.size > 1):
+                while len(self._started) >= IN_FLIGHT:
+                    self._finish_reduction()
+                self._started.append(bucket.start_reduction())
+                if bucket.shard.size == 1:
+                    self._finish_reduction(self._started.pop())
 
-    def _finish_reductions(self, *, leave: int = 0) -> None:
-        """Wait for the reductions that started first, all but `leave` of them, and add their shards up."""
-        while len(self._started) > leave:
-            place = min(self._started)
-            bucket, shard = self._active[place], self._started.pop(place).wait()
-            bucket.gradient_shard = shard if bucket.gradient_shard is None else bucket.gradient_shard.add_(shard)
+    def _finish_reduction(self, reduction: Reduction | None = None) -> None:
+        """Wait for a reduction (the one that started first) and add its shard up; a step's whole sum goes on to the holders of equal
+        shards."""
+        reduction = reduction or self._started.popleft()
+        bucket, shard = reduction.bucket, reduction.pending.wait()
+        bucket.gradient_shard = shard if bucket.gradient_shard is None else bucket.gradient_shard.add_(shard)
+        if self._last and bucket.replicate.size > 1:
+            self._replicating.append((bucket, start_all_reduce(bucket.gradient_shard, bucket.replicate)))
 
 
 class _Units:
     """Stage 3: each layer's weights are whole only while it computes, those of the next one on their way; embedding, last norm and head
-    stay whole from the first forward after an update to the next update."""
+    stay whole from the first forward after an update to the next update. MTP modules run where the forward has targets."""
 
     def __init__(self, model: nn.Module, buckets: dict[str, list[Bucket]]) -> None:
         self.names = [name for name in buckets if name != "root"][::-1]  # as forward goes
         self.buckets, self.in_backward = buckets, dict.fromkeys(self.names, False)
-        model.register_forward_pre_hook(lambda module, args: self._whole("root"))
+        self.num_running = len(self.names)
+        model.register_forward_pre_hook(self._begin_forward, with_kwargs=True)
         for name in self.names:
             part = model.get_submodule(name)
             part.register_forward_pre_hook(self._before(name))
             part.register_forward_hook(self._behind(name))
+
+    def _begin_forward(self, module: nn.Module, args: object, named: dict[str, object]) -> None:
+        self.num_running = sum(named.get("targets") is not None or not name.startswith("mtp.") for name in self.names)
+        self._whole("root")
 
     def _whole(self, name: str) -> None:
         for bucket in self.buckets[name]:
@@ -342,7 +348,7 @@ class _Units:
 
     def _ask(self, name: str, *, step: int) -> None:
         place = self.names.index(name) + step
-        if 0 <= place < len(self.names):
+        if 0 <= place < self.num_running:
             for bucket in self.buckets[self.names[place]]:
                 bucket.start_gathering()
 
@@ -374,16 +380,27 @@ class _Units:
         """The gradient of one of the part's buckets is full. A parameter's gradient comes from the operation that reads its weight, so
         when all have come no weight is needed any more."""
         if name in self.in_backward and all(bucket.is_full for bucket in self.buckets[name]):
-            self.in_backward[name] = False
-            for bucket in self.buckets[name]:
-                bucket.free()
+            self._leave(name)
+
+    def end_backward(self) -> None:
+        """Behind a backward: also parts that got no gradient for some parameter have left."""
+        for name in self.names:
+            self._leave(name)
+
+    def _leave(self, name: str) -> None:
+        self.in_backward[name] = False
+        for bucket in self.buckets[name]:
+            bucket.free()
 
 
 def _grouped(
-    model: nn.Module, layout: Layout, *, by_unit: bool, bucket_numel: int
+    model: nn.Module, mesh: Mesh, *, by_unit: bool, bucket_numel: int
 ) -> Iterable[tuple[tuple[list[str], str, bool], str]]:
     """The names of each bucket's parameters, its holders, whether it belongs to MTP modules, and its unit; in the order of backward."""
-    parameters = dict(model.named_parameters())
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+    def numel(name: str) -> int:
+        return math.prod(local_box(name, shapes[name], mesh.layout, mesh.rank).sizes)
 
     def unit(name: str) -> str:
         parts = name.split(".")
@@ -396,12 +413,12 @@ def _grouped(
     def close(key: tuple[str, bool], of: str) -> None:
         closed.append(((open_buckets.pop(key), *key), of))
 
-    backward = sorted(list(parameters)[::-1], key=lambda name: unit(name) == "root") if by_unit else list(parameters)[::-1]
+    backward = sorted(list(shapes)[::-1], key=lambda name: unit(name) == "root") if by_unit else list(shapes)[::-1]
     for of, names in itertools.groupby(backward, unit):
         for name in names:
-            open_buckets.setdefault((holders(name, layout), name.startswith("mtp.")), []).append(name)
+            open_buckets.setdefault((holders(name, mesh.layout), name.startswith("mtp.")), []).append(name)
         for key, held in list(open_buckets.items()):
-            if by_unit or sum(parameters[name].numel() for name in held) >= bucket_numel:
+            if by_unit or sum(map(numel, held)) >= bucket_numel:
                 close(key, of)
     for key in list(open_buckets):
         close(key, "root")
