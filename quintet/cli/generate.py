@@ -33,6 +33,8 @@ def main(arguments: list[str]) -> int:
     """Run the command and return its exit code."""
     given = read(Arguments, arguments, command="generate")
     refuse_broken_text(given.prompt)
+    if given.tokens < 0 or not 0 <= given.seed < 2**63:
+        raise UsageError(f"--tokens ({given.tokens}) must not be negative, and --seed ({given.seed}) must lie between 0 and 2^63 - 1")
     import torch
 
     from quintet.model.generate import generate

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quintet.checkpoint import huggingface
-from quintet.checkpoint.load import list_checkpoints, read_manifest
+from quintet.checkpoint.load import list_checkpoints, read_manifest, verify
 from quintet.cli.main import main
 from quintet.cost.memory import step_memory
 from quintet.errors import CheckpointError
@@ -87,6 +87,19 @@ def test_more_text_than_the_context_holds_is_a_usage_error(trained: Run, capsys:
     out, err = capsys.readouterr()
     assert out == ""
     assert "exceed the model's context of 64; ask for at most" in err
+
+
+@pytest.mark.parametrize("options", [("--tokens", "-1"), ("--seed", "-1"), ("--seed", str(2**63))])
+def test_numbers_that_cannot_be_are_usage_errors(trained: Run, capsys: pytest.CaptureFixture[str], options: tuple[str, str]) -> None:
+    assert main(["generate", str(where(trained)), "--prompt", "def ", *options]) == 2
+    assert f"{options[0]} ({options[1]}) must" in capsys.readouterr().err
+
+
+def test_resuming_a_checkpoint_is_refused_and_leaves_it_whole(trained: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    newest = list_checkpoints(where(trained) / "checkpoints")[-1].path
+    assert main(["resume", str(newest)]) == 2
+    assert f"name its run, which goes on from its newest one: quintet resume {where(trained)}" in capsys.readouterr().err
+    verify(newest)
 
 
 def test_an_exported_model_comes_back_with_the_same_loss_and_trains_on(
