@@ -22,6 +22,7 @@ COMMANDS = {
     "import": "make a run of a Hugging Face model",
     "info": "describe a recipe, a run or a Hugging Face model",
     "verify": "prove that a layout computes what one device computes",
+    "layout": "show who sits where in a layout, and what a rank holds",
     "schedule": "simulate and draw a pipeline schedule",
     "doctor": "tell what this machine can do, and what is missing",
 }

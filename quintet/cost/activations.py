@@ -118,7 +118,8 @@ def outside_bytes(model: Model, train: Train, layout: Layout, *, sequence_length
     # is recomputed keeps the first two only, one of them in place of its block's input.
     per_loss = own * (size * width + FP32) + tokens * (size * width + 2 * INDEX)
     per_module = own * (size * width if train.recompute == "full" else 4 * size * width + 2 * FP32)
-    return losses * per_loss + modules * per_module
+    looked_up = tokens * (INDEX + 1) * (losses if layout.tp > 1 else 0)  # rows of a split vocabulary, and whether they are here
+    return losses * per_loss + modules * per_module + looked_up
 
 
 def tokens_of(train: Train, layout: Layout, sequence_length: int) -> int:

@@ -11,16 +11,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quintet.cost import memory
 from quintet.cost.activations import KEEP_PROBABILITIES_BELOW, QUERY_BLOCK, ROW_ALIGNMENT
 from quintet.cost.flops import parameters
 from quintet.cost.memory import Memory, step_memory
 from quintet.model.loss import Weights, count_targets, targets_by_depth, training_loss
-from quintet.model.transformer import Transformer
+from quintet.model.transformer import Transformer, initial_values
 from quintet.ops import attention, permute
 from quintet.ops.pointwise import REFERENCE, Kernels
+from quintet.parallel import zero
+from quintet.parallel.mesh import Mesh, make_mesh, single
+from quintet.parallel.parallelize import parallelize
+from quintet.parallel.sequence import shard_positions, shard_tokens
+from quintet.spec.layout import Layout
 from quintet.spec.model import Model
-from quintet.spec.run import Train
+from quintet.spec.run import Recompute, Train
 from tests.cost.test_flops import V3
+from tests.ranks import on_ranks
 from tests.spec.strategies import models, trains
 
 MODEL = Model(
@@ -54,21 +61,23 @@ def fused() -> Iterator[Kernels]:
     torch._dynamo.reset()
 
 
-def kept_after_forward(model: Model, train: Train, sequence_length: int, kernels: Kernels) -> int:
-    """Bytes that are allocated in a forward pass and its loss and still there afterwards."""
-    net = Transformer(model, kernels=kernels)
-    net.initialize(0)
-    net.to(torch.bfloat16 if train.precision == "bf16" else torch.float32)
-    net.set_recompute(train.recompute)
-    tokens = torch.randint(model.vocab_size, (train.micro_batch, sequence_length + 1))
-
+def kept_after_forward(model: Model, train: Train, sequence_length: int, kernels: Kernels, mesh: Mesh | None = None) -> int:
+    """Bytes that are allocated in a forward pass and its loss and still there afterwards, on this rank of the mesh."""
+    mesh = mesh or single()
+    with torch.device("meta"):
+        net = Transformer(model, kernels=kernels)
+    parallelize(net, mesh, train, device=torch.device("cpu")).fill(lambda piece: initial_values(model, piece.name, piece.box, seed=0))
+    generator = torch.Generator().manual_seed(mesh.at.dp)
+    tokens = torch.randint(model.vocab_size, (train.micro_batch, sequence_length + 1), generator=generator)
     targets = targets_by_depth(tokens[:, 1:], model.num_mtp_modules)
+    inputs, labels = (shard_tokens(whole, mesh["cp"], dim=-1) for whole in (tokens[:, :-1], targets))
 
     def loss() -> object:
         return training_loss(
             net,
-            tokens[:, :-1],
-            targets,
+            inputs,
+            labels,
+            positions=shard_positions(sequence_length, mesh["cp"]),
             weights=Weights(mtp=0.3, balance=1e-4),
             num_targets=count_targets(targets).tolist(),
             num_sequences=train.micro_batch,
@@ -97,7 +106,27 @@ def test_activations_are_what_torch_keeps_after_forward(
     assert kept_after_forward(model, train, 256, fused) == pytest.approx(estimate + heads, rel=0.03)
 
 
+@pytest.mark.parametrize(
+    ("layout", "recompute", "changes"),
+    [
+        (Layout(tp=2, cp=2, ep=2), "none", {}),
+        (Layout(tp=2, expert_tp=2), "selective", {"q_lora_rank": None}),
+        (Layout(cp=2), "selective", {}),
+    ],
+    ids=str,
+)
+def test_activations_are_what_torch_keeps_on_every_rank(
+    layout: Layout, recompute: Recompute, changes: dict[str, Any], fused: Kernels
+) -> None:
+    model, train = replace(MODEL, **changes), Train(micro_batch=1, precision="fp32", recompute=recompute, loss_chunk=64)
+    estimate = step_memory(model, train, sequence_length=256, layout=layout).activations
+    heads = (1 + model.num_mtp_modules) * 4 * model.vocab_size // layout.tp * model.hidden_size
+    found = on_ranks(layout.num_ranks, lambda rank: kept_after_forward(model, train, 256, fused, make_mesh(layout)))
+    assert sum(found) / len(found) == pytest.approx(estimate + heads, rel=0.03)
+
+
 def test_the_constants_are_those_of_the_kernels() -> None:
+    assert (memory.BUCKET_NUMEL, memory.OPEN_BUCKETS) == (zero.BUCKET_NUMEL, zero.IN_FLIGHT + 1)
     assert (KEEP_PROBABILITIES_BELOW, QUERY_BLOCK) == (attention.KEEP_PROBABILITIES_BELOW, attention.QUERY_BLOCK)
     assert permute.ROW_ALIGNMENT == ROW_ALIGNMENT
 
