@@ -230,5 +230,5 @@ def _table(*names: str) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
     numbers = {"groups", "ranks each", "rank", "node", "ranks", "bytes", *COORDINATES}
     for name in names:
-        table.add_column(Text(name), justify="right" if name in numbers else "left", no_wrap=name not in ("for",))
+        table.add_column(Text(name), justify="right" if name in numbers else "left", no_wrap=name in numbers, overflow="fold")
     return table
