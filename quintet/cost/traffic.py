@@ -1,0 +1,135 @@
+"""Bytes that a rank sends in one optimizer step along each axis of the mesh, from the spec.
+
+    tp, sequence        `cost.tensor_comm`      tokens between split products; the experts' counts
+    ep                  `cost.expert_comm`      rows to their experts and back
+    cp                  `cost.comm`             the ring of attention
+    *.shard, *.replicate  `cost.zero_comm`      gradients and weights
+    dp                  here                    how many targets the step has, per depth of prediction
+    world               here                    the losses, the gradient's norm and every expert's load, in one message
+
+They are those that the bandwidth-optimal algorithm of each collective sends, as `parallel.collectives` counts them. A backend may send
+more; `benchmarks/traffic.py` measures how much more gloo does.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from quintet.cost.activations import element_bytes
+from quintet.cost.comm import ring_bytes, ring_payload
+from quintet.cost.expert_comm import expert_bytes, mean_rows
+from quintet.cost.tensor_comm import INDEX, sequence_bytes, tensor_bytes
+from quintet.cost.zero_comm import bucket_sizes, gradient_bytes, weight_bytes
+from quintet.errors import SpecError
+from quintet.spec.layout import GROUPS, Layout
+from quintet.spec.model import Model
+from quintet.spec.run import Train
+
+FP64 = 8
+DOCUMENT_ID = 4
+"""Bytes of a token's document id."""
+STEP_NUMBERS = 6
+"""What ranks tell each other of a step beside the experts' load: four losses, the norm's square, and whether to stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Rows between a rank and the other ranks of its ep group in a step, over all mixtures of experts and micro-batches."""
+
+    out: float
+    """Sent to experts there."""
+    into: float
+    """Received from there."""
+
+
+def step_traffic(
+    model: Model,
+    train: Train,
+    layout: Layout,
+    *,
+    sequence_length: int,
+    batch_sequences: int,
+    mtp: bool = True,
+    document_mask: bool = False,
+    rank: int = 0,
+    rows: Rows | None = None,
+) -> dict[str, float]:
+    """Axis (of `spec.layout.GROUPS`, and `world`) -> bytes that `rank` sends in a step of `batch_sequences` sequences on all ranks.
+
+    Ranks differ in their sequences, if dp does not divide the batch, and in `rows`; by default all experts are chosen equally often and
+    none drops a row. With `mtp` false the MTP modules do not run. Raises SpecError for a layout with pipeline stages, whose traffic is
+    not modelled.
+    """
+    if layout.pp > 1:
+        raise SpecError(f"layout.pp ({layout.pp}): the traffic of pipelines is not modelled; ask for a layout with pp = 1")
+    modules = model.num_mtp_modules if mtp else 0
+    micro_batches = _micro_batches(train, layout, batch_sequences=batch_sequences, rank=rank)
+    buckets = [bucket for bucket in bucket_sizes(model, layout) if mtp or not bucket.mtp]
+    sent: Counter[str] = Counter(dict.fromkeys((*GROUPS, "world"), 0))
+    sent.update(gradient_bytes(buckets, layout, micro_batches=len(micro_batches)))
+    sent.update(weight_bytes(buckets, layout, micro_batches=len(micro_batches), element_bytes=element_bytes(train)))
+    for sequences in micro_batches:
+        sent.update(
+            _within_model(
+                model, train, layout, sequence_length=sequence_length, sequences=sequences, modules=modules, document_mask=document_mask
+            )
+        )
+    sent["dp"] += _all_reduce(INDEX * (1 + model.num_mtp_modules), layout.dp)
+    loads = (model.num_moe_layers + model.num_mtp_modules) * model.num_routed_experts
+    sent["world"] += _all_reduce(FP64 * (STEP_NUMBERS + loads), layout.num_ranks)
+    tokens = sum(micro_batches) * sequence_length // layout.cp
+    of_experts = _of_experts(model, train, layout, tokens=tokens, passes=len(micro_batches), modules=modules, rows=rows)
+    return {**sent, "ep": of_experts}
+
+
+def _micro_batches(train: Train, layout: Layout, *, batch_sequences: int, rank: int) -> list[int]:
+    """Sequences of each micro-batch of a rank; as many as the rank with most sequences has, the last ones perhaps empty."""
+    own = len(range(layout.coordinates(rank).dp, batch_sequences, layout.dp))
+    most = -(-batch_sequences // layout.dp)
+    return [min(max(own - begin, 0), train.micro_batch) for begin in range(0, most, train.micro_batch)]
+
+
+def _within_model(
+    model: Model, train: Train, layout: Layout, *, sequence_length: int, sequences: int, modules: int, document_mask: bool
+) -> Counter[str]:
+    """Bytes of forward and backward of one micro-batch, on tp, sequence and cp."""
+    size, own = element_bytes(train), sequence_length // layout.cp
+    tokens = sequences * own
+    payload = ring_payload(model, tokens_per_rank=own, cp=layout.cp, tp=layout.tp, element_bytes=size)
+    ring = ring_bytes(
+        model,
+        tokens_per_rank=own,
+        sequences=sequences,
+        cp=layout.cp,
+        tp=layout.tp,
+        payload=payload,
+        element_bytes=size,
+        document_id_bytes=DOCUMENT_ID if document_mask else 0,
+    )
+    again = ring.forward if train.recompute == "full" else 0
+    across_tp = tensor_bytes(model, layout, tokens=tokens, element_bytes=size, recompute=train.recompute, num_mtp=modules)
+    counts = sequence_bytes(model, layout, sequences=sequences, recompute=train.recompute, num_mtp=modules)
+    return Counter(
+        {
+            "tp": round(across_tp.total),  # its shares are whole numbers
+            "sequence": round(counts.total),
+            "cp": (model.num_layers + modules) * (ring.total + again),
+        }
+    )
+
+
+def _of_experts(model: Model, train: Train, layout: Layout, *, tokens: int, passes: int, modules: int, rows: Rows | None) -> float:
+    """Bytes on ep of all mixtures of experts, of micro-batches (`passes`) that hold `tokens` of the tokens that a tp group shares."""
+    layers = model.num_moe_layers + modules
+    mean = layers * mean_rows(model, layout, tokens=tokens // layout.tp)
+    rows = rows or Rows(out=mean, into=mean)
+    size = element_bytes(train)
+    travelling = expert_bytes(model, layout, rows_out=rows.out, rows_in=rows.into, element_bytes=size, recompute=train.recompute).total
+    # That sum holds the counts of one pass through one layer.
+    counts = expert_bytes(model, layout, rows_out=0, rows_in=0, element_bytes=size, recompute=train.recompute).total
+    return travelling + (layers * passes - 1) * counts
+
+
+def _all_reduce(num_bytes: int, ranks: int) -> int:
+    return 2 * num_bytes * (ranks - 1) // ranks
