@@ -16,6 +16,9 @@ the number of holders that divide one set of shards among them, and n the bucket
 A gradient leaves for its bucket as soon as backward has it; when a bucket is full, and those before it have gone, its reduction starts
 and goes on beside the rest of backward, two at a time. After the update the holders of shards gather the whole weights again (stages 1
 and 2). With hybrid sharding (arXiv 2304.11277) s is smaller than the number of holders, and the holders of equal shards add their sums up.
+
+Where a rank is the only holder (one device; an expert's rank without replicas) there is nobody to share with, and the gradients
+stay as backward made them, one by one, until the update.
 """
 
 from __future__ import annotations
@@ -99,6 +102,8 @@ class Bucket:
         self.master = self.weight_shard if dtype == torch.float32 else torch.zeros(size, dtype=torch.float32, device=device)
         self.gradient: Tensor | None = None
         self.gradient_shard: Tensor | None = None
+        self.is_alone = shard.size == replicate.size == 1
+        self._own: dict[str, Tensor] = {}
         self._filled: set[str] = set()
         self._fresh: set[str] = set()
         self._gathering: Pending | None = None
@@ -115,6 +120,11 @@ class Bucket:
     def add(self, piece: Piece, gradient: Tensor) -> None:
         """Take a parameter's gradient over, adding to an earlier micro-batch's."""
         assert piece.name not in self._filled, piece.name  # else a reduction might be under way without it
+        if self.is_alone:
+            earlier = self._own.get(piece.name)
+            self._own[piece.name] = gradient if earlier is None else earlier.float().add_(gradient)
+            self._filled.add(piece.name)
+            return
         if self.gradient is None:
             self.gradient = torch.empty(self.numel, dtype=torch.float32, device=gradient.device)
             self._fresh = {other.name for other in self.pieces}
@@ -129,7 +139,34 @@ class Bucket:
     def forget(self) -> None:
         """Drop the gradient."""
         self.gradient = self.gradient_shard = None
+        self._own.clear()
         self._filled.clear()
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether a step's gradient is there, reduced."""
+        return bool(self._own) or self.gradient_shard is not None
+
+    def gradients(self) -> Iterator[Part]:
+        """This rank's shard of the reduced gradient, by runs of parameters: fp32, or as backward made it where the rank is alone."""
+        if self.gradient_shard is not None:
+            yield from self.parts(self.gradient_shard)
+        for piece in self.pieces:
+            if piece.name in self._own:
+                yield Part(piece, 0, piece.end - piece.begin, self._own[piece.name].flatten())
+
+    def take_gradients(self) -> Iterator[tuple[slice, Tensor, bool]]:
+        """The reduced gradient in few long runs, which are forgotten as they are taken: where each lies in this rank's shard, its fp32
+        values, and whether it is of matrices."""
+        for piece in self.pieces:
+            if (gradient := self._own.pop(piece.name, None)) is not None:
+                yield slice(piece.begin, piece.end), gradient.float().flatten(), len(piece.box.shape) >= 2
+        if self.gradient_shard is not None:
+            size = self.range[1] - self.range[0]
+            border = min(max(self.num_decayed - self.range[0], 0), size)
+            for run, decayed in ((slice(0, border), True), (slice(border, size), False)):
+                yield run, self.gradient_shard[run], decayed
+            self.gradient_shard = None
 
     def begin_micro_batch(self) -> None:
         """From now on the gradients of another backward come."""
@@ -194,12 +231,6 @@ class Bucket:
             if begin < end:
                 yield Part(piece, begin - piece.begin, end - piece.begin, shard[begin - self.range[0] : end - self.range[0]])
 
-    def decayed(self) -> tuple[slice, slice]:
-        """Of this rank's shard: the part of matrices, which decay, and that of vectors."""
-        size = self.range[1] - self.range[0]
-        border = min(max(self.num_decayed - self.range[0], 0), size)
-        return slice(0, border), slice(border, size)
-
 
 class ShardedParameters:
     """All parameters of a model in buckets, and the traffic of their gradients."""
@@ -261,15 +292,15 @@ class ShardedParameters:
 
     def updated(self) -> list[Bucket]:
         """The buckets whose gradients came in this step, as shards."""
-        return [bucket for bucket in self._active if bucket.gradient_shard is not None]
+        return [bucket for bucket in self._active if bucket.has_gradient]
 
     def norm_squared(self) -> Tensor:
         """This rank's term of the gradient's squared norm: the terms of all ranks add up to it. A scalar, fp64."""
-        terms = [
-            torch.linalg.vector_norm(bucket.gradient_shard).double().square() / bucket.replicate.size
-            for bucket in self.updated()
-            if bucket.gradient_shard is not None
-        ]
+        terms = []
+        for bucket in self.updated():
+            shards = [part.values for part in bucket.gradients()] if bucket.gradient_shard is None else [bucket.gradient_shard]
+            norms = torch._foreach_norm(shards, 2, dtype=torch.float32)
+            terms.append(torch.stack(norms).double().square().sum() / bucket.replicate.size)
         return torch.stack(terms).sum()
 
     def discard(self) -> None:
@@ -304,6 +335,8 @@ class ShardedParameters:
             if not (all_of_them or bucket.is_full):
                 return
             self._num_passed += 1
+            if bucket.is_alone:
+                continue
             # What is not divided would stay as large as it is: its sum waits for the last micro-batch.
             if self._last or (self.stage >= 2 and bucket.shard.size > 1):
                 while len(self._started) >= IN_FLIGHT:
@@ -341,9 +374,10 @@ class _Units:
         self._whole("root")
 
     def _whole(self, name: str) -> None:
-        for bucket in self.buckets[name]:
+        buckets = self.buckets.get(name, [])  # not every model has a root
+        for bucket in buckets:
             bucket.start_gathering()
-        for bucket in self.buckets[name]:
+        for bucket in buckets:
             bucket.finish_gathering()
 
     def _ask(self, name: str, *, step: int) -> None:
