@@ -23,7 +23,7 @@ from torch import Tensor
 from quintet.data.loader import Batch
 from quintet.parallel.mesh import Mesh, single
 from quintet.parallel.rendezvous import joined
-from quintet.parallel.zero import Bucket
+from quintet.parallel.zero import Part
 from quintet.spec.curriculum import Settings
 from quintet.spec.layout import Layout
 from quintet.spec.run import Run
@@ -84,14 +84,14 @@ def trace_steps(run: Run, mesh: Mesh, batches: Sequence[Batch], settings: Settin
         rows = slice(mesh.at.dp, None, mesh.layout.dp)
         own = Batch(inputs=batch.inputs[rows], labels=batch.labels[rows], document_ids=batch.document_ids[rows])
         sums, load = accumulate(built, own, settings=settings, train=run.train, document_mask=run.data.document_mask)
-        gradients = tuple(held for bucket in built.parameters.updated() for held in _held(bucket, bucket.gradient_shard))
+        gradients = tuple(held for bucket in built.parameters.updated() for held in _held(bucket.gradients()))
         result = update(built, sums, load, settings=settings, step=step)
         traces.append(
             StepTrace(
                 losses=(result.loss, result.main_loss, result.mtp_loss, result.balance_loss),
                 gradient_norm=result.gradient_norm,
                 gradients=gradients,
-                weights=tuple(held for bucket in built.parameters.buckets for held in _held(bucket, bucket.master)) + tuple(_biases(built)),
+                weights=tuple(held for bucket in built.parameters.buckets for held in _held(bucket.parts(bucket.master))) + tuple(_biases(built)),
             )
         )
     return traces
@@ -191,10 +191,9 @@ def _tensor(step: int, what: str, name: str, expected: Tensor, pieces: list[tupl
     return Row(step, what, name, error, tolerance, worst_rank)
 
 
-def _held(bucket: Bucket, shard: Tensor | None) -> Iterator[Held]:
-    """This rank's pieces of what a bucket's shard (of gradients or masters) holds."""
-    assert shard is not None
-    for part in bucket.parts(shard):
+def _held(parts: Iterable[Part]) -> Iterator[Held]:
+    """This rank's pieces of gradients or masters."""
+    for part in parts:
         box = part.piece.box
         for offsets, values in boxes_of(box, [(part.begin, part.end, part.values)]):
             yield Held(part.piece.name, box.shape, offsets, values.clone())

@@ -37,7 +37,7 @@ class AdamW:
         for is_mtp in {self.parameters.is_mtp[i] for i, bucket in enumerate(self.parameters.buckets) if bucket in updated}:
             self.num_steps[is_mtp] += 1
         for i, bucket in enumerate(self.parameters.buckets):
-            if bucket.gradient_shard is not None:
+            if bucket.has_gradient:
                 count = torch.tensor(float(self.num_steps[self.parameters.is_mtp[i]]), device=bucket.master.device)
                 self._update(bucket, self.exp_avg[i], self.exp_avg_sq[i], learning_rate=learning_rate, scale=scale, count=count)
         self.parameters.publish()
@@ -45,13 +45,12 @@ class AdamW:
     def _update(
         self, bucket: Bucket, exp_avg: Tensor, exp_avg_sq: Tensor, *, learning_rate: float, scale: float, count: Tensor
     ) -> None:
-        assert bucket.gradient_shard is not None
-        for part, decay in zip(bucket.decayed(), (self.settings.weight_decay, 0.0), strict=True):
-            size = part.stop - part.start
-            step = size if exp_avg.dtype == torch.float32 else _BLOCK
-            for begin in range(part.start, part.stop, max(step, 1)):
-                block = slice(begin, min(begin + step, part.stop))
-                gradient, moments = bucket.gradient_shard[block], [exp_avg[block], exp_avg_sq[block]]
+        for run, values, is_matrix in bucket.take_gradients():
+            step = len(values) if exp_avg.dtype == torch.float32 else _BLOCK
+            for begin in range(0, len(values), max(step, 1)):
+                gradient = values[begin : begin + step]
+                block = slice(run.start + begin, run.start + begin + len(gradient))
+                moments = [exp_avg[block], exp_avg_sq[block]]
                 if scale < 1.0:
                     gradient.mul_(scale)
                 wide = [moment.float() for moment in moments]
@@ -68,7 +67,7 @@ class AdamW:
                     beta1=self.settings.beta1,
                     beta2=self.settings.beta2,
                     lr=learning_rate,
-                    weight_decay=decay,
+                    weight_decay=self.settings.weight_decay if is_matrix else 0.0,
                     eps=self.settings.eps,
                     maximize=False,
                 )

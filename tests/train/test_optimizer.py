@@ -55,10 +55,9 @@ def held(adamw: AdamW, kind: str) -> dict[str, Tensor]:
     """Masters, gradients or moments by the name of their parameter."""
     found = {}
     for i, bucket in enumerate(adamw.parameters.buckets):
-        own = {"master": bucket.master, "gradient": bucket.gradient_shard}
-        shard = own[kind] if kind in own else getattr(adamw, kind)[i]
-        assert shard is not None
-        found |= {part.piece.name: part.values.view(part.piece.box.sizes) for part in bucket.parts(shard)}
+        shards = {"master": bucket.master, "exp_avg": adamw.exp_avg[i], "exp_avg_sq": adamw.exp_avg_sq[i]}
+        parts = bucket.gradients() if kind == "gradient" else bucket.parts(shards[kind])
+        found |= {part.piece.name: part.values.view(part.piece.box.sizes) for part in parts}
     return found
 
 
