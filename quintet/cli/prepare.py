@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from quintet.cli.options import Overrides, Recipe, Switch, read_with_recipe
 from quintet.data import prepare as data
+from quintet.data.sources import REMEDIES
 from quintet.monitor.units import count, num_bytes
 from quintet.spec.run import Run
 
@@ -87,8 +90,8 @@ class Bars:
         self._progress.stop()
 
 
-def statistics(prepared: data.Prepared) -> Table:
-    """What became of every source, for a person: a column per source."""
+def statistics(prepared: data.Prepared) -> Group:
+    """What became of every source, for a person: a column per source, and a line for each reason to skip documents."""
     columns = [_column(part.statistics) for part in prepared.sources.values()]
     table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="bold")
     table.add_column("", style="dim", no_wrap=True)
@@ -96,12 +99,17 @@ def statistics(prepared: data.Prepared) -> Table:
         table.add_column(name, justify="right")
     for row in columns[0]:
         table.add_row(row, *(column[row] for column in columns))
-    return table
+    return Group(table, *(Text(line) for name, part in prepared.sources.items() for line in _skipped(name, part.statistics)))
+
+
+def _skipped(name: str, s: data.Statistics) -> Iterator[str]:
+    for reason, number in s.skipped.items():
+        example = "".join(f", such as {place}" for place in s.skipped_examples.get(reason, ())[:1] if place != name)
+        yield f"skipped in {name}: {number:,} {reason}{example}: {REMEDIES.get(reason, '')}"
 
 
 def _column(s: data.Statistics) -> dict[str, str]:
     tokens = s.tokens + s.held_out_tokens
-    skipped = [f"{number:,} {reason} ({', '.join(s.skipped_examples.get(reason, ())[:1])})" for reason, number in s.skipped.items()]
     return {
         "documents to train on": f"{s.documents:,}",
         "documents held out": f"{s.held_out_documents:,}",
@@ -112,6 +120,6 @@ def _column(s: data.Statistics) -> dict[str, str]:
         "unique tokens": f"{s.unique_tokens:,}",
         "median document": f"{s.length_percentiles[50]:,} tokens",
         "longest document": f"{s.length_percentiles[100]:,} tokens",
-        "skipped": "\n".join(skipped) or "none",
+        "skipped": f"{sum(s.skipped.values()):,}",
         "work": "done before" if s.reused else f"{count(s.tokens_per_second)} tokens/s",
     }

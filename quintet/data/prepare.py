@@ -2,6 +2,7 @@
 
 <data.directory>/tokenizer.json
 <data.directory>/trained.json                       what the tokenizer was trained from, if it was, and its fingerprint
+<data.directory>/.complete                          that everything was made at least once, so that runs may depend on it
 <data.directory>/<source>/{train,held_out}/...      see `shards`
 <data.directory>/<source>/source.json               `_Done`: from what, with which result
 """
@@ -44,6 +45,7 @@ _BATCH_DOCUMENTS = 4096
 _CHECKED_BYTES = 256 << 10
 _PERCENTILES = (1, 10, 50, 90, 99, 100)
 
+_COMPLETE = ".complete"
 _SHOWN_BYTES = 1 << 30
 """What is only read, for a fingerprint, is shown from this size on."""
 
@@ -222,6 +224,8 @@ def _make(data: Data, plan: _Plan, directory: Path, tokenizer: Tokenizer, *, pro
         write_file(directory / "trained.json", orjson.dumps(trained))
     tokenizer.save(directory / "tokenizer.json")
     reused = {source.name: _prepare_source(data, source, plan, directory, tokenizer, progress=progress) for source in data.sources}
+    if not (directory / _COMPLETE).exists():
+        write_file(directory / _COMPLETE, b"")
     prepared = _open(data, directory, tokenizer, recipe="RECIPE")
     parts = {name: replace(part, statistics=replace(part.statistics, reused=reused[name])) for name, part in prepared.sources.items()}
     return replace(prepared, sources=parts)
@@ -332,8 +336,13 @@ def _folder_bytes(folder: Path) -> int:
 
 
 def _others(directory: Path, origins: Mapping[str, Origin], fingerprint: str | None) -> list[str]:
-    """The sources in `directory` that would no longer fit: made by another tokenizer than that of `fingerprint`, or from another origin."""
-    found = []
+    """The sources in `directory` that would no longer fit: made by another tokenizer than that of `fingerprint`, or from another origin.
+
+    None as long as no preparation there came to its end, for no run can depend on it.
+    """
+    found: list[str] = []
+    if not (directory / _COMPLETE).exists():
+        return found
     for path in sorted(directory.glob("[!.]*/source.json")):
         done, wanted = _read_done(path.parent), origins.get(path.parent.name)
         if done and (done.tokenizer != fingerprint or (wanted and not done.origin.is_same(wanted))):

@@ -17,7 +17,7 @@ import sysconfig
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Literal, Protocol, get_args
@@ -37,7 +37,7 @@ Reason = Literal[
 ]  # fmt: skip
 Kind = Literal["text", "jsonl", "parquet", "docstrings", "topics"]
 
-REMEDIES: dict[Reason, str] = {
+REMEDIES: Mapping[str, str] = {
     "empty": "there is no text in it; remove it",
     "over_long": "raise data.max_document_bytes or split the document",
     "nul_bytes": "it holds NUL bytes, so it is probably not text; remove it or clean it",

@@ -51,6 +51,18 @@ def test_what_is_there_from_other_text_is_replaced_only_when_asked(
     assert main(arguments) == 0
 
 
+def test_what_was_skipped_is_told_with_its_place_and_remedy(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text" / "bad.txt").write_bytes(b"abc\xff")
+    (tmp_path / "text" / "picture.png").write_bytes(b"")
+    assert main(arguments) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert f"skipped in docs: 1 invalid_utf8, such as {tmp_path / 'text' / 'bad.txt'} (at byte 3): it is not UTF-8" in words
+    assert "skipped in stdlib: 1 not_text: the name is not that of a text file" in words
+    assert "skipped 2 2 work" in words
+
+
 def test_a_missing_folder_is_a_data_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*arguments, "--data.sources.0.paths", "no/such/folder"]) == 10
     assert "'no/such/folder'" in capsys.readouterr().err

@@ -257,7 +257,7 @@ def test_what_a_killed_prepare_left_is_cleared_and_two_at_once_are_refused(tmp_p
     (tmp_path / "prepared/.tokenizer.json.999.tmp").write_bytes(b"half")
     prepare(data, vocab_size=400, seed=0)
     names = {path.name for path in (tmp_path / "prepared").iterdir()}
-    assert names == {".lock", "code", "tokenizer.json", "trained.json"}
+    assert names == {".lock", ".complete", "code", "tokenizer.json", "trained.json"}
     with open(tmp_path / "prepared/.lock", "ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(DataError, match="another quintet prepare works on"):
@@ -378,3 +378,16 @@ def test_reading_for_fingerprints_is_shown_where_there_is_much(tmp_path: Path, m
     assert first.bytes["fingerprint of code"] == first.started["fingerprint of code"] == first.started["code"]
     prepare(data, vocab_size=400, seed=0, progress=second)
     assert second.bytes["check of code"] == second.started["check of code"] > 1000
+
+
+def test_what_was_never_prepared_to_its_end_is_no_ones_and_may_be_replaced(tmp_path: Path) -> None:
+    data = recipe(tmp_path)
+    (tmp_path / "x.jsonl").write_text('{"txt": "under another key"}\n' * 9)
+    broken = replace(data, sources=(*data.sources, source(tmp_path / "x.jsonl", name="more")))
+    with pytest.raises(DataError, match="no document to train on"):
+        prepare(broken, vocab_size=400, seed=0)
+    assert (tmp_path / "prepared/code").exists()
+    mended = replace(broken, sources=(*data.sources, source(tmp_path / "x.jsonl", name="more", text_key="txt")))
+    assert not prepare(mended, vocab_size=400, seed=0).sources["code"].statistics.reused
+    with pytest.raises(DataError, match="on which runs may depend"):
+        prepare(data, vocab_size=400, seed=0)
