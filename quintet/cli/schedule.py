@@ -17,19 +17,21 @@ from quintet.errors import SpecError, UsageError
 from quintet.plan import costs as plan_costs
 from quintet.plan import draw
 from quintet.plan.break_even import break_even
+from quintet.plan.construct import Found, search
 from quintet.plan.costs import Costs
 from quintet.plan.formulas import Formula, formula
 from quintet.plan.simulate import Simulation, simulate
 from quintet.plan.trace import chrome
-from quintet.schedule import NAMES, build, check
+from quintet.schedule import NAMES, Schedule, build, check
+from quintet.schedule.text import dumps, loads
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
     """Simulate a pipeline schedule: step time, bubble, exposed communication and activations, beside formulas and other schedules."""
 
-    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="|".join(NAMES))] = "dualpipev"
-    """The schedule."""
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="|".join((*NAMES, "search", "FILE.json")))] = "dualpipev"
+    """The schedule; `search` constructs one for the costs; a file holds one that --save has written."""
     ranks: int = 8
     """Pipeline ranks, P."""
     microbatches: int = 16
@@ -38,6 +40,14 @@ class Arguments:
     """Stages per rank of the interleaved schedules."""
     costs: str = "equal"
     """equal, deepseek-v3, deepseek-v3-trace, a .toml file, or words such as forward=0.05,backward_input=0.06,weight=0.04,pair=0.8."""
+    memory: float | None = None
+    """For search: the most activations that a rank keeps, in micro-batches of its share (default: P + 1, as DualPipe)."""
+    seconds: float = 20.0
+    """For search: how long."""
+    seed: int = 0
+    """For search: where its random choices begin."""
+    once: Switch = False
+    """For search: hold every parameter once."""
     alone: Switch = False
     """Leave out the other schedules."""
     order: Switch = False
@@ -50,6 +60,8 @@ class Arguments:
     """Write a page with the timelines of all schedules in the table."""
     trace: Path | None = None
     """Write a trace for ui.perfetto.dev or chrome://tracing."""
+    save: Path | None = None
+    """Write the schedule itself, to be given as FILE.json later."""
     json: Switch = False
     """Print the figures as JSON."""
 
@@ -58,14 +70,14 @@ def main(arguments: list[str]) -> int:
     """Run the command and return its exit code."""
     given = read(Arguments, arguments, command="schedule")
     console = Console()
-    schedule = build(given.name, given.ranks, given.microbatches, chunks=given.chunks)
+    costs = plan_costs.read(given.costs)
+    schedule, notes = schedule_of(given, costs)
     checked = check(schedule)
     if given.order or given.program:
         print(checked.program if given.program else schedule)
         return 0
-    costs = plan_costs.read(given.costs)
     first = simulate(schedule, costs)
-    others, refused = ([], []) if given.alone else compare(given, costs)
+    others, refused = ([], []) if given.alone else compare(schedule, costs, chunks=given.chunks)
     simulations = [first, *others]
     write(given, simulations)
     if given.json:
@@ -75,19 +87,45 @@ def main(arguments: list[str]) -> int:
     for reason in refused:
         console.print(f"left out: {reason}", style="dim", highlight=False)
     console.print(anatomy(first), highlight=False)
-    for line in gains(simulations):
+    for line in [*notes, *gains(simulations)]:
         console.print(line, highlight=False)
     console.print(draw.terminal(first.timeline, width=console.width), soft_wrap=True)
     return 0
 
 
-def compare(given: Arguments, costs: Costs) -> tuple[list[Simulation], list[str]]:
-    """All other schedules at the same ranks, micro-batches and costs, and why some are left out."""
+def schedule_of(given: Arguments, costs: Costs) -> tuple[Schedule, list[str]]:
+    """The schedule that was asked for by name, from a file or by search, and what is to be said about it."""
+    if given.name == "search":
+        memory = given.ranks + 1.0 if given.memory is None else given.memory
+        found = search(given.ranks, given.microbatches, costs, memory=memory, seconds=given.seconds, seed=given.seed, once=given.once)
+        return found.simulation.timeline.schedule, told(found, memory)
+    if given.name.endswith(".json"):
+        try:
+            return loads(Path(given.name).read_text(), origin=given.name), []
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"cannot read the schedule {given.name}: {error}") from None
+    return build(given.name, given.ranks, given.microbatches, chunks=given.chunks), []
+
+
+def told(found: Found, memory: float) -> list[str]:
+    """What a search found, in words."""
+    step, named = found.simulation.makespan, found.named
+    above = f"{step / found.bound - 1:.1%} above {found.bound:.4g} s, which nothing on its routes can beat"
+    lines = [f"found in {found.tried} attempts: {step:.4g} s, {above}"]
+    if named:
+        name, more = named.timeline.schedule.name, f"{named.makespan:.4g} s, {named.makespan / step - 1:.1%} more"
+        lines.append(f"the best named schedule with at most {memory:g} activations is {name}: {more}")
+    return lines
+
+
+def compare(schedule: Schedule, costs: Costs, *, chunks: int) -> tuple[list[Simulation], list[str]]:
+    """All other named schedules at the same ranks, micro-batches and costs, and why some are left out."""
     found, refused = [], []
+    ranks, microbatches = schedule.num_ranks, schedule.num_microbatches
     for name in NAMES:
-        if name != given.name:
+        if name != schedule.name:
             try:
-                found.append(simulate(build(name, given.ranks, given.microbatches, chunks=given.chunks), costs))
+                found.append(simulate(build(name, ranks, microbatches, chunks=chunks), costs))
             except SpecError as error:
                 refused.append(str(error))
     return found, refused
@@ -136,7 +174,7 @@ def table(simulations: list[Simulation]) -> Table:
             draw.seconds(simulation.makespan),
             f"{1 - simulation.mean_bubble:.1%}",
             draw.seconds(simulation.anatomy["bubble"]),
-            draw.seconds(published.bubble),
+            "" if published.bubble is None else draw.seconds(published.bubble),
             published.text,
             draw.seconds(max(simulation.exposed_p2p)),
             draw.seconds(max(simulation.exposed_all_to_all)),
@@ -179,6 +217,7 @@ def write(given: Arguments, simulations: list[Simulation]) -> None:
         (given.svg, lambda: draw.svg(first)),
         (given.html, lambda: draw.html(simulations)),
         (given.trace, lambda: chrome(timelines)),
+        (given.save, lambda: dumps(first.schedule)),
     ]
     for path, text in wanted:
         if path is not None:

@@ -30,8 +30,10 @@ def lower_bound(schedule: Schedule, costs: Costs, *, memory: float | None = None
         count = each * len(held)
         smallest = min(cut[s].activation_bytes for s in mine)
         room = count if memory is None or smallest == 0 else min(count, int(memory / smallest + 1e-9))
-        alone = [min(window, min(n, room) * forward) + (count - n) * gain - max(0.0, tail - n * backward) for n in range(count + 1)]
-        best = max(best, first + work - max(alone))
+        saved = [min(window, min(n, room) * forward) + (count - n) * gain - max(0.0, tail - n * backward) for n in range(count)]
+        # Without any pair, the last forward may lie before the first gradient, and its tail with it.
+        saved.append(min(window, room * forward))
+        best = max(best, first + work - max(saved))
     return best
 
 

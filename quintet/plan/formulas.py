@@ -18,8 +18,8 @@ class Formula:
 
     text: str
     """With F, B = I + W, W and F&B of a rank's share, and P ranks."""
-    bubble: float
-    """Seconds that a rank idles in a step."""
+    bubble: float | None
+    """Seconds that a rank idles in a step; None where no formula is known."""
     activations: float | None
     """Micro-batches of a rank's share in flight at most; None where no formula is known."""
     parameters: int
@@ -27,12 +27,12 @@ class Formula:
 
 
 def formula(schedule: Schedule, costs: Costs, *, pair: float) -> Formula:
-    """The formula of a named schedule; `pair` is the time of an overlapped pair of two ranks' shares, in seconds."""
+    """The formula of a schedule, by its name; `pair` is the time of an overlapped pair of two ranks' shares, in seconds."""
     p, m, v = schedule.num_ranks, schedule.num_microbatches, schedule.num_stages // schedule.num_ranks
     share = share_of_rank(costs)
     f, w = share.forward, share.weight
     b = share.backward_input + w
-    known: dict[str, tuple[str, float, float | None]] = {
+    known: dict[str, tuple[str, float | None, float | None]] = {
         "gpipe": ("(P-1)(F+B)", (p - 1) * (f + b), m),
         "1f1b": ("(P-1)(F+B)", (p - 1) * (f + b), min(p, m)),
         "interleaved": (f"(P-1)(F+B)/{v}", (p - 1) * (f + b) / v, None),
@@ -42,5 +42,5 @@ def formula(schedule: Schedule, costs: Costs, *, pair: float) -> Formula:
         "dualpipev": ("(P-1)/2 (F&B+B-3W)", (p - 1) / 2 * (pair + b - 3 * w), p + 0.5),
         "dualpipe": ("(P/2-1)(F&B+B-3W)", (p / 2 - 1) * (pair + b - 3 * w), p + 1),
     }
-    text, bubble, activations = known[schedule.name]
+    text, bubble, activations = known.get(schedule.name, ("", None, None))
     return Formula(text=text, bubble=bubble, activations=activations, parameters=len(schedule.routes))
