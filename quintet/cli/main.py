@@ -10,6 +10,7 @@ import os
 import sys
 
 import quintet
+from quintet.cli.tell import speaks_for_all, tell
 from quintet.errors import KEYBOARD_INTERRUPT, QuintetError, UsageError, did_you_mean
 
 COMMANDS = {
@@ -42,10 +43,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return dispatch(arguments)
     except QuintetError as error:
-        _tell(str(error))
+        if speaks_for_all():
+            tell(str(error))
         return error.exit_code
     except KeyboardInterrupt:
-        _tell("interrupted")
+        if speaks_for_all():
+            tell("interrupted")
         return KEYBOARD_INTERRUPT
     except BrokenPipeError:
         # The reader of our output has gone (`quintet info x | head`); Python's own flush at exit must not meet the pipe again.
@@ -106,15 +109,6 @@ def print_completion(arguments: list[str]) -> int:
 
 def _module(command: str) -> str:
     return f"quintet.cli.{'import_' if command == 'import' else command}"
-
-
-def _tell(message: str) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    rank = os.environ.get("RANK")
-    who = "error: " if rank is None else f"rank {rank}: error: "
-    Console(stderr=True).print(Text.assemble((who, "bold red"), message), soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Protocol, TypeVar
 
 import tyro
 
+from quintet.cli.tell import speaks_for_all
 from quintet.errors import UsageError
 from quintet.spec import parse
 from quintet.spec.run import Run
@@ -45,9 +46,15 @@ Switch = tyro.conf.FlagCreatePairsOff[bool]
 """An option that is only ever given, never negated."""
 
 
-def read(kind: type[T], arguments: Sequence[str], *, command: str) -> T:
-    """The arguments as a `kind`. Exits with 0 after help and with 2, and a message that names near options, for what does not fit."""
-    return tyro.cli(kind, args=arguments, prog=f"quintet {command}", config=(tyro.conf.AvoidSubcommands,))
+def read(kind: type[T], arguments: Sequence[str], *, command: str, default: T | None = None) -> T:
+    """The arguments as a `kind`, those of `default` where they are absent. Exits with 0 after help and with 2, and a message that names
+    near options, for what does not fit; of several processes that were started alike only one says so."""
+    with contextlib.ExitStack() as quiet:
+        if not speaks_for_all():
+            quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        more: dict[str, Any] = {} if default is None else {"default": default}
+        return tyro.cli(kind, args=arguments, prog=f"quintet {command}", config=(tyro.conf.AvoidSubcommands,), **more)
 
 
 def read_with_recipe(kind: type[R], arguments: Sequence[str], *, command: str) -> R:
@@ -64,7 +71,7 @@ def read_with_recipe(kind: type[R], arguments: Sequence[str], *, command: str) -
         )
     run = unset(Run) if recipe is None else _with_named_sections(parse.read(recipe), arguments)
     default = dataclasses.replace(unset(kind), run=run)  # type: ignore[type-var]
-    given = tyro.cli(kind, default=default, args=arguments, prog=f"quintet {command}", config=(tyro.conf.AvoidSubcommands,))
+    given = read(kind, arguments, command=command, default=default)
     if given.recipe != recipe:
         raise UsageError(f"{recipe} was read as the recipe, but {given.recipe} stands in its place; put the recipe first")
     return given

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import quintet
+from quintet.cli.describe import warn
+from quintet.cli.tell import tell
+from quintet.errors import QuintetError
 from quintet.monitor.sinks import Fanout
 from quintet.spec import parse
+from quintet.spec.layout import Layout
 from quintet.spec.run import Run
 
 if TYPE_CHECKING:
@@ -21,29 +27,49 @@ def together(run: Run, run_directory: Path, *, first: Callable[[], Run], resume:
     """`first` on rank 0, then train or resume on every rank, rank 0 with everything that watches it. Returns the exit code.
 
     `first` returns the run as it is to be trained, which may differ from `run` in where its data lies. Raises what `joined` and the
-    trainer raise.
+    trainer raise; what several ranks raise alike, one of them tells, and the others exit with its code.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         run = first()  # before torch is loaded: most mistakes show here
-    from quintet.cli.watch import watched
-    from quintet.parallel.rendezvous import joined
-    from quintet.train import device, trainer
-
-    def train(run: Run, sinks: Fanout, ranks: Ranks) -> int:
-        return trainer.resume(run_directory, sinks=sinks, ranks=ranks) if resume else trainer.train(run, sinks=sinks, ranks=ranks)
-
     import torch
 
+    from quintet.parallel.rendezvous import joined
+    from quintet.train import device
+
     about = {
-        "recipe": hashlib.blake2b(parse.dumps(run).encode(), digest_size=6).hexdigest(),
+        **{f"[{field.name}] in the recipe": _digest(getattr(run, field.name)) for field in fields(run)},
         "version of Quintet": quintet.__version__,
         "version of torch": str(torch.__version__),
+        "number of processes on its node": os.environ.get("LOCAL_WORLD_SIZE", "unknown"),
+        "number of restarts": os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
     }
-    with joined(run.layout, about=about, device=device.prepare(run.train), seconds=run.train.rank_timeout) as ranks:
-        run = _of_rank_0(first, ranks) if ranks.store is not None else run
-        if not ranks.is_lead:
-            return train(run, Fanout([]), ranks)
-        return watched(run, run_directory, lambda sinks: train(run, sinks, ranks), resumed=resume)
+    machine = device.prepare(run.train)
+    with joined(run.layout, about=about | {"kind of device": machine.type}, device=machine, seconds=run.train.rank_timeout) as ranks:
+        if ranks.store is None:
+            return _on_this_rank(run, run_directory, ranks, resume=resume)
+        try:
+            warn(_other_nodes(run.layout) if ranks.is_lead else [])
+            return _on_this_rank(_of_rank_0(first, ranks), run_directory, ranks, resume=resume)
+        except QuintetError as error:
+            if ranks.first_to_tell(str(error)):
+                tell(str(error))
+            raise SystemExit(error.exit_code) from None
+        finally:
+            # Where one rank has ended, torchrun stops the others, which now are about to end as well, each with its own exit code.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _on_this_rank(run: Run, run_directory: Path, ranks: Ranks, *, resume: bool) -> int:
+    from quintet.cli.watch import watched
+    from quintet.train import trainer
+
+    def train(sinks: Fanout) -> int:
+        with ranks.losses_named():
+            if resume:
+                return trainer.resume(run_directory, sinks=sinks, ranks=ranks, layout=run.layout)
+            return trainer.train(run, sinks=sinks, ranks=ranks)
+
+    return watched(run, run_directory, train, resumed=resume) if ranks.is_lead else train(Fanout([]))
 
 
 def _of_rank_0(first: Callable[[], Run], ranks: Ranks) -> Run:
@@ -51,11 +77,26 @@ def _of_rank_0(first: Callable[[], Run], ranks: Ranks) -> Run:
     store = ranks.store
     assert store is not None
     if not ranks.is_lead:
-        return ranks.lead_first("first", lambda: parse.loads(store.get("run").decode(), origin="the run of rank 0"))
+        return ranks.lead_first("preparation", lambda: parse.loads(store.get("run").decode(), origin="the run of rank 0"))
 
-    def tell() -> Run:
+    def tell_run() -> Run:
         run = first()
         store.set("run", parse.dumps(run))
         return run
 
-    return ranks.lead_first("first", tell)
+    return ranks.lead_first("preparation", tell_run)
+
+
+def _other_nodes(layout: Layout) -> list[str]:
+    """A doubt where nodes have another size than the layout says."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or 0)
+    if here in (0, layout.node_size) or here == layout.num_ranks < layout.node_size:
+        return []
+    return [
+        f"layout.node_size is {layout.node_size}, but {here} processes were started on this node; set it to {here}, so that what talks "
+        "most is planned to lie on one node"
+    ]
+
+
+def _digest(section: object) -> str:
+    return hashlib.blake2b(repr(section).encode(), digest_size=6).hexdigest()

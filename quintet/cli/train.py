@@ -9,6 +9,7 @@ from rich.console import Console
 
 from quintet.cli.describe import foreseen, run_figures, run_tables, warn
 from quintet.cli.options import Overrides, Recipe, Switch, read_with_recipe
+from quintet.cli.tell import speaks_for_all
 from quintet.spec import parse
 from quintet.spec.run import Run
 from quintet.train.foresee import doubts
@@ -29,7 +30,9 @@ class Arguments:
 def main(arguments: list[str]) -> int:
     """Run the command and return its exit code."""
     given = read_with_recipe(Arguments, arguments, command="train")
-    return show(given.run) if given.dry_run else train(given.run, recipe=given.recipe)
+    if given.dry_run:
+        return show(given.run) if speaks_for_all() else 0
+    return train(given.run, recipe=given.recipe)
 
 
 def show(run: Run) -> int:

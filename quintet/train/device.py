@@ -25,7 +25,13 @@ def prepare(train: Train) -> torch.device:
     if train.num_threads or ranks_here > 1:
         torch.set_num_threads(train.num_threads or max(1, len(os.sched_getaffinity(0)) // ranks_here))
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        place = int(os.environ.get("LOCAL_RANK", "0"))
+        if place >= torch.cuda.device_count():
+            raise UsageError(
+                f"process {place} of this node has no device of its own: torch sees {torch.cuda.device_count()}; start at most as many "
+                "processes on each node as it has devices (torchrun --nproc-per-node)"
+            )
+        torch.cuda.set_device(place)
     if device.type == "cpu":
         keep_freed_memory()
         prefer_fast_fp32()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +19,8 @@ from quintet.spec.run import Run
 
 RECIPE, TOKENIZER, CHECKPOINTS, METRICS = "recipe.toml", "tokenizer.json", "checkpoints", "metrics.jsonl"
 """Names in a run's directory; the first two stand in each checkpoint too."""
+SHARED_SECONDS = 10.0
+"""How long a network file system may hide a new directory from another node."""
 
 
 def of(run: Run) -> Path:
@@ -48,6 +53,31 @@ def create(run: Run, tokenizer: Tokenizer) -> Path:
         raise UsageError(f"cannot make the run's directory {directory}: {error.strerror}; choose another --directory") from None
     tokenizer.save(directory / TOKENIZER)
     return directory
+
+
+def rewrite_recipe(directory: Path, run: Run) -> None:
+    """Put the run as it is now in the place of its recipe, whole. Raises UsageError if the file system refuses."""
+    new = directory / f".{RECIPE}.{os.getpid()}"
+    try:
+        new.write_text(parse.dumps(run))
+        new.replace(directory / RECIPE)
+    except OSError as error:
+        raise UsageError(f"cannot write {directory / RECIPE}: {error.strerror}; free some space, or correct its permissions") from None
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def shared(run: Run) -> Path:
+    """The directory that rank 0 has made, as another rank sees it, network file systems given some seconds. Raises UsageError."""
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not (of(run) / RECIPE).is_file():
+        if time.monotonic() > deadline:
+            raise UsageError(
+                f"{of(run).absolute()}, which rank 0 has made, is not there on {socket.gethostname()}; all nodes must see one --directory, "
+                "for example on a network file system"
+            )
+        time.sleep(0.1)
+    return of(run)
 
 
 def refuse_other_tokenizer(own: Tokenizer, prepared: Prepared, *, recipe: Path | None = None) -> None:

@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -30,6 +30,7 @@ from quintet.parallel.mesh import make_mesh
 from quintet.parallel.rendezvous import Ranks
 from quintet.spec import parse
 from quintet.spec.curriculum import PhaseCurves, Settings, Stretch, curriculum
+from quintet.spec.layout import Layout
 from quintet.spec.run import Run
 from quintet.train import device as machine
 from quintet.train import directory, state
@@ -48,28 +49,35 @@ def train(run: Run, *, sinks: Sink, ranks: Ranks | None = None) -> int:
     ranks = ranks or Ranks(make_mesh(run.layout), None)
     refuse_pipelines(run)
     prepared = open_prepared(run.data, run.model.vocab_size)
+    ranks.agree("prepared data", prepared.fingerprint)
     device = machine.prepare(run.train)
-    where = ranks.lead_first("directory", lambda: directory.create(run, prepared.tokenizer) if ranks.is_lead else directory.of(run))
+    where = ranks.lead_first(
+        "run's directory", lambda: directory.create(run, prepared.tokenizer) if ranks.is_lead else directory.shared(run)
+    )
     with directory.held(where) if ranks.is_lead else nullcontext():
         return _Session(run, where, prepared, sinks, device=device, ranks=ranks).loop(Position())
 
 
-def resume(where: Path, *, sinks: Sink, ranks: Ranks | None = None) -> int:
+def resume(where: Path, *, sinks: Sink, ranks: Ranks | None = None, layout: Layout | None = None) -> int:
     """Continue the run in directory `where` from its newest complete checkpoint as if it had not stopped; returns and raises as `train`.
 
-    A run that stopped before its first checkpoint begins anew, which its seed makes the same.
+    With another `layout` than the run's recipe has it goes on there, up to rounding as if it had not moved, and the recipe follows. A run
+    that stopped before its first checkpoint begins anew, which its seed makes the same.
     """
-    run = parse.read(where / directory.RECIPE)
+    saved = parse.read(where / directory.RECIPE)
+    run = replace(saved, layout=layout or saved.layout)
     ranks = ranks or Ranks(make_mesh(run.layout), None)
     refuse_pipelines(run)
     prepared = open_prepared(run.data, run.model.vocab_size, recipe=where / directory.RECIPE)
+    ranks.agree("prepared data", prepared.fingerprint)
     device = machine.prepare(run.train)
     with directory.held(where) if ranks.is_lead else nullcontext():
         directory.refuse_other_tokenizer(Tokenizer.from_file(where / directory.TOKENIZER), prepared)
         told: list[str] = []
         position, data = Position(), dict[str, int]()
         root = where / directory.CHECKPOINTS
-        found = ranks.lead_first("checkpoint", lambda: _newest(root, told.append, verify_content=ranks.is_lead))
+        found = ranks.lead_first("newest checkpoint", lambda: _newest(root, told.append, verify_content=ranks.is_lead))
+        ranks.agree("checkpoint", found.name if found else "none")
         session = _Session(run, where, prepared, sinks, device=device, ranks=ranks)
         if found:
             position, data = state.restore(found, session.built)
@@ -79,6 +87,9 @@ def resume(where: Path, *, sinks: Sink, ranks: Ranks | None = None) -> int:
         # Only now that nothing can refuse any more; and what is told earlier would be cut too.
         if ranks.is_lead:
             truncate_after(where / directory.METRICS, position.step)
+            if run.layout != saved.layout:
+                directory.rewrite_recipe(where, run)
+                told.append(f"another layout from step {position.step + 1} on: {run.layout} instead of {saved.layout}")
         for text in (*told, f"resumed from {found}" if found else "no checkpoint was written yet: beginning anew"):
             sinks.write(Message(text=text))
         return session.loop(position)
@@ -156,15 +167,16 @@ class _Session:
     def _step(self, position: Position, stop: _Stop) -> tuple[Position, StepResult, Settings]:
         settings, mesh = self.curves.settings(position.phase_steps, position.phase_tokens), self.ranks.mesh
         batch = self.loader.next_batch(settings.batch_sequences, part=mesh.at.dp, num_parts=mesh.layout.dp)
-        result = run_step(
-            self.built,
-            batch,
-            settings=settings,
-            train=self.run.train,
-            document_mask=self.run.data.document_mask,
-            step=position.step + 1,
-            stop=lambda: bool(stop),
-        )
+        with _during(f"step {position.step + 1}"):
+            result = run_step(
+                self.built,
+                batch,
+                settings=settings,
+                train=self.run.train,
+                document_mask=self.run.data.document_mask,
+                step=position.step + 1,
+                stop=lambda: bool(stop),
+            )
         return position.after_step(settings.batch_sequences * self.stretch.phase.sequence_length), result, settings
 
     def _due(self, step: int) -> _Due:
@@ -202,16 +214,17 @@ class _Session:
         if not any(part.held_out.num_documents for part in self.prepared.sources.values()):
             return  # told at the start
         length = self.stretch.phase.sequence_length
-        self.sinks.write(
-            held_out_loss(
+        with _during(f"the evaluation of step {position.step}"):
+            found = held_out_loss(
                 self.built.model, self.prepared, self.run, sequence_length=length, step=position.step, mesh=self.ranks.mesh
             )
-        )
+        self.sinks.write(found)
 
     def _save(self, position: Position) -> None:
         begin = time.perf_counter()
         gathered = state.gather(self.built, self.loader.state(), position)
-        path = state.write(self.where, self.run, gathered, step=position.step)
+        with _during(f"saving step {position.step}"):
+            path = state.write(self.where, self.run, gathered, step=position.step)
         size = sum(file.stat().st_size for file in path.iterdir()) if self.ranks.is_lead else 0
         self.sinks.write(Saved(step=position.step, path=str(path), seconds=time.perf_counter() - begin, num_bytes=size))
 
@@ -237,6 +250,16 @@ class _Session:
         num_tokens = min(self.run.monitor.sample_tokens, room)
         drawn = [*generate(self.built.model, ids, num_tokens=num_tokens, eos_id=tokenizer.eos_id, generator=generator)]
         return tokenizer.decode(drawn)
+
+
+@contextmanager
+def _during(what: str) -> Iterator[None]:
+    """Note on a failed collective in what it was."""
+    try:
+        yield
+    except RuntimeError as error:
+        error.add_note(what)
+        raise
 
 
 class _Clock:
