@@ -147,6 +147,19 @@ def test_ring_counts_what_each_payload_sends_and_what_a_limit_does(tmp_path: Pat
     assert len(long["ranks"]) == 2
 
 
+def test_zero_memory_finds_what_the_formulas_say(tmp_path: Path) -> None:
+    run_script("zero_memory.py", "--ranks", "2", "--hidden", "64", "--layers", "2", "--bucket", "100000", "--json", tmp_path / "r.json")
+    rows = {(row["layout"], row["precision"], row["moments"]): row for row in result_of(tmp_path / "r.json")["rows"]}
+    assert len(rows) == 8 and all(row["largest_error"] < 0.05 for row in rows.values())
+
+    def state(*key: str) -> int:
+        return rows[key]["measured"]["moments"] + rows[key]["measured"]["master_weights"]
+
+    alone = state("one device", "fp32", "fp32")
+    assert state("dp=2", "fp32", "fp32") == pytest.approx(alone, rel=0.02)
+    assert all(state(f"dp=2 zero={stage}", "fp32", "fp32") == pytest.approx(alone / 2, rel=0.02) for stage in (1, 2, 3))
+
+
 def test_laptop_gives_both_the_same_time_and_measures_both_with_one_function(tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     for i in range(12):
