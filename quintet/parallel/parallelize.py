@@ -14,6 +14,9 @@ from quintet.parallel.tensor import apply_tensor
 from quintet.parallel.zero import ShardedParameters
 from quintet.spec.run import Train
 
+WITHIN_NODE, BETWEEN_NODES = 200e9, 50e9
+"""Bytes per second of a link of an H800 node (V3 3.1): what decides whether latents or keys and values go round the ring."""
+
 
 def parallelize(model: Transformer, mesh: Mesh, train: Train, *, device: torch.device) -> ShardedParameters:
     """Fit a model on the meta device to this rank of the mesh: tensor, expert and sequence seams, recomputation, then ZeRO's buckets,
@@ -21,8 +24,10 @@ def parallelize(model: Transformer, mesh: Mesh, train: Train, *, device: torch.d
     apply_tensor(model, mesh)
     apply_expert(model, mesh)
     if mesh["cp"].size > 1:
+        within_node = len(mesh.layout.nodes_of(mesh["cp"].ranks)) == 1
+        ring = RingAttention(mesh["cp"], link_bytes_per_second=WITHIN_NODE if within_node else BETWEEN_NODES)
         for part in model.modules():
             if isinstance(part, LatentAttention):
-                part.attend = RingAttention(mesh["cp"])
+                part.attend = ring
     model.set_recompute(train.recompute)
     return ShardedParameters(model, mesh, dtype=DTYPES[train.precision], device=device)

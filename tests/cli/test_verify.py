@@ -1,0 +1,62 @@
+"""`quintet verify`: its verdict, what it names, and what it refuses."""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from quintet.cli.main import main
+from quintet.cli.verify import DIFFERENT, report
+from quintet.evaluate.parity import Row
+from quintet.spec import parse
+from quintet.spec.layout import Layout
+from quintet.spec.run import Run
+
+LAPTOP = Path(__file__).parents[2] / "recipes" / "laptop.toml"
+
+
+def told(rows: list[Row], run: Run) -> tuple[int, str]:
+    out = io.StringIO()
+    return report(rows, run, everything=False, out=Console(file=out, width=200)), out.getvalue()
+
+
+def test_equal_computations_pass_and_a_difference_names_parameter_step_and_rank() -> None:
+    run = replace(parse.read(LAPTOP), layout=Layout(dp=2))
+    good = [Row(1, "total loss", "", 1e-7, 1e-4, 0), Row(1, "gradient", "embed.weight", 1e-6, 1e-4, 1)]
+    assert told(good, run) == (0, told(good, run)[1]) and "2 comparisons in bf16 pass" in told(good, run)[1]
+    code, text = told([*good, Row(1, "gradient", "layers.3.ffn.router.weight", 0.5, 1e-4, 3), Row(2, "weight", "x", 1.0, 1e-4, 0)], run)
+    assert code == DIFFERENT
+    assert "2 of 4 comparisons fail; the first is the gradient of layers.3.ffn.router.weight in step 1: off by 5.0e-01" in text
+    assert "most on rank 3" in text
+
+
+def test_nan_is_a_failure_and_stands_first() -> None:
+    run = replace(parse.read(LAPTOP), layout=Layout(dp=2))
+    code, text = told([Row(1, "gradient", "a", 0.1, 1e-4, 0), Row(1, "gradient", "b", math.nan, 1e-4, 1)], run)
+    assert code == DIFFERENT and text.index(" b ") < text.index(" a ")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], "the layout is one device"),
+        (["--layout.pp", "2"], "training in pipeline stages is not there yet"),
+        (["--layout.dp", "2", "--steps", "0"], "steps (0) and sequences (5) must be at least 1"),
+        (["--layout.tp", "3"], "must be divisible by layout.tp (3)"),
+    ],
+)
+def test_what_cannot_be_verified_is_refused(options: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(LAPTOP), "--tiny", *options]) == 2
+    assert expected in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_published_model_in_small_is_verified_on_its_own_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = LAPTOP.with_name("v3-671b.toml")
+    layout = ["--layout.pp", "1", "--layout.dp", "2", "--layout.ep", "2", "--layout.zero", "1"]
+    assert main(["verify", str(recipe), "--tiny", "--steps", "1", "--train.precision", "fp32", *layout]) == 0
+    assert "dp=2 ep=2 zero=1: " in capsys.readouterr().out
