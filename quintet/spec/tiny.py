@@ -28,7 +28,7 @@ def tiny(run: Run) -> Run:
 
 
 def _tiny_model(model: Model, layout: Layout, length: int) -> Model:
-    num_moe = min(model.num_moe_layers, max(2, layout.pp - 1))
+    num_moe = min(model.num_moe_layers, max(2, layout.pp - min(model.num_dense_layers, 1)))
     num_dense = min(model.num_dense_layers, max(1, layout.pp - num_moe))
     per_group = 2
     num_groups = min(model.num_groups, 4)
