@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from quintet.cost.flops import flops_per_token, parameters
-from quintet.cost.memory import step_memory
+from quintet.cost.memory import largest_rank
 from quintet.monitor.units import count, num_bytes
 from quintet.spec.curriculum import Stretch, curriculum
 from quintet.spec.curve import Curve
@@ -38,12 +38,15 @@ def model_figures(model: Model, *, sequence_length: int) -> dict[str, Any]:
 
 
 def run_figures(run: Run) -> dict[str, Any]:
-    """`model_figures` at the longest sequence, memory of a step on one device, and the phases' lengths."""
+    """`model_figures` at the longest sequence, memory of a step on the rank that needs most, and the phases' lengths."""
     sequence_length = max(phase.sequence_length for phase in run.phases)
-    memory = step_memory(run.model, run.train, sequence_length=sequence_length)
+    memory = largest_rank(
+        run.model, run.train, sequence_length=sequence_length, layout=run.layout, moments=run.optimizer.moments
+    )
     return {
         "name": run.name,
         **model_figures(run.model, sequence_length=sequence_length),
+        "layout": str(run.layout),
         "memory_bytes": {"total": memory.total, "by_part": asdict(memory)},
         "phases": [_stretch_figures(stretch) for stretch in curriculum(run)],
     }
@@ -93,11 +96,15 @@ def run_tables(figures: dict[str, Any]) -> RenderableType:
         )
     return Group(
         model_tables(figures),
-        Rule("memory of a step, estimated for one device", align="left", style="dim"),
+        Rule(f"memory of a step, estimated for {_device(figures['layout'])}", align="left", style="dim"),
         _grid(("total", num_bytes(memory["total"])), ("of which", _parts(memory["by_part"], num_bytes))),
         Rule("schedule", align="left", style="dim"),
         phases,
     )
+
+
+def _device(layout: str) -> str:
+    return layout if layout == "one device" else f"the fullest rank of {layout}"
 
 
 def _grid(*rows: tuple[str, str]) -> Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from quintet.monitor import machine
 from quintet.monitor.sinks import JsonLines
 from quintet.monitor.status import StatusFile
 from quintet.spec import parse
+from quintet.spec.layout import Layout
 from quintet.spec.run import Run
 from tests.monitor.events import evaluated, record
 
@@ -37,6 +39,14 @@ def test_a_recipe_is_counted(capsys: pytest.CaptureFixture[str], root: Path, run
     assert told["kind"] == "recipe"
     assert told["parameters"]["total"] == parameters(run.model).total
     assert told["memory_bytes"]["total"] == sum(told["memory_bytes"]["by_part"].values())  # type: ignore[attr-defined]
+
+
+def test_memory_is_that_of_the_fullest_rank_of_the_layout(run: Run) -> None:
+    alone, shared = run_figures(run), run_figures(replace(run, layout=Layout(dp=4, ep=4, zero=1)))
+    assert (alone["layout"], shared["layout"]) == ("one device", "dp=4 ep=4 zero=1")
+    for part in ("moments", "master_weights"):
+        assert shared["memory_bytes"]["by_part"][part] == pytest.approx(alone["memory_bytes"]["by_part"][part] / 4, rel=1e-3)
+    assert shared["memory_bytes"]["by_part"]["weights"] < alone["memory_bytes"]["by_part"]["weights"]
 
 
 def test_a_hugging_face_directory_is_counted_from_its_config(capsys: pytest.CaptureFixture[str], tmp_path: Path, run: Run) -> None:
