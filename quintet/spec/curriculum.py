@@ -98,11 +98,33 @@ def _count(phase: Phase) -> Stretch:
     first = last = curves.batch_sequences(0, 0)
     while not curves.is_over(steps, tokens):
         last = curves.batch_sequences(steps, tokens)
-        step_tokens = last * phase.sequence_length
-        # Where the batch stays as it is, the rest of the phase is one division; a ramp is walked step by step.
-        rest = 1
-        if curves.batch.is_settled(curves.progress(steps, tokens)):
-            left = curves.length.value - (steps if curves.length.unit == "steps" else tokens)
-            rest = int(left) if curves.length.unit == "steps" else -int(-left // step_tokens)
-        steps, tokens = steps + rest, tokens + rest * step_tokens
+        alike = _steps_alike(curves, steps, tokens, batch=last)
+        steps, tokens = steps + alike, tokens + alike * last * phase.sequence_length
     return Stretch(phase=phase, num_steps=steps, num_tokens=tokens, first_batch=first, last_batch=last)
+
+
+def _steps_alike(curves: PhaseCurves, steps: int, tokens: int, *, batch: int) -> int:
+    """How many steps from there on have the same batch, in the same sentence of its curve: found by doubling and halving.
+
+    Within a sentence the batch only grows or only shrinks, so what is alike at both ends is alike between.
+    """
+
+    def at(ahead: int) -> Progress:
+        return curves.progress(steps + ahead, tokens + ahead * batch * curves.sequence_length)
+
+    def is_alike(ahead: int) -> bool:
+        there = at(ahead)
+        return (
+            not curves.is_over(there.steps, there.tokens)
+            and curves.batch.segment_at(there) is sentence
+            and curves.batch_sequences(there.steps, there.tokens) == batch
+        )
+
+    sentence = curves.batch.segment_at(at(0))
+    alike, other = 0, 1
+    while is_alike(other):
+        alike, other = other, 2 * other
+    while other - alike > 1:
+        middle = (alike + other) // 2
+        alike, other = (middle, other) if is_alike(middle) else (alike, middle)
+    return other

@@ -27,6 +27,7 @@ _SENTENCE = re.compile(
     rf"(?:(?P<hold>hold)|(?P<constant>{_NUMBER})|(?P<shape>linear|cosine)(?:\s+from\s+(?P<start>{_NUMBER}))?\s+to\s+(?P<end>{_NUMBER}))"
     r"(?:\s+until\s+(?P<place>.+))?"
 )
+_FARTHEST = 1e18
 _SCALE = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
@@ -45,6 +46,8 @@ class Place:
             raise SpecError(f"{text!r} is not a place in a phase; write for example '2000 steps', '14.8T tokens' or '5%'")
         number, percent, scale, unit = match.groups()
         value = float(number)
+        if not value * _SCALE[scale or ""] <= _FARTHEST:
+            raise SpecError(f"{text!r} lies too far; a place is at most {_FARTHEST:.0e}")
         if value < 0:
             raise SpecError(f"{text!r} lies before the phase begins; a place is at least 0")
         if percent:
@@ -132,18 +135,14 @@ class Curve:
 
     def at(self, progress: Progress) -> float:
         """The curve's value at `progress`."""
-        return self._segments_from(progress)[0].at(progress)
+        return self.segment_at(progress).at(progress)
 
-    def is_settled(self, progress: Progress) -> bool:
-        """Whether the curve keeps its value from `progress` on."""
-        return len({value for s in self._segments_from(progress) for value in (s.at(progress), s.end)}) == 1
-
-    def _segments_from(self, progress: Progress) -> tuple[Segment, ...]:
-        """The segment that holds at `progress` and those behind it; the last one where all are over."""
-        for i, segment in enumerate(self.segments):
+    def segment_at(self, progress: Progress) -> Segment:
+        """The segment that holds at `progress`; the last one where all are over."""
+        for segment in self.segments:
             if segment.until is None or getattr(progress, segment.until.unit) < segment.until.value:
-                return self.segments[i:]
-        return self.segments[-1:]
+                return segment
+        return self.segments[-1]
 
     @property
     def peak(self) -> float:

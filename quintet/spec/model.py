@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from quintet.errors import SpecError
 
+_MOST_LAYERS = 10_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class Yarn:
@@ -106,6 +108,9 @@ class Model:
         for name in ("num_dense_layers", "num_shared_experts", "num_mtp_modules"):
             if getattr(self, name) < 0:
                 raise SpecError(f"{name} ({getattr(self, name)}) must not be negative")
+        for name in ("num_layers", "num_mtp_modules"):
+            if getattr(self, name) > _MOST_LAYERS:
+                raise SpecError(f"{name} ({getattr(self, name)}) must be at most {_MOST_LAYERS}")
         if self.q_lora_rank is not None and self.q_lora_rank <= 0:
             raise SpecError(f"q_lora_rank ({self.q_lora_rank}) must be larger than 0; leave it out for uncompressed queries")
         if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:

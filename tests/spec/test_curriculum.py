@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -62,3 +63,14 @@ def test_a_given_number_of_steps_is_shared_in_proportion_and_used_up(lengths: li
     if len(stretches) == len(lengths):
         for stretch, length in zip(stretches, lengths, strict=True):
             assert stretch.num_steps == pytest.approx(steps * length / sum(lengths), abs=1)
+
+
+@pytest.mark.parametrize("batch", ["linear from 4 to 8", "cosine from 1 to 80", "linear from 4 to 8 until 1%", "8"])
+@pytest.mark.parametrize("length", ["10B tokens", "1000000000000000 steps"])
+def test_a_long_phase_is_counted_out_at_once(batch: str, length: str) -> None:
+    begin = time.perf_counter()
+    (stretch,) = curriculum(replace(RUN, phases=(replace(PHASE, length=length, batch=(batch, "8")[: 2 if "until" in batch else 1]),)))
+    assert time.perf_counter() - begin < 2
+    counted = stretch.num_steps if "steps" in length else stretch.num_tokens
+    wanted = 10**15 if "steps" in length else 10**10
+    assert wanted <= counted < wanted + 80 * PHASE.sequence_length
