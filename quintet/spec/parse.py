@@ -24,6 +24,9 @@ def read(path: Path) -> Run:
     except FileNotFoundError:
         here = sorted(str(p) for p in (path.parent if path.parent.is_dir() else Path()).glob("*.toml"))
         raise UsageError(f"no recipe at {path}{did_you_mean(str(path), here)}; recipes there: {', '.join(here) or 'none'}") from None
+    except IsADirectoryError:
+        here = sorted(str(p) for p in path.glob("*.toml"))
+        raise UsageError(f"cannot read the recipe {path}: it is a folder; recipes in it: {', '.join(here) or 'none'}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the recipe {path}: {error}") from None
     return loads(text, origin=str(path))

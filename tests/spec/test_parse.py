@@ -128,7 +128,7 @@ def test_broken_toml_and_bytes_that_are_no_text_are_usage_errors(tmp_path: Path)
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match="cannot read the recipe"):
         parse.read(path)
-    with pytest.raises(UsageError, match="cannot read the recipe"):
+    with pytest.raises(UsageError, match=r"cannot read the recipe .*: it is a folder; recipes in it: .*broken\.toml"):
         parse.read(tmp_path)
 
 
