@@ -10,7 +10,7 @@ import os
 import sys
 
 import quintet
-from quintet.cli.tell import speaks_for_all, tell
+from quintet.cli.tell import leave_the_word, speaks_for_all, tell
 from quintet.errors import KEYBOARD_INTERRUPT, QuintetError, UsageError, did_you_mean
 
 COMMANDS = {
@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     except QuintetError as error:
         if speaks_for_all():
             tell(str(error))
+        leave_the_word()
         return error.exit_code
     except KeyboardInterrupt:
         if speaks_for_all():

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Protocol, TypeVar
 
 import tyro
 
-from quintet.cli.tell import speaks_for_all
+from quintet.cli.tell import leave_the_word, speaks_for_all
 from quintet.errors import UsageError
 from quintet.spec import parse
 from quintet.spec.run import Run
@@ -54,7 +54,11 @@ def read(kind: type[T], arguments: Sequence[str], *, command: str, default: T | 
             quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
             quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
         more: dict[str, Any] = {} if default is None else {"default": default}
-        return tyro.cli(kind, args=arguments, prog=f"quintet {command}", config=(tyro.conf.AvoidSubcommands,), **more)
+        try:
+            return tyro.cli(kind, args=arguments, prog=f"quintet {command}", config=(tyro.conf.AvoidSubcommands,), **more)
+        except SystemExit:
+            leave_the_word()
+            raise
 
 
 def read_with_recipe(kind: type[R], arguments: Sequence[str], *, command: str) -> R:

@@ -290,12 +290,12 @@ def _is_of_ranks(error: RuntimeError) -> bool:
 
 
 def _operation(error: BaseException) -> str:
-    """What failed: the notes that callers left (`step 7`), and the package's innermost functions, the collective last."""
+    """What failed: the notes that callers left (`step 7`), and the package's innermost function, and the collective that it called."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(_PACKAGE)]
     names = [f"{Path(frame.filename).stem}.{frame.name}" for frame in frames if Path(frame.filename) != Path(__file__)]
     inside = [name for name in names if name.startswith("collectives.")]
     callers = [name for name in names if not name.startswith("collectives.")]
-    parts = [*getattr(error, "__notes__", []), *callers[-1:], *inside[-1:]]
+    parts = [*getattr(error, "__notes__", []), *callers[-1:], *inside[:1]]
     return ", ".join(parts) or "the meeting of the ranks"
 
 
