@@ -1,23 +1,32 @@
-"""Training step of one DeepSeek-V3-shaped model (108 M parameters, 27 M active): Quintet against transformers, side by side.
+"""Training step of one DeepSeek-V3-shaped model (108 M parameters, 27 M active): Quintet against transformers and others, side by side.
 
 Each contestant lives in a process of its own; the parent lets them take one step after another in rotating order, so that drift of
 the machine hits all alike. A step is forward, backward and AdamW. Printed per contestant: median tokens/s by CPU time and by wall
-time, the ratio to the best eager transformers, and the peak memory of the process.
+time, the ratio to the best eager peer, and the peak memory of the process.
 
     python benchmarks/model_step.py --seq 512 --dtype bf16 --threads 1 --rounds 7 [--compile] [--profile]
+
+A peer that is not built in joins by `--contestant NAME=FILE.py:FUNCTION`, under an interpreter of its own if need be. FUNCTION(dtype:
+"bf16" | "fp32", seq, SHAPE, TOKENS) builds the model of SHAPE and returns step(), which trains on a batch of TOKENS // seq sequences.
+"compiled" in its name keeps it from being the peer that ratios refer to.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+
+Build = Callable[[str, int], Callable[[], None]]
+"""(dtype, sequence length) -> one training step."""
 
 TOKENS = 2048
 SHAPE = dict(
@@ -114,7 +123,7 @@ def transformers_step(dtype: str, seq: int, *, experts: str, compile: bool, amp:
     return step
 
 
-CONTESTANTS: dict[str, Callable[[str, int], Callable[[], None]]] = {
+CONTESTANTS: dict[str, Build] = {
     "quintet": lambda dtype, seq: quintet_step(dtype, seq, compile=True),
     "quintet eager": lambda dtype, seq: quintet_step(dtype, seq, compile=False),
     "transformers eager": lambda d, s: transformers_step(d, s, experts="eager", compile=False, amp=False, onednn=False),
@@ -125,13 +134,29 @@ CONTESTANTS: dict[str, Callable[[str, int], Callable[[], None]]] = {
 }
 
 
-def work(name: str, dtype: str, seq: int, threads: int, profile: bool) -> None:
+def joined(spec: str) -> tuple[str, Build]:
+    """NAME=FILE.py:FUNCTION as a contestant; the file is imported only to build it."""
+    name, _, place = spec.partition("=")
+    file, _, function = place.rpartition(":")
+    if not (name and file and function) or name in CONTESTANTS:
+        raise argparse.ArgumentTypeError(f"{spec!r} is not NAME=FILE.py:FUNCTION with a name other than {', '.join(CONTESTANTS)}")
+
+    def build(dtype: str, seq: int) -> Callable[[], None]:
+        found = importlib.util.spec_from_file_location("contestant", file)
+        module = importlib.util.module_from_spec(found)
+        found.loader.exec_module(module)
+        return getattr(module, function)(dtype, seq, SHAPE, TOKENS)
+
+    return name, build
+
+
+def work(build: Build, dtype: str, seq: int, threads: int, profile: bool) -> None:
     """A contestant: one step per line on standard input, its times as JSON on standard output."""
     import torch
 
     torch.set_num_threads(threads)
     begin = time.perf_counter()
-    step = CONTESTANTS[name](dtype, seq)
+    step = build(dtype, seq)
     step()
     print(json.dumps({"first": time.perf_counter() - begin}), flush=True)
     for _ in sys.stdin:
@@ -167,7 +192,8 @@ def components(step: Callable[[], None]) -> dict[str, float]:
     from torch.profiler import ProfilerActivity, record_function
     from torch.profiler import profile as record
 
-    from quintet.parallel.zero import Bucket, ShardedParameters
+    from quintet.parallel.bucket import Bucket
+    from quintet.parallel.zero import ShardedParameters
     from quintet.train.optimizer import AdamW
 
     watched = ((AdamW, "step", "optimizer"), (ShardedParameters, "norm_squared", "gradient norm"), (Bucket, "add", "gradient sum"))
@@ -179,6 +205,13 @@ def components(step: Callable[[], None]) -> dict[str, float]:
     total = sum(entry.self_cpu_time_total for entry in found.key_averages()) / 1e3
     parts = {part: sum(times.get(name, 0.0) for name in names) for part, names in COMPONENTS.items()}
     return {**parts, "rest (additions, copies, Python)": total - sum(parts.values()), "total": total}
+
+
+def answer(process: subprocess.Popen[str]) -> dict[str, float]:
+    """A contestant's next line; its end instead of one is an error that says how to see why."""
+    if line := process.stdout.readline():
+        return json.loads(line)
+    raise SystemExit(f"a contestant ended with status {process.wait()}; to see why: {shlex.join(process.args)} < /dev/null")
 
 
 def matmul_peak(dtype: str, threads: int) -> float:
@@ -205,34 +238,40 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--compile", action="store_true", help="also transformers under torch.compile (minutes to start)")
-    parser.add_argument("--only", nargs="*", help="contestants by name")
+    parser.add_argument("--only", nargs="*", help="built-in contestants by name")
+    parser.add_argument(
+        "--contestant", type=joined, action="append", default=[], metavar="NAME=FILE.py:FUNCTION", help="one more (repeatable)"
+    )
+    parser.add_argument("--contestant-python", default=sys.executable, metavar="PATH", help="interpreter of these")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--worker")
     args = parser.parse_args()
+    guests = dict(args.contestant)
     if args.worker:
-        return work(args.worker, args.dtype, args.seq, args.threads, args.profile)
-    names = args.only or [n for n in CONTESTANTS if args.compile or n != "transformers compiled"]
+        profile = args.profile and args.worker.startswith("quintet")
+        return work({**CONTESTANTS, **guests}[args.worker], args.dtype, args.seq, args.threads, profile)
+    names = args.only if args.only is not None else [n for n in CONTESTANTS if args.compile or n != "transformers compiled"]
     if args.dtype == "fp32":
         names = [n for n in names if "autocast" not in n]
+    names = [*names, *guests]
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
-    flags = ["--seq", str(args.seq), "--dtype", args.dtype, "--threads", str(args.threads), *(["--profile"] if args.profile else [])]
     crew, first = {}, {}
     for name in names:
         crew[name] = subprocess.Popen(
-            [sys.executable, __file__, "--worker", name, *flags],
+            [args.contestant_python if name in guests else sys.executable, __file__, *sys.argv[1:], "--worker", name],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
         )  # fmt: skip
-        first[name] = json.loads(crew[name].stdout.readline())["first"]
+        first[name] = answer(crew[name])["first"]
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for i in range(args.rounds + 1):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             crew[name].stdin.write("step\n")
             crew[name].stdin.flush()
-            rows[name].append(json.loads(crew[name].stdout.readline()))
+            rows[name].append(answer(crew[name]))
     for name, process in crew.items():
         process.stdin.close()
         if args.profile and name.startswith("quintet"):
-            parts = json.loads(process.stdout.readline())
+            parts = answer(process)
             print(f"\nwhere {name} spends its step (ms of CPU time, share)")
             for part, ms in parts.items():
                 print(f"  {part:36}{ms:9.1f}{ms / parts['total']:8.1%}")
@@ -241,7 +280,7 @@ def main() -> None:
     flops = flops_of_a_step(args.seq)
     print(f"\nmatmul peak {peak_flops / 1e9:.0f} GFLOP/s on {args.threads} thread(s); a step needs {flops / 1e9:.0f} GFLOP")
     rate = {n: {k: TOKENS / statistics.median(r[k] for r in rows[n][1:]) for k in ("cpu", "wall")} for n in names}
-    peers = [n for n in names if n.startswith("transformers") and "compiled" not in n]
+    peers = [n for n in names if not n.startswith("quintet") and "compiled" not in n]
     best = {k: max((rate[n][k] for n in peers), default=float("nan")) for k in ("cpu", "wall")}
     print(f"{args.dtype}, {TOKENS // args.seq} x {args.seq} tokens, {args.threads} thread(s), {args.rounds} rounds")
     print(f"{'':34}{'tok/s cpu':>10}{'tok/s wall':>11}{'ratio cpu':>10}{'ratio wall':>11}{'MFU wall':>9}{'peak GB':>9}{'first s':>9}")

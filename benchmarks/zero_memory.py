@@ -33,8 +33,9 @@ import quintet.parallel.parallelize as recipe
 from quintet.cost import memory
 from quintet.cost.flops import parameters
 from quintet.data.loader import Batch
+from quintet.parallel.bucket import Bucket
 from quintet.parallel.mesh import make_mesh
-from quintet.parallel.zero import Bucket, ShardedParameters
+from quintet.parallel.zero import ShardedParameters
 from quintet.spec.curriculum import Settings
 from quintet.spec.layout import Layout
 from quintet.spec.model import Model

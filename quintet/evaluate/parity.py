@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from quintet.data.loader import Batch
+from quintet.parallel.bucket import Part
 from quintet.parallel.mesh import Mesh, single
 from quintet.parallel.rendezvous import joined
-from quintet.parallel.zero import Part
 from quintet.spec.curriculum import Settings
 from quintet.spec.layout import Layout
 from quintet.spec.run import Run
@@ -91,7 +91,7 @@ def trace_steps(run: Run, mesh: Mesh, batches: Sequence[Batch], settings: Settin
                 losses=(result.loss, result.main_loss, result.mtp_loss, result.balance_loss),
                 gradient_norm=result.gradient_norm,
                 gradients=gradients,
-                weights=tuple(held for bucket in built.parameters.buckets for held in _held(bucket.parts(bucket.master))) + tuple(_biases(built)),
+                weights=(*(held for bucket in built.parameters.buckets for held in _held(bucket.parts(bucket.master))), *_biases(built)),
             )
         )
     return traces

@@ -26,16 +26,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
-from quintet.parallel.collectives import Group, Pending, start_all_gather, start_all_reduce, start_reduce_scatter
+from quintet.parallel.bucket import Bucket, Piece, Reduction
+from quintet.parallel.collectives import Pending, start_all_reduce
 from quintet.parallel.mesh import Mesh
+from quintet.parallel.units import Units
 from quintet.spec.layout import Layout
-from quintet.spec.placement import Box, local_box, placement
+from quintet.spec.placement import local_box, placement
 
 BUCKET_NUMEL = 25_000_000
 """Buckets of stages 0 to 2 are closed at this many elements of a rank (100 MB of fp32 gradients)."""
@@ -45,191 +46,12 @@ IN_FLIGHT = 2
 """Reductions under way at one time; before another one starts the first is waited for, and its whole gradient can be freed."""
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A parameter's place in a bucket: `begin` to `end`. `box` is what this rank holds of it."""
-
-    name: str
-    parameter: nn.Parameter
-    box: Box
-    begin: int
-    end: int
-
-
-@dataclass(frozen=True)
-class Part:
-    """A contiguous run of one parameter's elements within a rank's shard: those `begin` to `end` of the local box, row by row."""
-
-    piece: Piece
-    begin: int
-    end: int
-    values: Tensor
-
-
-@dataclass(frozen=True)
-class Reduction:
-    """A bucket's gradient on its way; `whole` stays alive until it has been read."""
-
-    bucket: Bucket
-    whole: Tensor
-    pending: Pending
-
-
 def holders(name: str, layout: Layout) -> str:
     """Which of `spec.layout.HOLDERS` hold the same values of a parameter."""
     split = {axis for axis in placement(name) if layout.degree(axis) > 1}
     if "ep" in split:
         return "expert_split" if "expert_tp" in split else "expert"
     return "tp_split" if split else "replicated"
-
-
-class Bucket:
-    """Parameters one behind the other: weights [n] in the compute type, fp32 gradient and master, and this rank's shard of each [n/s]."""
-
-    def __init__(
-        self, pieces: list[Piece], numel: int, *, num_decayed: int, shard: Group, replicate: Group, dtype: torch.dtype, keep_shards: bool
-    ) -> None:
-        """`pieces` have parameters without elements, which get their places in the new weights, all 0. With `keep_shards` (stage 3) only
-        this rank's shard of the weights is kept, except between `start_gathering` and `free`."""
-        self.pieces, self.numel, self.num_decayed = pieces, numel, num_decayed
-        self.shard, self.replicate = shard, replicate
-        self.keeps_shards = keep_shards and shard.size > 1
-        device = pieces[0].parameter.device
-        size = numel // shard.size
-        self.range = (shard.rank * size, (shard.rank + 1) * size)
-        self.weights = torch.empty(numel, dtype=dtype, device=device)
-        self.weight_shard = torch.zeros(size, dtype=dtype, device=device) if self.keeps_shards else self.weights.zero_()[slice(*self.range)]
-        self.master = self.weight_shard if dtype == torch.float32 else torch.zeros(size, dtype=torch.float32, device=device)
-        self.gradient: Tensor | None = None
-        self.gradient_shard: Tensor | None = None
-        self.is_alone = shard.size == replicate.size == 1
-        self._own: dict[str, Tensor] = {}
-        self._filled: set[str] = set()
-        self._fresh: set[str] = set()
-        self._gathering: Pending | None = None
-        for piece in pieces:
-            # By `.data`, so that autograd does not take the weights' update or arrival for a change of what it saved.
-            piece.parameter.data = self.weights[piece.begin : piece.end].view(piece.box.sizes)
-        self.free()
-
-    @property
-    def is_full(self) -> bool:
-        """Whether the gradient of every parameter has come since the bucket was emptied."""
-        return len(self._filled) == len(self.pieces)
-
-    def add(self, piece: Piece, gradient: Tensor) -> None:
-        """Take a parameter's gradient over, adding to an earlier micro-batch's."""
-        assert piece.name not in self._filled, piece.name  # else a reduction might be under way without it
-        if self.is_alone:
-            earlier = self._own.get(piece.name)
-            self._own[piece.name] = gradient if earlier is None else earlier.float().add_(gradient)
-            self._filled.add(piece.name)
-            return
-        if self.gradient is None:
-            self.gradient = torch.empty(self.numel, dtype=torch.float32, device=gradient.device)
-            self._fresh = {other.name for other in self.pieces}
-        target = self.gradient[piece.begin : piece.end].view(gradient.shape)
-        if piece.name in self._fresh:
-            self._fresh.discard(piece.name)
-            target.copy_(gradient)
-        else:
-            target.add_(gradient)
-        self._filled.add(piece.name)
-
-    def forget(self) -> None:
-        """Drop the gradient."""
-        self.gradient = self.gradient_shard = None
-        self._own.clear()
-        self._filled.clear()
-
-    @property
-    def has_gradient(self) -> bool:
-        """Whether a step's gradient is there, reduced."""
-        return bool(self._own) or self.gradient_shard is not None
-
-    def gradients(self) -> Iterator[Part]:
-        """This rank's shard of the reduced gradient, by runs of parameters: fp32, or as backward made it where the rank is alone."""
-        if self.gradient_shard is not None:
-            yield from self.parts(self.gradient_shard)
-        for piece in self.pieces:
-            if piece.name in self._own:
-                yield Part(piece, 0, piece.end - piece.begin, self._own[piece.name].flatten())
-
-    def take_gradients(self) -> Iterator[tuple[slice, Tensor, bool]]:
-        """The reduced gradient in few long runs, which are forgotten as they are taken: where each lies in this rank's shard, its fp32
-        values, and whether it is of matrices."""
-        for piece in self.pieces:
-            if (gradient := self._own.pop(piece.name, None)) is not None:
-                yield slice(piece.begin, piece.end), gradient.float().flatten(), len(piece.box.shape) >= 2
-        if self.gradient_shard is not None:
-            size = self.range[1] - self.range[0]
-            border = min(max(self.num_decayed - self.range[0], 0), size)
-            for run, decayed in ((slice(0, border), True), (slice(border, size), False)):
-                yield run, self.gradient_shard[run], decayed
-            self.gradient_shard = None
-
-    def begin_micro_batch(self) -> None:
-        """From now on the gradients of another backward come."""
-        self._filled.clear()
-
-    def start_reduction(self) -> Reduction:
-        """Give the gradient away, 0 where none came, to be summed over the holders of shards."""
-        if self.gradient is None:
-            self.gradient, self._fresh = torch.zeros(self.numel, dtype=torch.float32, device=self.master.device), set()
-        end = 0
-        for piece in self.pieces:  # between the parameters, and where none came, the sum must be 0
-            self.gradient[end : piece.begin] = 0
-            if piece.name in self._fresh:
-                self.gradient[piece.begin : piece.end] = 0
-            end = piece.end
-        self.gradient[end:] = 0
-        whole, self.gradient = self.gradient, None
-        return Reduction(self, whole, start_reduce_scatter(whole, self.shard))
-
-    def publish(self) -> None:
-        """After an update of the master: round it to the weights, and start gathering them from all shards."""
-        if self.master is not self.weight_shard:
-            self.weight_shard.copy_(self.master)
-        if self.keeps_shards:
-            self.free()
-        elif self.shard.size > 1:
-            self._gathering = start_all_gather(self.weight_shard, self.weights, self.shard)
-
-    def finish_gathering(self) -> None:
-        """Wait until the weights are whole."""
-        if self._gathering is not None:
-            self._gathering.wait()
-            self._gathering = None
-
-    def start_gathering(self) -> None:
-        """Make room for the whole weights and ask the others for their shards, unless that is done."""
-        storage = self.weights.untyped_storage()
-        if self.keeps_shards and storage.size() == 0:
-            storage.resize_(self.numel * self.weights.element_size())
-            self._gathering = start_all_gather(self.weight_shard, self.weights, self.shard)
-
-    def free(self) -> None:
-        """Give the room of the whole weights back, once nothing arrives there any more (stage 3)."""
-        if self.keeps_shards:
-            self.finish_gathering()
-            self.weights.untyped_storage().resize_(0)
-
-    def fill(self, piece: Piece, values: Tensor) -> None:
-        """Set a parameter to fp32 values in the shape of its box."""
-        flat = values.flatten()
-        if not self.keeps_shards:
-            self.weights[piece.begin : piece.end] = flat
-        begin, end = max(piece.begin, self.range[0]), min(piece.end, self.range[1])
-        if begin < end:
-            for target in (self.weight_shard, self.master):
-                target[begin - self.range[0] : end - self.range[0]] = flat[begin - piece.begin : end - piece.begin]
-
-    def parts(self, shard: Tensor) -> Iterator[Part]:
-        """The runs of parameters that a tensor like the master [n/s] holds."""
-        for piece in self.pieces:
-            begin, end = max(piece.begin, self.range[0]), min(piece.end, self.range[1])
-            if begin < end:
-                yield Part(piece, begin - piece.begin, end - piece.begin, shard[begin - self.range[0] : end - self.range[0]])
 
 
 class ShardedParameters:
@@ -261,7 +83,7 @@ class ShardedParameters:
         self._replicating: list[tuple[Bucket, Pending]] = []
         for name, buffer in list(model.named_buffers()):
             model.get_submodule(name.rpartition(".")[0]).register_buffer(name.rpartition(".")[2], torch.zeros_like(buffer, device=device))
-        self._units = _Units(model, self._unit_buckets) if self.stage == 3 else None
+        self._units = Units(model, self._unit_buckets) if self.stage == 3 else None
 
     def fill(self, values: Callable[[Piece], Tensor]) -> None:
         """Set every parameter: `values` of a piece are fp32, in the shape of its box."""
@@ -353,78 +175,6 @@ class ShardedParameters:
         bucket.gradient_shard = shard if bucket.gradient_shard is None else bucket.gradient_shard.add_(shard)
         if self._last and bucket.replicate.size > 1:
             self._replicating.append((bucket, start_all_reduce(bucket.gradient_shard, bucket.replicate)))
-
-
-class _Units:
-    """Stage 3: each layer's weights are whole only while it computes, those of the next one on their way; embedding, last norm and head
-    stay whole from the first forward after an update to the next update. MTP modules run where the forward has targets."""
-
-    def __init__(self, model: nn.Module, buckets: dict[str, list[Bucket]]) -> None:
-        self.names = [name for name in buckets if name != "root"][::-1]  # as forward goes
-        self.buckets, self.in_backward = buckets, dict.fromkeys(self.names, False)
-        self.num_running = len(self.names)
-        model.register_forward_pre_hook(self._begin_forward, with_kwargs=True)
-        for name in self.names:
-            part = model.get_submodule(name)
-            part.register_forward_pre_hook(self._before(name))
-            part.register_forward_hook(self._behind(name))
-
-    def _begin_forward(self, module: nn.Module, args: object, named: dict[str, object]) -> None:
-        self.num_running = sum(named.get("targets") is not None or not name.startswith("mtp.") for name in self.names)
-        self._whole("root")
-
-    def _whole(self, name: str) -> None:
-        buckets = self.buckets.get(name, [])  # not every model has a root
-        for bucket in buckets:
-            bucket.start_gathering()
-        for bucket in buckets:
-            bucket.finish_gathering()
-
-    def _ask(self, name: str, *, step: int) -> None:
-        place = self.names.index(name) + step
-        if 0 <= place < self.num_running:
-            for bucket in self.buckets[self.names[place]]:
-                bucket.start_gathering()
-
-    def _before(self, name: str) -> Callable[..., None]:
-        def before(module: nn.Module, args: object) -> None:
-            self._whole(name)
-            if not self.in_backward[name]:
-                self._ask(name, step=1)
-
-        return before
-
-    def _behind(self, name: str) -> Callable[..., None]:
-        def behind(module: nn.Module, args: object, output: tuple[Tensor, object]) -> None:
-            if self.in_backward[name]:
-                return  # recomputed: backward is about to need the weights
-            if output[0].requires_grad:
-                output[0].register_hook(lambda gradient: self._enter_backward(name))
-            for bucket in self.buckets[name]:
-                bucket.free()
-
-        return behind
-
-    def _enter_backward(self, name: str) -> None:
-        self.in_backward[name] = True
-        self._whole(name)
-        self._ask(name, step=-1)
-
-    def leave_backward(self, name: str) -> None:
-        """The gradient of one of the part's buckets is full. A parameter's gradient comes from the operation that reads its weight, so
-        when all have come no weight is needed any more."""
-        if name in self.in_backward and all(bucket.is_full for bucket in self.buckets[name]):
-            self._leave(name)
-
-    def end_backward(self) -> None:
-        """Behind a backward: also parts that got no gradient for some parameter have left."""
-        for name in self.names:
-            self._leave(name)
-
-    def _leave(self, name: str) -> None:
-        self.in_backward[name] = False
-        for bucket in self.buckets[name]:
-            bucket.free()
 
 
 def _grouped(

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from quintet.model.transformer import Transformer, initial_values
 from quintet.ops.pointwise import REFERENCE, Kernels, can_compile, fused
+from quintet.parallel.bucket import Piece
 from quintet.parallel.mesh import Mesh
 from quintet.parallel.parallelize import parallelize
-from quintet.parallel.zero import Piece, ShardedParameters
+from quintet.parallel.zero import ShardedParameters
 from quintet.spec.run import Run
 from quintet.train.optimizer import AdamW
 

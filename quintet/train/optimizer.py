@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from quintet.errors import CheckpointError
-from quintet.parallel.zero import Bucket, ShardedParameters
+from quintet.parallel.bucket import Bucket
+from quintet.parallel.zero import ShardedParameters
 from quintet.spec import run as spec
 
 _BLOCK = 1 << 20

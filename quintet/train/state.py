@@ -18,7 +18,7 @@ from quintet.checkpoint.pieces import Pieces, run_of_boxes
 from quintet.checkpoint.retention import prune
 from quintet.checkpoint.save import save
 from quintet.errors import CheckpointError
-from quintet.parallel.zero import Bucket
+from quintet.parallel.bucket import Bucket
 from quintet.spec import parse
 from quintet.spec.placement import Box
 from quintet.spec.run import Run

@@ -18,7 +18,7 @@ from torch import Tensor
 from quintet.data.loader import Batch
 from quintet.evaluate.parity import Reference, Row, first_failure, judge, trace_reference, trace_steps
 from quintet.ops.cross_entropy import IGNORED
-from quintet.parallel import collectives, zero
+from quintet.parallel import bucket, collectives, zero
 from quintet.parallel.collectives import Group, Pending
 from quintet.parallel.mesh import make_mesh
 from quintet.spec.curriculum import Settings
@@ -192,7 +192,7 @@ def zeros_instead(shift: collectives.Shift) -> list[Tensor]:
 
 
 FAULTS: dict[str, tuple[Layout, object, str, Any]] = {
-    "a reduce-scatter that does not sum": (Layout(dp=2, zero=1), zero, "start_reduce_scatter", forgets_to_sum),
+    "a reduce-scatter that does not sum": (Layout(dp=2, zero=1), bucket, "start_reduce_scatter", forgets_to_sum),
     "an all-reduce that sums twice": (Layout(dp=2), zero, "start_all_reduce", sums_twice),
     "row gradients in a wrong order": (Layout(dp=2, ep=2), collectives._Exchange, "backward", staticmethod(to_the_neighbour)),
     "tokens gathered whose gradients are not summed": (Layout(tp=2), collectives._Gather, "backward", staticmethod(own_part)),
