@@ -15,7 +15,8 @@ from quintet.data.loader import Batch
 from quintet.errors import NumericsError
 from quintet.evaluate.parity import first_failure, judge, trace_reference, trace_steps
 from quintet.model.transformer import Transformer
-from quintet.parallel import bucket, collectives, zero
+from quintet.parallel import bucket as buckets
+from quintet.parallel import collectives, zero
 from quintet.parallel.bucket import Bucket
 from quintet.parallel.collectives import Group
 from quintet.parallel.mesh import make_mesh, single
@@ -89,7 +90,7 @@ def test_every_rank_makes_the_same_calls_in_the_same_order(layout: Layout, monke
     for name in ("start_all_reduce", "start_reduce_scatter", "start_all_gather", "all_to_all"):
         replaced = noted(name)
         monkeypatch.setattr(collectives, name, replaced)
-        for module in (bucket, zero):
+        for module in (buckets, zero):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, replaced)
 
