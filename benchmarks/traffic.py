@@ -1,6 +1,6 @@
 """Bytes of a training step by axis of the mesh: foretold from the recipe, counted by the ranks, and seen by the network interface.
 
-    python benchmarks/traffic.py [--layouts "dp=4 zero=1" "dp=4 ep=4"] [--sequences 8] [--mebibytes 4] [--recipe FILE] [--json FILE]
+    python benchmarks/traffic.py [--layouts "dp=4 zero=1" "dp=4 ep=4"] [--sequences 8] [--recipe FILE] [--json FILE]
 
 Step: the recipe's model takes one step on each layout, a gloo process of one thread per rank. `foretold` is `quintet.cost.traffic` with
 experts chosen equally often, `counted rows` the same with the rows that really travelled, `measured` what the ranks' groups counted: the
@@ -9,7 +9,8 @@ foretold ones of counted rows end the script with an error.
 
 Wire: what the loopback device of a network namespace of the ranks' own sent meanwhile, TCP headers and acknowledgements included; an
 independent witness. Without root and `ip` it is the machine's loopback device, whose other traffic counts too. Where it sends more than
-the ranks counted, gloo's algorithm is not the bandwidth-optimal one: the second table has the factor of every collective, on 2 and 4 ranks.
+the ranks counted, gloo's algorithm is not the bandwidth-optimal one: the second table has the factor of every collective, with messages of
+--mebibytes on --ranks.
 
 The other scripts take from here how ranks are started, in namespaces or not (`start_ranks`), and how a layout is written on a command line.
 """
@@ -272,10 +273,10 @@ def _rows(run: Run, found: Sequence[Mapping[str, Any]]) -> list[Rows]:
     return [rows(rank) for rank in range(layout.num_ranks)]
 
 
-def factors(mebibytes: int, host: str | None) -> list[dict[str, Any]]:
-    """Bytes on the wire over bytes counted, of each collective."""
+def factors(counts: Sequence[int], mebibytes: int, host: str | None) -> list[dict[str, Any]]:
+    """Bytes on the wire over bytes counted, of each collective, on so many ranks."""
     rows = []
-    for count in (2, 4):
+    for count in counts:
         found = answers(start_ranks(__file__, {"kind": "collectives", "mebibytes": mebibytes}, [host] * count))
         for name in COLLECTIVES:
             sent, wire = sum(rank[name]["sent"] for rank in found), max(rank[name]["wire"] for rank in found)
@@ -303,6 +304,7 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS))
     parser.add_argument("--recipe", type=Path, default=ROOT / "recipes/laptop.toml")
     parser.add_argument("--sequences", type=int, default=8, help="of a step, on all ranks")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="on which the factors are measured")
     parser.add_argument("--mebibytes", type=int, default=4, help="of the messages whose factors are measured")
     parser.add_argument("--json", type=Path, help="write the result there too")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
@@ -313,7 +315,7 @@ def main() -> None:
     print(headline(facts))
     with own_loopback() as host:
         steps = [step_row(given, text, host) for text in given.layouts]
-        rows = factors(given.mebibytes, host)
+        rows = factors(given.ranks, given.mebibytes, host)
     show(steps, rows)
     run = parse.read(given.recipe)
     about = {"model": asdict(run.model), "sequence_length": run.phases[0].sequence_length, "sequences": given.sequences}

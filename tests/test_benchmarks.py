@@ -160,6 +160,56 @@ def test_zero_memory_finds_what_the_formulas_say(tmp_path: Path) -> None:
     assert all(state(f"dp=2 zero={stage}", "fp32", "fp32") == pytest.approx(alone / 2, rel=0.02) for stage in (1, 2, 3))
 
 
+@pytest.fixture
+def mini(tmp_path: Path) -> Path:
+    """A recipe of a tiny model."""
+    path = tmp_path / "mini.toml"
+    path.write_text(RECIPE.replace("{folder}", str(tmp_path)))
+    return path
+
+
+def test_traffic_sets_the_bytes_foretold_beside_those_counted_and_those_on_the_wire(tmp_path: Path, mini: Path) -> None:
+    flags = ["--layouts", "dp=2 ep=2 zero=1", "--recipe", mini, "--sequences", "4", "--ranks", "2", "--mebibytes", "1"]
+    printed = run_script("traffic.py", *flags, "--json", tmp_path / "r.json")
+    result = result_of(tmp_path / "r.json")
+    (step,) = result["steps"]
+    assert step["axes"].keys() == {"world", "dp", "ep", "replicated.shard"}
+    assert all(row["measured"] == row["counted_rows"] for row in step["axes"].values())
+    # Tokens that chose each expert: 8 bytes for each of the 2 on the other rank, in 2 micro-batches of one layer; and their rows.
+    assert step["axes"]["ep"]["measured"] > 2 * 2 * 8
+    factors = {row["collective"]: row["factor"] for row in result["collectives"]}
+    assert factors.keys() == {"all-reduce", "reduce-scatter", "all-gather", "all-to-all", "ring shift"}
+    assert all(factor >= 1 for factor in factors.values())
+    assert all(axis in printed for axis in step["axes"])
+
+
+def test_scaling_sets_four_ranks_beside_two_and_one(tmp_path: Path, mini: Path) -> None:
+    flags = ["--layouts", "dp=4 ep=4 zero=1", "--links", "0", "--rounds", "1", "--sequences", "2", "--recipe", mini]
+    run_script("scaling.py", *flags, "--json", tmp_path / "r.json")
+    result = result_of(tmp_path / "r.json")
+    one, two, four = result["rows"]
+    assert [row["ranks"] for row in (one, two, four)] == [1, 2, 4]
+    assert result["tokens_per_rank"] == 2 * 32
+    assert one["waiting_by_axis"] == {} and one["efficiency"] == [1.0, 1.0] and one["wire_bytes"] == 0
+    assert 0 < sum(four["waiting_by_axis"].values()) < 1 and "ep" in four["waiting_by_axis"]
+    assert (four["wire_bytes"] > 0) == result["emulated_hosts"]
+
+
+@pytest.mark.parametrize("flags", [["--links", "0", "100"], ["--delay", "1"]], ids=" ".join)
+def test_scaling_refuses_a_link_that_it_cannot_limit(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import scaling
+
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(sys, "argv", ["scaling.py", *flags])
+    with pytest.raises(SystemExit) as ended:
+        scaling.main()
+    assert ended.value.code == 2
+    assert "install iproute2 and run as root, or give --links 0 alone" in capsys.readouterr().err
+
+
 def test_laptop_gives_both_the_same_time_and_measures_both_with_one_function(tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     for i in range(12):
