@@ -8,7 +8,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from quintet.data.prepare import Prepared, obstacle_to
@@ -41,17 +41,19 @@ def refuse_existing(run: Run) -> None:
 
 
 def create(run: Run, tokenizer: Tokenizer) -> Path:
-    """Make the run's directory with its recipe and tokenizer. Raises UsageError if it exists or cannot be made."""
+    """Make the run's directory with its recipe and tokenizer, whole or not at all. Raises UsageError if it exists or cannot be made."""
     refuse_existing(run)
     directory = of(run)
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     try:
-        directory.mkdir(parents=True)
-        (directory / RECIPE).write_text(parse.dumps(run))
+        temporary.mkdir(parents=True)
+        (temporary / RECIPE).write_text(parse.dumps(run))
+        tokenizer.save(temporary / TOKENIZER)
+        temporary.rename(directory)
     except OSError as error:
-        with suppress(OSError):  # an empty directory would refuse the next attempt
-            shutil.rmtree(directory)
         raise UsageError(f"cannot make the run's directory {directory}: {error.strerror}; choose another --directory") from None
-    tokenizer.save(directory / TOKENIZER)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return directory
 
 

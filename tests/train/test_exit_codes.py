@@ -16,7 +16,7 @@ import torch
 from quintet.checkpoint.load import latest, list_checkpoints, verify
 from quintet.cli.main import main
 from quintet.data.prepare import prepare
-from quintet.data.tokenizer import train_bpe
+from quintet.data.tokenizer import Tokenizer, train_bpe
 from quintet.monitor.metrics import Message, Record, read_events
 from quintet.monitor.status import read_status
 from quintet.spec import parse
@@ -121,6 +121,25 @@ def test_a_directory_that_cannot_be_made_is_2(tell: Tell, run: Run, tmp_path: Pa
     code, err = tell("train", write_recipe(run, tmp_path / "r.toml"), "--directory", tmp_path / "file")
     assert code == 2
     assert "choose another --directory" in err
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, OSError])
+def test_a_run_whose_making_is_broken_off_leaves_nothing_in_the_way_of_the_next(
+    tell: Tell, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
+) -> None:
+    save = Tokenizer.save
+
+    def broken_off(self: Tokenizer, path: Path) -> None:
+        if path.is_relative_to(run.directory):
+            raise kind(28, "No space left on device")
+        save(self, path)
+
+    recipe = write_recipe(run, tmp_path / "r.toml")
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "save", broken_off)
+        assert tell("train", recipe)[0] == (130 if kind is KeyboardInterrupt else 2)
+    assert list(Path(run.directory).iterdir()) == []
+    assert tell("train", recipe)[0] == 0
 
 
 def test_a_second_trainer_on_a_run_is_2_and_leaves_the_first_ones_status(tell: Tell, run: Run) -> None:
