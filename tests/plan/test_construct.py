@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from quintet.errors import SpecError
@@ -44,8 +44,9 @@ def test_the_bound_is_reached_by_zbv_where_nothing_can_be_paired(ranks: int, ext
     assert simulate(schedule, Costs()).makespan == pytest.approx(lower_bound(schedule, Costs()))
 
 
-@given(seed=st.integers(0, 10_000), ranks=st.integers(1, 5), microbatches=st.integers(1, 12), memory=st.integers(3, 16).map(lambda halves: halves / 2))
-def test_a_greedy_schedule_is_right_and_keeps_to_its_memory(seed: int, ranks: int, microbatches: int, memory: float) -> None:
+@given(seed=st.integers(0, 10_000), ranks=st.integers(1, 5), microbatches=st.integers(1, 12), halves=st.integers(3, 16))
+def test_a_greedy_schedule_is_right_and_keeps_to_its_memory(seed: int, ranks: int, microbatches: int, halves: int) -> None:
+    memory = halves / 2
     policy = Policy.drawn(random.Random(seed), ranks)
     schedule = greedy(v_route(ranks), microbatches, Costs(pair=0.8), limit=memory, policy=policy)
     assert schedule is not None
@@ -95,12 +96,12 @@ def test_rows_that_cannot_be_are_told() -> None:
     assert not annealing._fits(0, [forward] * 5)
 
 
-@settings(max_examples=3)
+@settings(max_examples=4, phases=[Phase.generate])  # shrinking would search for minutes
 @given(costs=costs_strategy, once=st.booleans())
 def test_what_is_found_is_right_and_no_slower_than_what_is_named(costs: Costs, once: bool) -> None:
-    found = search(3, 7, costs, memory=4.0, seconds=0.2, once=once)
+    found = search(3, 7, costs, memory=6.0, seconds=0.2, once=once)
     check(found.simulation.timeline.schedule)
-    assert max(found.simulation.peak_activations) <= 4.0 + 1e-9
+    assert max(found.simulation.peak_activations) <= 6.0 + 1e-9
     assert found.named is not None
     assert found.bound - 1e-9 <= found.simulation.makespan <= found.named.makespan + 1e-9
 
