@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> int:
     if given.json:
         print(json.dumps([figures(simulation) for simulation in simulations], indent=2))
         return 0
-    console.print(table(simulations))
+    console.print(table(simulations, width=console.width))
     for reason in refused:
         console.print(f"left out: {reason}", style="dim", highlight=False)
     console.print(anatomy(first), highlight=False)
@@ -160,30 +160,40 @@ def figures(simulation: Simulation) -> dict[str, Any]:
     }
 
 
-def table(simulations: list[Simulation]) -> Table:
-    """One row per schedule, the first one's in bold."""
-    rows = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
-    names = ("schedule", "step", "efficiency", "bubble", "formula", "", "exposed p2p", "exposed a2a", "activations", "formula", "params")
-    for name in names:
-        rows.add_column(name, justify="left" if name in ("schedule", "") else "right", no_wrap=True)
+def table(simulations: list[Simulation], *, width: int) -> Table:
+    """One row per schedule, the first one's in bold; a narrow terminal gets the figures that matter most."""
+    rows = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
+    shown = [name for name in _COLUMNS if width >= 135 or name not in ("formula", "exposed p2p", "exposed a2a", "(published)")]
+    for name in shown:
+        rows.add_column(name, justify="left" if name in ("schedule", "formula") else "right", no_wrap=True)
     for index, simulation in enumerate(simulations):
         published = formula_of(simulation)
-        known = published.activations
-        rows.add_row(
-            simulation.timeline.schedule.name,
-            draw.seconds(simulation.makespan),
-            f"{1 - simulation.mean_bubble:.1%}",
-            draw.seconds(simulation.anatomy["bubble"]),
-            "" if published.bubble is None else draw.seconds(published.bubble),
-            published.text,
-            draw.seconds(max(simulation.exposed_p2p)),
-            draw.seconds(max(simulation.exposed_all_to_all)),
-            f"{max(simulation.peak_activations):.4g}",
-            "" if known is None else f"{known * simulation.costs.activation_bytes:.4g}",
-            f"{published.parameters}x",
-            style="bold" if index == 0 else "",
-        )
+        rows.add_row(*(_COLUMNS[name](simulation, published) for name in shown), style="bold" if index == 0 else "")
     return rows
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else draw.seconds(value)
+
+
+def _expected(simulation: Simulation, published: Formula) -> str:
+    known = published.activations
+    return "" if known is None else f"{known * simulation.costs.activation_bytes:.4g}"
+
+
+_COLUMNS: dict[str, Callable[[Simulation, Formula], str]] = {
+    "schedule": lambda simulation, _: simulation.timeline.schedule.name,
+    "step": lambda simulation, _: _seconds(simulation.makespan),
+    "efficiency": lambda simulation, _: f"{1 - simulation.mean_bubble:.1%}",
+    "bubble": lambda simulation, _: _seconds(simulation.anatomy["bubble"]),
+    "published": lambda _, published: _seconds(published.bubble),
+    "formula": lambda _, published: published.text,
+    "exposed p2p": lambda simulation, _: _seconds(max(simulation.exposed_p2p)),
+    "exposed a2a": lambda simulation, _: _seconds(max(simulation.exposed_all_to_all)),
+    "activations": lambda simulation, _: f"{max(simulation.peak_activations):.4g}",
+    "(published)": _expected,
+    "params": lambda _, published: f"{published.parameters}x",
+}
 
 
 def anatomy(simulation: Simulation) -> str:
