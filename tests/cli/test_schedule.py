@@ -64,6 +64,21 @@ def test_pictures_and_traces_are_written(capsys: pytest.CaptureFixture[str], tmp
     assert {event["args"]["name"] for event in processes} == set(NAMES)
 
 
+def test_a_search_tells_its_bound_and_what_it_beats_and_can_be_kept(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    path = str(tmp_path / "kept.json")
+    shape = ("--ranks", "2", "--microbatches", "4", "--costs", "pair=0.8")
+    code, out, _ = told(capsys, "search", *shape, "--memory", "2.5", "--once", "--seconds", "0.2", "--save", path)
+    assert code == 0
+    assert "which nothing on its routes can beat" in out
+    assert "the best named schedule with at most 2.5 activations is dualpipev" in out
+    code, again, _ = told(capsys, path, "--costs", "pair=0.8", "--alone")
+    assert code == 0
+    assert again.splitlines()[1].split() == out.splitlines()[1].split()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -71,6 +86,8 @@ def test_pictures_and_traces_are_written(capsys: pytest.CaptureFixture[str], tmp
         (("dualpipe", "--ranks", "5"), "num_ranks (5) must be even for dualpipe"),
         (("dualpipev", "--ranks", "8", "--microbatches", "15"), "choose 16 or more micro-batches, at most 7 ranks, or zbv"),
         (("1f1b", "--costs", "deepsek-v3"), "(did you mean 'deepseek-v3'?)"),
+        (("nowhere.json",), "cannot read the schedule nowhere.json"),
+        (("search", "--ranks", "4", "--memory", "0.5", "--seconds", "0.1"), "memory (0.5) holds no schedule of 4 ranks; choose at least 1"),
         (("1f1b", "--svg", "/nowhere/a.svg"), "cannot write /nowhere/a.svg: No such file or directory"),
     ],
 )

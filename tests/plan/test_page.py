@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from quintet.cli.main import main
+from quintet.plan.bound import lower_bound
 from quintet.plan.break_even import break_even
 from quintet.plan.costs import PRESETS, read
 from quintet.plan.simulate import simulate
-from quintet.schedule import NAMES, build
+from quintet.schedule import NAMES, build, check
+from quintet.schedule.text import loads
 
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "pipeline.md").read_text()
 DRAWINGS = re.findall(r"^quintet (schedule .*) --svg docs/(images/\S+)$", PAGE, re.MULTILINE)
@@ -23,7 +25,8 @@ def test_every_picture_of_the_page_is_drawn() -> None:
 
 
 @pytest.mark.parametrize(("line", "path"), DRAWINGS)
-def test_pictures_are_what_the_tool_draws(line: str, path: str, root: Path, tmp_path: Path) -> None:
+def test_pictures_are_what_the_tool_draws(line: str, path: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root)
     assert main([*shlex.split(line), "--svg", str(tmp_path / "drawn.svg")]) == 0
     assert (tmp_path / "drawn.svg").read_text() == (root / "docs" / path).read_text()
 
@@ -52,6 +55,15 @@ def test_the_table_of_deepseeks_costs_is_simulated() -> None:
         assert [float(one) for one in shown] == pytest.approx(
             [round(found.makespan, 1), round(100 - 100 * found.mean_bubble, 1), round(found.anatomy["bubble"], 2), kept]
         )
+
+
+def test_the_schedule_that_was_found_beats_dualpipe_and_is_close_to_the_bound(root: Path) -> None:
+    found = loads((root / "docs" / "images" / "found.json").read_text(), origin="found.json")
+    costs = read("pair=0.75")
+    checked, step = check(found), simulate(found, costs).makespan
+    dualpipe = simulate(build("dualpipe", 4, 16), costs)
+    assert (step, dualpipe.makespan, lower_bound(found, costs, memory=5.0)) == (40.25, 41.0, 40.0)
+    assert max(checked.peak_activations) == max(dualpipe.peak_activations) == 5
 
 
 def test_the_break_evens_are_simulated() -> None:
