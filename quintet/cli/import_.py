@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -32,5 +33,5 @@ def main(arguments: list[str]) -> int:
 
     with Bar(f"importing {given.source}", console) as bar:
         import_run(given.source, given.run, on_message=tell, on_progress=bar)
-    tell(f"made {given.run}; see: quintet info {given.run}")
+    tell(f"made {given.run}; see: quintet info {shlex.quote(str(given.run))}")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,5 +24,5 @@ def watched(run: Run, run_directory: Path, call: Callable[[Fanout], int], *, res
             exit_code = call(sinks)
         status.finish(exit_code, _OUTCOMES.get(exit_code, f"ended with exit code {exit_code}"))
     if exit_code == INTERRUPTED:
-        console.print(f"stopped; continue with: quintet resume {run_directory}", markup=False, soft_wrap=True)
+        console.print(f"stopped; continue with: quintet resume {shlex.quote(str(run_directory))}", markup=False, soft_wrap=True)
     return exit_code

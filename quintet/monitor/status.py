@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -144,7 +145,7 @@ class StatusFile:
         if not (self._ours and self._directory.is_dir()):
             return
         verdict = verdict_of(exit_code)
-        remedy = None if verdict == "done" else f"quintet resume {self._directory}"
+        remedy = None if verdict == "done" else f"quintet resume {shlex.quote(str(self._directory))}"
         if exit_code == GivenUp.exit_code:
             remedy = "do not restart it as it is: read the message, change the recipe, then start a new run"
         self._put(replace(self._status, verdict=verdict, exit_code=exit_code, message=message, remedy=remedy))

@@ -186,3 +186,12 @@ def test_a_broken_status_is_an_error_and_a_missing_one_is_none(tmp_path: Path) -
     (tmp_path / "status.json").write_text(json.dumps({"verdict": "lost"}))
     with pytest.raises(DataError, match="not a run's status"):
         read_status(tmp_path)
+
+
+def test_the_remedy_can_be_pasted_into_a_shell(tmp_path: Path) -> None:
+    directory = tmp_path / "my runs"
+    directory.mkdir()
+    with StatusFile(directory) as status:
+        status.write(record(1))
+        status.finish(75, "stopped")
+    assert status_of(directory).remedy == f"quintet resume '{directory}'"
