@@ -128,15 +128,15 @@ class _Annealing:
         """Anneal for this long; returns how many schedules were timed."""
         begin, tried = time.monotonic(), 0
         timeline = walk(self.best, self.durations)
+        table = self.best.table
         now, best = _score(timeline), timeline.makespan
         while (elapsed := (time.monotonic() - begin) / seconds) < 1:
             changes = self._changes(timeline)
-            before = {rank: self.rows[rank] for rank in changes}
             if not changes or not all(self._fits(rank, row) for rank, row in changes.items()):
                 continue
             tried += 1
-            self.rows = [changes.get(rank, row) for rank, row in enumerate(self.rows)]
-            candidate = numbered(self.schedule, self.rows)
+            rows = [_numbered(self.schedule, rank, changes[rank]) if rank in changes else row for rank, row in enumerate(table)]
+            candidate = replace(self.schedule, name="found", table=tuple(rows))
             try:
                 new = walk(candidate, self.durations)
             except SpecError:
@@ -145,9 +145,9 @@ class _Annealing:
                 score, temperature = _score(new), 1e-3 * best * (1 - elapsed) ** 2
                 accepted = score <= now or self.rng.random() < math.exp((now - score) / max(temperature, 1e-12 * best))
             if not accepted:
-                self.rows = [before.get(rank, row) for rank, row in enumerate(self.rows)]
                 continue
-            timeline, now = new, score
+            self.rows = [changes.get(rank, row) for rank, row in enumerate(self.rows)]
+            timeline, now, table = new, score, candidate.table
             if new.makespan < best - 1e-12:
                 best, self.best = new.makespan, candidate
         return tried
@@ -218,28 +218,31 @@ def tokens(schedule: Schedule) -> Rows:
 
 def numbered(schedule: Schedule, rows: Rows) -> Schedule:
     """Tokens as a schedule on the same routes: every stage takes its micro-batches in order, in forwards as in backwards."""
+    return replace(schedule, name="found", table=tuple(_numbered(schedule, rank, row) for rank, row in enumerate(rows)))
+
+
+def _numbered(schedule: Schedule, rank: int, row: list[Token]) -> tuple[Work, ...]:
     each = schedule.num_microbatches // len(schedule.routes)
-    table: list[tuple[Work, ...]] = []
-    for rank, row in enumerate(rows):
-        held = _held(schedule, rank)
-        counts: list[dict[str, int]] = [dict.fromkeys("FBIW", direction * each) for direction, _ in held]
-        put_off: list[list[int]] = [[] for _ in held]
-        new: list[Work] = []
-        for token in row:
-            ops = []
-            for kind, n in token:
-                if kind == "W":
-                    microbatch = put_off[n].pop(0)
-                else:
-                    queue = "F" if kind == "F" else "B"
-                    microbatch = counts[n][queue]
-                    counts[n][queue] += 1
-                    if kind == "I":
-                        put_off[n].append(microbatch)
-                ops.append(Op(kind, held[n][1], microbatch))
-            new.append(ops[0] if len(ops) == 1 else Pair(*ops))
-        table.append(tuple(new))
-    return replace(schedule, name="found", table=tuple(table))
+    held = _held(schedule, rank)
+    forwards, backwards = ([direction * each for direction, _ in held] for _ in range(2))
+    put_off: list[list[int]] = [[] for _ in held]
+    new: list[Work] = []
+    for token in row:
+        ops = []
+        for kind, n in token:
+            if kind == "F":
+                microbatch = forwards[n]
+                forwards[n] += 1
+            elif kind == "W":
+                microbatch = put_off[n].pop(0)
+            else:
+                microbatch = backwards[n]
+                backwards[n] += 1
+                if kind == "I":
+                    put_off[n].append(microbatch)
+            ops.append(Op(kind, held[n][1], microbatch))
+        new.append(ops[0] if len(ops) == 1 else Pair(*ops))
+    return tuple(new)
 
 
 def _held(schedule: Schedule, rank: int) -> tuple[tuple[int, int], ...]:

@@ -6,7 +6,7 @@ wait for; a compute op waits for the exchange that brings its input, and a sent 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeAlias
 
 from quintet.schedule.clock import unit, walk
@@ -58,6 +58,12 @@ class Program:
 
     def __str__(self) -> str:
         return "\n".join(f"rank {rank}: {' '.join(map(str, row))}" for rank, row in enumerate(self.rows))
+
+
+def forward_only(schedule: Schedule) -> Schedule:
+    """The schedule's forwards in their order, for evaluation; nothing is kept for a backward."""
+    table = tuple(tuple(op for work in row for op in work.ops if op.kind == "F") for row in schedule.table)
+    return replace(schedule, table=table)
 
 
 def add_transfers(schedule: Schedule) -> Program:

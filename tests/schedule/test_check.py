@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quintet.errors import SpecError
-from quintet.schedule import Op, Pair, Schedule, add_transfers, build, check
+from quintet.schedule import Op, Pair, Schedule, add_transfers, build, check, forward_only
 from quintet.schedule.check import check_program
 from quintet.schedule.lower import Exchange, Program, Step, Transfer
 from quintet.schedule.op import Work
@@ -140,6 +140,13 @@ def test_a_program_is_its_schedule_with_exchanges(schedule: Schedule) -> None:
     )
     assert len(transfers) == 2 * 2 * hops
     assert not any(isinstance(a, Exchange) and isinstance(b, Exchange) for row in program.rows for a, b in pairwise(row))
+
+
+@given(schedule=schedules())
+def test_forwards_alone_can_run_too(schedule: Schedule) -> None:
+    program = add_transfers(forward_only(schedule))
+    check_program(program)
+    assert sum(isinstance(step, Op) for row in program.rows for step in row) == schedule.num_stages * schedule.num_microbatches
 
 
 @given(schedule=schedules(most_ranks=6, most_microbatches=10), data=st.data())
