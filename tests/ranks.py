@@ -25,11 +25,11 @@ def on_ranks(count: int, work: Callable[[int], T], *, seconds: float = 120) -> l
     """
     with tempfile.TemporaryDirectory() as folder:
         children = [_fork(rank, count, work, Path(folder), seconds) for rank in range(count)]
-        _wait(children, time.monotonic() + seconds)
+        ended = _wait(children, time.monotonic() + seconds)
         failed = [path.read_text() for rank in range(count) if (path := Path(folder) / f"{rank}.trace").exists()]
         assert not failed, "\n".join(failed)
         missing = [rank for rank in range(count) if not (Path(folder) / f"{rank}.result").exists()]
-        assert not missing, f"ranks {missing} ended without a result"
+        assert not missing, f"ranks {missing} ended without a result: {', '.join(ended[rank] for rank in missing)}"
         return [pickle.loads((Path(folder) / f"{rank}.result").read_bytes()) for rank in range(count)]
 
 
@@ -52,17 +52,21 @@ def _fork(rank: int, count: int, work: Callable[[int], Any], folder: Path, secon
     os._exit(0)
 
 
-def _wait(children: list[int], deadline: float) -> None:
-    """Until all have ended; when one fails, the others have two seconds to say what they think of it."""
-    left = set(children)
+def _wait(children: list[int], deadline: float) -> list[str]:
+    """Until all have ended, and how they did; when one fails, the others have two seconds to say what they think of it."""
+    left, ended = set(children), dict.fromkeys(children, "")
     while left:
         for child in list(left):
             done, status = os.waitpid(child, os.WNOHANG)
             if done:
                 left.discard(child)
+                killed = ended[child] == "too slow"
+                ended[child] = "too slow" if killed else f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit {status >> 8}"
                 if status:
                     deadline = min(deadline, time.monotonic() + 2)
         if left and time.monotonic() > deadline:
             for child in left:
+                ended[child] = "too slow"
                 os.kill(child, signal.SIGKILL)
         time.sleep(0.003)
+    return list(ended.values())

@@ -113,7 +113,8 @@ class Live:
             f"gradient norm {record.grad_norm:.3g}   learning rate {record.learning_rate:.3g}   batch {record.batch_sequences}",
         )
         if record.expert_load:
-            table.add_row("experts", f"load CV {record.expert_load_cv:.3f}   worst overload {record.max_violation:.0%}")
+            dropped = "" if record.dropped is None else f"   dropped {record.dropped:.2%}"
+            table.add_row("experts", f"load CV {record.expert_load_cv:.3f}   worst overload {record.max_violation:.0%}{dropped}")
         table.add_row("checkpoint", self._checkpoint())
         table.add_row("memory", f"{num_bytes(record.peak_memory_bytes)} at most")
         return table

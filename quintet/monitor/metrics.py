@@ -52,6 +52,8 @@ class Record:
     """Share of the routed assignments that each expert of each MoE layer received; a layer's shares sum to 1."""
     peak_memory_bytes: int
     """Largest memory held so far: of the CUDA device, else of the process."""
+    dropped: float | None = None
+    """Share of the routed assignments that found no room at their expert; absent where nothing can be dropped."""
 
     @property
     def expert_load_cv(self) -> float:

@@ -97,6 +97,7 @@ def line(event: Event, *, pace: Pace) -> str:
                 f"{count(event.tokens_per_second)} tokens/s",
                 *([f"MFU {event.mfu:.1%}"] if event.mfu is not None else []),
                 *([f"load CV {event.expert_load_cv:.2f}"] if event.expert_load else []),
+                *([f"dropped {event.dropped:.2%}"] if event.dropped is not None else []),
                 f"ETA {duration(pace.eta(event.num_steps - event.step))}",
             ]
             return "  ".join(parts)

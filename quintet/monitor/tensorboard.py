@@ -59,7 +59,7 @@ def scalars(event: Record | Evaluated) -> dict[str, float]:
     if isinstance(event, Evaluated):
         losses = {f"held_out/{source}": loss for source, loss in event.losses.items()}
         return losses | {f"held_out_bits_per_byte/{source}": bits for source, bits in event.bits_per_byte.items()}
-    optional = {"loss/mtp": event.mtp_loss, "speed/mfu": event.mfu}
+    optional = {"loss/mtp": event.mtp_loss, "speed/mfu": event.mfu, "experts/dropped": event.dropped}
     return {
         "loss/total": event.loss,
         "loss/main": event.main_loss,

@@ -23,7 +23,8 @@ from quintet.train.build import Built
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
     """Of the whole step, the same on every rank: losses in nats per token, the gradient's norm before clipping, the load of each MoE
-    layer's experts [layers, E], and whether any rank was asked to stop."""
+    layer's experts [layers, E], how many of those assignments were dropped (see model.capacity_factor), and whether any rank was asked to
+    stop."""
 
     loss: float
     main_loss: float
@@ -31,6 +32,7 @@ class StepResult:
     balance_loss: float
     gradient_norm: float
     load: Tensor
+    num_dropped: int
     stop: bool
 
 
@@ -55,10 +57,10 @@ def run_step(
 def update(built: Built, sums: Tensor, load: Tensor, *, settings: Settings, step: int, stop: bool = False) -> StepResult:
     """The second half of `run_step`: from what `accumulate` left and returned."""
     # One message for all that must be known of every rank before the update.
-    told = torch.cat((sums.double(), built.parameters.norm_squared()[None], load.new_tensor([stop]).double(), load.flatten().double()))
+    told = torch.cat((sums, built.parameters.norm_squared()[None], load.new_tensor([stop]).double(), load.flatten().double()))
     told = all_reduce(told, built.mesh["world"]).cpu()
-    total, main, mtp, balance, norm_squared, stops = told[:6].tolist()
-    gradient_norm, load = math.sqrt(norm_squared) if norm_squared >= 0 else math.nan, told[6:].long().view(load.shape)
+    total, main, mtp, balance, dropped, norm_squared, stops = told[:7].tolist()
+    gradient_norm, load = math.sqrt(norm_squared) if norm_squared >= 0 else math.nan, told[7:].long().view(load.shape)
     if not (math.isfinite(total) and math.isfinite(gradient_norm)):
         built.parameters.discard()
         raise NumericsError(
@@ -70,14 +72,22 @@ def update(built: Built, sums: Tensor, load: Tensor, *, settings: Settings, step
         bias = layer.router.expert_bias
         bias.copy_(updated_bias(bias, counts.to(bias.device), settings.bias_speed))
     return StepResult(
-        loss=total, main_loss=main, mtp_loss=mtp, balance_loss=balance, gradient_norm=gradient_norm, load=load, stop=stops > 0
+        loss=total,
+        main_loss=main,
+        mtp_loss=mtp,
+        balance_loss=balance,
+        gradient_norm=gradient_norm,
+        load=load,
+        num_dropped=round(dropped),
+        stop=stops > 0,
     )
 
 
 def accumulate(built: Built, batch: Batch, *, settings: Settings, train: Train, document_mask: bool) -> tuple[Tensor, Tensor]:
     """The first half of `run_step`: forward and backward of all micro-batches, after which `built.parameters` hold the step's gradient.
 
-    Returns this rank's shares of the losses [4] (total, main, MTP, balance), and of the load [layers, E].
+    Returns this rank's shares of the sums [5] (losses: total, main, MTP, balance; dropped assignments) in fp64, and of the load
+    [layers, E].
     """
     model, mesh, device = built.model, built.mesh, built.model.embed.weight.device
     targets = targets_by_depth(batch.labels, model.model.num_mtp_modules)
@@ -109,7 +119,7 @@ def accumulate(built: Built, batch: Batch, *, settings: Settings, train: Train, 
         )
         loss.total.backward()
         built.parameters.end_micro_batch()
-        sums.append(torch.stack((loss.total.detach(), loss.main, loss.mtp, loss.balance)))
+        sums.append(torch.stack((loss.total.detach(), loss.main, loss.mtp, loss.balance, loss.dropped.sum())).double())
         load = loss.load if load is None else load + loss.load
     assert load is not None
     return torch.stack(sums).sum(0), load

@@ -207,6 +207,7 @@ class _Session:
                 mfu=meter.mfu(tokens, seconds),
                 expert_load=_shares(result.load),
                 peak_memory_bytes=peak_memory(self.device),
+                dropped=None if self.run.model.capacity_factor is None else result.num_dropped / max(int(result.load.sum()), 1),
             )
         )
 

@@ -152,3 +152,12 @@ def test_training_learns(run: Run, prepared: Prepared) -> None:
         run_step(made, batch, settings=SETTINGS, train=run.train, document_mask=False, step=i).main_loss for i in range(1, 16)
     ]
     assert losses[-1] < 0.6 * losses[0]
+
+
+def test_what_finds_no_room_at_its_expert_is_counted(run: Run, prepared: Prepared) -> None:
+    batch = batch_of(prepared, run, 4)
+    assert one_step(run, batch, micro_batch=2)[1].num_dropped == 0
+    tight = replace(run, model=replace(run.model, capacity_factor=0.5))
+    _, result = one_step(tight, batch, micro_batch=2)
+    # Each of the 8 experts of both layers takes at most half of its share of a sequence's 32 x 2 assignments: 4.
+    assert int(result.load.sum()) // 2 <= result.num_dropped < int(result.load.sum())
