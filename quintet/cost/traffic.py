@@ -1,11 +1,11 @@
 """Bytes that a rank sends in one optimizer step along each axis of the mesh, from the spec.
 
-    tp, sequence        `cost.tensor_comm`      tokens between split products; the experts' counts
-    ep                  `cost.expert_comm`      rows to their experts and back
-    cp                  `cost.comm`             the ring of attention
-    *.shard, *.replicate  `cost.zero_comm`      gradients and weights
-    dp                  here                    how many targets the step has, per depth of prediction
-    world               here                    the losses, the gradient's norm and every expert's load, in one message
+    tp, sequence            `cost.tensor_comm`    tokens between split products; the experts' counts
+    ep                      `cost.expert_comm`    rows to their experts and back
+    cp                      `cost.comm`           the ring of attention
+    .shard, .replicate      `cost.zero_comm`      gradients and weights, by the ranks that hold the same ones
+    dp                      here                  how many targets the step has, per depth of prediction
+    world                   here                  the losses, the gradient's norm and every expert's load, in one message
 
 They are those that the bandwidth-optimal algorithm of each collective sends, as `parallel.collectives` counts them. A backend may send
 more; `benchmarks/traffic.py` measures how much more gloo does.
@@ -29,8 +29,9 @@ from quintet.spec.run import Train
 FP64 = 8
 DOCUMENT_ID = 4
 """Bytes of a token's document id."""
-STEP_NUMBERS = 6
-"""What ranks tell each other of a step beside the experts' load: four losses, the norm's square, and whether to stop."""
+STEP_NUMBERS = 7
+"""What ranks tell each other of a step beside the experts' load: four losses, how many assignments were dropped, the norm's
+square, and whether to stop."""
 
 
 @dataclass(frozen=True, kw_only=True)

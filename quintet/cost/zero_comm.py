@@ -28,7 +28,7 @@ from quintet.spec.model import Model
 from quintet.spec.placement import local_box, placement
 
 ALIGNMENT = 64
-"""Elements that the place of every parameter in its bucket is a multiple of, as in `parallel.zero`, which needs torch."""
+"""Elements that the place of every parameter in its bucket is a multiple of; `parallel` has the same, and needs torch."""
 
 Shape = tuple[int, ...]
 
