@@ -30,6 +30,10 @@ def together(run: Run, run_directory: Path, *, first: Callable[[], Run], resume:
     trainer raise; what several ranks raise alike, one of them tells, and the others exit with its code.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
+        if run.layout.num_ranks > 1:  # not only when everything is prepared
+            from quintet.parallel.mesh import require_ranks
+
+            require_ranks(run.layout, 1)
         run = first()  # before torch is loaded: most mistakes show here
     import torch
 

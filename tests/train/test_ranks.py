@@ -163,6 +163,14 @@ def test_a_layout_that_breaks_a_rule_is_refused_and_the_recipe_stays(
     assert (where(run) / "recipe.toml").read_bytes() == before
 
 
+def test_a_layout_without_its_ranks_is_refused_before_anything_is_prepared(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quintet.cli.prepare.prepare", lambda *rest, **named: pytest.fail("prepares"))
+    assert main(["train", str(write_recipe(on(run, Layout(dp=2)), tmp_path / "r.toml"))]) == 2
+    assert "takes 2 ranks (pp 1 x dp 2 x cp 1 x tp 1), but 1 process was started" in capsys.readouterr().err
+
+
 def test_a_run_that_exists_is_refused_once(run: Run, tmp_path: Path) -> None:
     run = on(run, Layout(dp=2))
     where(run).mkdir(parents=True)
