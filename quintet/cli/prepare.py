@@ -14,6 +14,7 @@ from rich.text import Text
 
 from quintet.cli.options import Overrides, Recipe, Switch, read_with_recipe
 from quintet.data import prepare as data
+from quintet.data.encode import Statistics
 from quintet.data.sources import REMEDIES
 from quintet.monitor.units import count, num_bytes
 from quintet.spec.run import Run
@@ -102,13 +103,13 @@ def statistics(prepared: data.Prepared) -> Group:
     return Group(table, *(Text(line) for name, part in prepared.sources.items() for line in _skipped(name, part.statistics)))
 
 
-def _skipped(name: str, s: data.Statistics) -> Iterator[str]:
+def _skipped(name: str, s: Statistics) -> Iterator[str]:
     for reason, number in s.skipped.items():
         example = "".join(f", such as {place}" for place in s.skipped_examples.get(reason, ())[:1] if place != name)
         yield f"skipped in {name}: {number:,} {reason}{example}: {REMEDIES.get(reason, '')}"
 
 
-def _column(s: data.Statistics) -> dict[str, str]:
+def _column(s: Statistics) -> dict[str, str]:
     tokens = s.tokens + s.held_out_tokens
     return {
         "documents to train on": f"{s.documents:,}",

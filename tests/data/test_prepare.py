@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from quintet.data import origin
+from quintet.data import encode, origin
 from quintet.data import prepare as module
 from quintet.data.prepare import Prepared, open_prepared, prepare
 from quintet.data.tokenizer import Tokenizer
@@ -134,7 +134,7 @@ def test_one_document_is_held_out_where_possible(tmp_path: Path, count: int, hel
 def test_the_document_held_out_at_last_does_not_depend_on_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = recipe(tmp_path, held_out=1e-9)
     one = prepare(data, vocab_size=400, seed=0)
-    monkeypatch.setattr(module, "_BATCH_DOCUMENTS", 7)
+    monkeypatch.setattr(encode, "_BATCH_DOCUMENTS", 7)
     other = prepare(replace(data, directory=str(tmp_path / "other")), vocab_size=400, seed=0)
     texts = [p.tokenizer.decode(p.sources["code"].held_out.document(0)[:-1].tolist()) for p in (one, other)]
     assert texts[0] == texts[1] and other.sources["code"].held_out.num_documents == 1
@@ -142,7 +142,7 @@ def test_the_document_held_out_at_last_does_not_depend_on_batches(tmp_path: Path
 
 def test_large_corpora_train_the_tokenizer_on_a_seeded_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TRAINING_BYTES", 2000)
-    monkeypatch.setattr(module, "BATCH_BYTES", 500)
+    monkeypatch.setattr(encode, "BATCH_BYTES", 500)
     progress = Recorder()
     first = prepare(recipe(tmp_path), vocab_size=400, seed=0, progress=progress)
     assert 0 < progress.documents["tokenizer"] < 30
