@@ -60,8 +60,8 @@ def _wait(children: list[int], deadline: float) -> list[str]:
             done, status = os.waitpid(child, os.WNOHANG)
             if done:
                 left.discard(child)
-                killed = ended[child] == "too slow"
-                ended[child] = "too slow" if killed else f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit {status >> 8}"
+                how = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit {status >> 8}"
+                ended[child] = ended[child] or how
                 if status:
                     deadline = min(deadline, time.monotonic() + 2)
         if left and time.monotonic() > deadline:
