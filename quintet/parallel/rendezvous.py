@@ -138,7 +138,7 @@ def joined(
                 timeout=timedelta(seconds=seconds),
             )
             yield Ranks(make_mesh(layout, seconds=seconds), PrefixStore("run", store), seconds)
-            dist.all_reduce(torch.zeros(1))  # none leaves while another still needs it
+            dist.barrier()  # none leaves while another still needs it
             clean = True
     except BaseException:
         _part(PrefixStore("part", store), rank, count)
