@@ -264,10 +264,13 @@ def _part(store: Store, rank: int, count: int) -> None:
     """Leave after a failure: rank 0, which may hold the store and writes the verdict, last; nobody waits for long."""
     deadline = time.monotonic() + PARTING_SECONDS
     with suppress(RuntimeError):
-        store.set(f"left-{rank}", "")
+        if rank == 0:
+            store.set("left-0", "")
         others = [f"left-{other}" for other in range(1, count)] if rank == 0 else ["left-0"]
         while time.monotonic() < deadline and not store.check(others):
             time.sleep(0.02)
+        if rank:  # the last word to the store, which may go now
+            store.set(f"left-{rank}", "")
 
 
 @contextmanager
