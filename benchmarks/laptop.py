@@ -360,12 +360,13 @@ class AsTransformer:
 
         self.model, self.embed, self.kernels = model, model.model.embed_tokens, REFERENCE
 
-    @property
-    def head_weight(self) -> torch.Tensor:
-        weight: torch.Tensor = self.model.lm_head.weight
-        return weight
+    def loss(self, hidden: torch.Tensor, labels: torch.Tensor, *, chunk: int) -> torch.Tensor:
+        """As Transformer.loss."""
+        from quintet.model.transformer import local_head_loss
 
-    def __call__(self, inputs: torch.Tensor, *, document_ids: None) -> Output:
+        return local_head_loss(hidden, self.model.lm_head.weight, labels, chunk=chunk, kernel=self.kernels.cross_entropy)
+
+    def __call__(self, inputs: torch.Tensor, *, positions: torch.Tensor, document_ids: None) -> Output:
         import torch
 
         from quintet.model.transformer import Output

@@ -32,7 +32,7 @@ def product_turn(alignment: int, dtype: str, threads: int) -> Callable[[], dict[
     from quintet.ops import permute
     from quintet.ops.grouped_matmul import grouped_matmul
     from quintet.train.device import keep_freed_memory, prefer_fast_fp32
-    from quintet.train.precision import DTYPES
+    from quintet.parallel.precision import DTYPES
 
     torch.set_num_threads(threads)
     permute.ROW_ALIGNMENT = alignment

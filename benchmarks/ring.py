@@ -4,7 +4,7 @@
 
 Ring: one attention layer (V3's head widths and latent, 16 heads: V3's rank at tp 8), fp32, forward and backward, one gloo process of one
 thread per rank. Both payloads take turns in the same processes; a round lasts as long as its slowest rank, and each shape's figure is the
-median. Bytes are those that the ranks counted, which must equal `quintet.cost.comm`. A link of so many Mbit/s is made of network
+median. Bytes are those that the ranks counted, which must equal `quintet.cost.ring_comm`. A link of so many Mbit/s is made of network
 namespaces, one per rank, joined by a bridge and shaped in both directions by tc; that takes root, `ip` and `tc`, and is left out without
 them. Link 0 is the loopback device. The link's true speed (half the nominal one between two ranks: gloo uses their one connection in one
 direction at a time) and that of one rank's products are measured, and the payload that `ring_payload` then expects to be faster stands
@@ -36,7 +36,7 @@ import torch
 import torch.distributed as dist
 from startup import circumstances, headline, write_json
 
-from quintet.cost.comm import Payload, ring_bytes, ring_payload, ring_seconds
+from quintet.cost.ring_comm import Payload, ring_bytes, ring_payload, ring_seconds
 from quintet.model.attention import LatentAttention
 from quintet.model.rope import rotation
 from quintet.model.transformer import Transformer

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from quintet.cost.comm import ring_payload, ring_width
+from quintet.cost.ring_comm import ring_payload, ring_width
 from quintet.spec.layout import Layout
 from quintet.spec.model import Model
 from quintet.spec.run import Train

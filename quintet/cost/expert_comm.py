@@ -7,7 +7,8 @@ come, 8 bytes per expert, forward only. Under full recompute all of forward is s
 
 from __future__ import annotations
 
-from quintet.cost.tensor_comm import FP32, INDEX, Sent
+from quintet.cost.sent import Sent
+from quintet.cost.tensor_comm import FP32, INDEX
 from quintet.spec.layout import Layout
 from quintet.spec.model import Model
 from quintet.spec.run import Recompute

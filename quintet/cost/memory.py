@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
 from quintet.cost.activations import FP32, Device, block_bytes, element_bytes, outside_bytes, tokens_of
-from quintet.cost.comm import ring_payload, ring_width
+from quintet.cost.ring_comm import ring_payload, ring_width
 from quintet.cost.shard import Held, held, num_shards
 from quintet.spec.layout import Layout
 from quintet.spec.model import Model

@@ -16,30 +16,13 @@ each mixture of experts sums its counts, sequences x experts in fp32, forward.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from quintet.cost.sent import Sent
 from quintet.spec.layout import Layout
 from quintet.spec.model import Model
 from quintet.spec.run import Recompute
 
 FP32 = 4
 INDEX = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sent:
-    """Bytes that one rank sends, or would send (a mean), in forward and in backward, recomputation included."""
-
-    forward: float
-    backward: float
-
-    @property
-    def total(self) -> float:
-        """Forward and backward."""
-        return self.forward + self.backward
-
-    def __add__(self, other: Sent) -> Sent:
-        return Sent(forward=self.forward + other.forward, backward=self.backward + other.backward)
 
 
 def tensor_bytes(

@@ -2,7 +2,7 @@
 
     tp, sequence            `cost.tensor_comm`    tokens between split products; the experts' counts
     ep                      `cost.expert_comm`    rows to their experts and back
-    cp                      `cost.comm`           the ring of attention
+    cp                      `cost.ring_comm`           the ring of attention
     .shard, .replicate      `cost.zero_comm`      gradients and weights, by the ranks that hold the same ones
     dp                      here                  how many targets the step has, per depth of prediction
     world                   here                  the losses, the gradient's norm and every expert's load, in one message
@@ -17,8 +17,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from quintet.cost.activations import element_bytes
-from quintet.cost.comm import ring_bytes, ring_payload
 from quintet.cost.expert_comm import expert_bytes, mean_rows
+from quintet.cost.ring_comm import ring_bytes, ring_payload
 from quintet.cost.tensor_comm import INDEX, sequence_bytes, tensor_bytes
 from quintet.cost.zero_comm import bucket_sizes, gradient_bytes, weight_bytes
 from quintet.errors import SpecError

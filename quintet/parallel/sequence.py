@@ -13,7 +13,7 @@ until it is home. A transfer is started before the computation that hides it. Ev
 order, whatever it computes.
 
 The payload of latent attention may be the latents themselves, C + R values per token instead of H (N + V) + R. Keys and values are then
-expanded where they arrive, and a payload's gradient is that of the latents: `quintet.cost.comm` says when which is faster.
+expanded where they arrive, and a payload's gradient is that of the latents: `quintet.cost.ring_comm` says when which is faster.
 
 Letters: B batch, H heads of this rank, s tokens of this rank, N width of a key without and R with rotary embedding, V width of the value,
 C width of the latent, W width of the payload.
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quintet.cost.comm import FLOPS_PER_SECOND, LINK_BYTES_PER_SECOND, Payload, ring_payload
+from quintet.cost.ring_comm import FLOPS_PER_SECOND, LINK_BYTES_PER_SECOND, Payload, ring_payload
 from quintet.errors import SpecError
 from quintet.model.attention import LatentAttention, Latents
 from quintet.model.recompute import recomputed
@@ -61,7 +61,7 @@ def shard_tokens(x: Tensor, group: Group, *, dim: int) -> Tensor:
 class RingAttention:
     """Takes the place of `attend_alone` where a sequence is shared out over `group`: an `Attend`.
 
-    `payload` says what travels: latents, expanded keys and values, or ("auto") what `cost.comm.ring_payload` takes to be faster at the
+    `payload` says what travels: latents, expanded keys and values, or ("auto") what `cost.ring_comm.ring_payload` takes to be faster at the
     shape at hand, on a link of `link_bytes_per_second` and with products at `flops_per_second`.
     """
 

@@ -9,10 +9,11 @@ from dataclasses import replace
 
 import pytest
 
-from quintet.cost.comm import Payload, ring_bytes
 from quintet.cost.expert_comm import expert_bytes, mean_rows
 from quintet.cost.memory import step_memory
-from quintet.cost.tensor_comm import Sent, tensor_bytes
+from quintet.cost.ring_comm import Payload, ring_bytes
+from quintet.cost.sent import Sent
+from quintet.cost.tensor_comm import tensor_bytes
 from quintet.spec import parse
 from quintet.spec.layout import Layout
 from tests.conftest import ROOT

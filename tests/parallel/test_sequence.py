@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from quintet.cost.comm import Payload, ring_bytes, ring_payload, ring_seconds, ring_width
+from quintet.cost.ring_comm import Payload, ring_bytes, ring_payload, ring_seconds, ring_width
 from quintet.errors import SpecError
 from quintet.model.attention import LatentAttention
 from quintet.model.rope import rotation

@@ -28,6 +28,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from quintet.cost.sent import Sent
 from quintet.spec.model import Model
 
 Payload = Literal["latent", "kv"]
@@ -36,19 +37,6 @@ LINK_BYTES_PER_SECOND = 50e9
 """One 400 Gbit/s adapter per device, as V3's nodes have (V3 3.1), in one direction."""
 FLOPS_PER_SECOND = 400e12
 """Of bf16 products as they run, a little under half of the 989 TFLOP/s that an H800 states."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RingBytes:
-    """What one rank sends for one layer."""
-
-    forward: int
-    backward: int
-
-    @property
-    def total(self) -> int:
-        """Forward and backward."""
-        return self.forward + self.backward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,14 +74,14 @@ def ring_bytes(
     payload: Payload,
     element_bytes: int,
     document_id_bytes: int = 0,
-) -> RingBytes:
+) -> Sent:
     """Bytes that one rank sends for one layer and `sequences` sequences of which it holds `tokens_per_rank` tokens each.
 
     `document_id_bytes` is the size of one token's document id, 0 where there are none. Recomputing a whole block sends `forward` again.
     """
     hops, width = (cp - 1) * sequences * tokens_per_rank, ring_width(model, tp=tp, payload=payload)
     payload_bytes = element_bytes * width + document_id_bytes
-    return RingBytes(forward=hops * payload_bytes, backward=hops * (payload_bytes + gradient_bytes(payload, element_bytes) * width))
+    return Sent(forward=hops * payload_bytes, backward=hops * (payload_bytes + gradient_bytes(payload, element_bytes) * width))
 
 
 def ring_seconds(
