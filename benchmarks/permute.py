@@ -31,8 +31,8 @@ def product_turn(alignment: int, dtype: str, threads: int) -> Callable[[], dict[
 
     from quintet.ops import permute
     from quintet.ops.grouped_matmul import grouped_matmul
-    from quintet.train.device import keep_freed_memory, prefer_fast_fp32
     from quintet.parallel.precision import DTYPES
+    from quintet.train.device import keep_freed_memory, prefer_fast_fp32
 
     torch.set_num_threads(threads)
     permute.ROW_ALIGNMENT = alignment
