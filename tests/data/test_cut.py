@@ -135,6 +135,15 @@ def test_a_tokenizer_trained_on_pieces_is_the_one_trained_on_the_whole() -> None
     assert train_bpe(cut.pieces(long, 50), 500).fingerprint == train_bpe([long], 500).fingerprint
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Python's own answer to SIGINT, which a shell's background jobs have switched off."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_is_heard_between_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> None:
     tokenizer.save(tmp_path / "t.json")
     folder = write_texts(tmp_path / "texts", [" ".join(some_texts(40))])
@@ -166,6 +175,7 @@ def test_what_cannot_be_cut_is_encoded_whole_and_told(tokenizer: Tokenizer, monk
     assert len(told) == 1 and "which shows no progress and which Ctrl-C waits for" in told[0]
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_is_heard_while_a_tokenizer_is_trained() -> None:
     taken: list[str] = []
 
