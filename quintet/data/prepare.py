@@ -158,7 +158,9 @@ def prepare(
 def _make(data: Data, plan: _Plan, directory: Path, tokenizer: Tokenizer, *, progress: Progress, on_message: OnMessage) -> Prepared:
     if tokenizer.fim is None and data.fim_rate and any(source.domain == "code" for source in data.sources):
         on_message(f"{tokenizer.origin} has no fill-in-the-middle tokens: data.fim_rate ({data.fim_rate}) has no effect")
-    trained = {} if plan.given else {plan.tokenizer_key: tokenizer.fingerprint}
+    # A given tokenizer may be the one that was trained here: what it was trained from stays known then.
+    known = {key: fingerprint for key, fingerprint in _read_trained(directory).items() if fingerprint == tokenizer.fingerprint}
+    trained = known if plan.given else {plan.tokenizer_key: tokenizer.fingerprint}
     if trained != _read_trained(directory):
         write_file(directory / "trained.json", orjson.dumps(trained))
     tokenizer.save(directory / "tokenizer.json")

@@ -20,7 +20,7 @@ from quintet.data import prepare as module
 from quintet.data.prepare import Prepared, open_prepared, prepare
 from quintet.data.tokenizer import Tokenizer
 from quintet.errors import DataError
-from quintet.spec.run import Data
+from quintet.spec.run import Data, Source
 from tests.data.corpus import some_texts, source, write_texts
 
 
@@ -391,3 +391,16 @@ def test_what_was_never_prepared_to_its_end_is_no_ones_and_may_be_replaced(tmp_p
     assert not prepare(mended, vocab_size=400, seed=0).sources["code"].statistics.reused
     with pytest.raises(DataError, match="on which runs may depend"):
         prepare(data, vocab_size=400, seed=0)
+
+
+def test_a_recipe_that_names_the_tokenizer_trained_here_takes_nothing_from_the_one_that_trained_it(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(30):
+        (folder / f"{i}.py").write_text(f"def f{i}():\n    return {i} * {i}\n" * 5)
+    sources = (Source(name="code", paths=(str(folder),), domain="code", weight=1.0),)
+    own = Data(sources=sources, directory=str(tmp_path / "prepared"))
+    first = prepare(own, vocab_size=300, seed=0)
+    named = Data(sources=sources, directory=own.directory, tokenizer=str(tmp_path / "prepared" / "tokenizer.json"))
+    for data in (named, own):
+        assert prepare(data, vocab_size=300, seed=0).fingerprint == first.fingerprint
