@@ -10,6 +10,7 @@ from quintet.errors import SpecError
 from quintet.spec.curve import Curve, Place
 from quintet.spec.layout import Layout, require_legal
 from quintet.spec.model import Model
+from quintet.spec.quality import Dedup, Quality
 
 Domain = Literal["code", "prose"]
 Precision = Literal["bf16", "fp32"]
@@ -73,6 +74,10 @@ class Data:
     """Stop at the first unreadable document instead of counting and skipping it."""
     max_document_bytes: int = 10_000_000
     """Longer documents are skipped and counted, in bytes."""
+    quality: Quality | None = None
+    """Rules that documents must pass; absent: every document that can be read is kept."""
+    dedup: Dedup | None = None
+    """How duplicates are found; absent: they are kept."""
 
     def __post_init__(self) -> None:
         if not self.sources:
