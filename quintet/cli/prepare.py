@@ -14,8 +14,8 @@ from rich.text import Text
 
 from quintet.cli.options import Overrides, Recipe, Switch, read_with_recipe
 from quintet.data import prepare as data
-from quintet.data.encode import Statistics
 from quintet.data.sources import REMEDIES
+from quintet.data.statistics import Statistics
 from quintet.monitor.units import count, num_bytes
 from quintet.spec.run import Run
 

@@ -6,8 +6,8 @@ from functools import lru_cache, partial
 
 import numpy as np
 
+from quintet.data.digest import digest_of
 from quintet.data.minhash import shingles
-from quintet.data.origin import digest_of
 from quintet.data.rules import Rule
 from quintet.data.sources import Listing, Reader, list_files
 from quintet.data.texts import Hashes, Texts, Values

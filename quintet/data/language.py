@@ -35,7 +35,7 @@ def confidence(texts: Texts, languages: tuple[str, ...]) -> Values:
 @lru_cache(maxsize=1)
 def _detector(languages: tuple[str, ...]) -> tuple[Any, frozenset[Any]]:
     try:
-        import lingua  # noqa: PLC0415 -- an optional extra
+        import lingua
     except ImportError:
         raise DataError("data.quality.languages needs lingua; install it: pip install 'quintet[language]'") from None
     known = {language.iso_code_639_1.name.lower(): language for language in lingua.Language.all()}

@@ -33,7 +33,8 @@ _FIRST_WIDE, _LAST_WIDE = 0xE3, 0xED
 
 def exact(raws: Sequence[bytes]) -> Hashes:
     """128 bits per document: [N, 2]."""
-    return np.frombuffer(b"".join([blake3(raw.translate(None, _ASCII_SPACE)).digest(16) for raw in raws]), "<u8").reshape(-1, 2)
+    digests = b"".join([blake3(raw.translate(None, _ASCII_SPACE)).digest(16) for raw in raws])
+    return np.frombuffer(digests, "<u8").reshape(-1, 2) if raws else np.empty((0, 2), np.uint64)
 
 
 def bands(texts: Texts, *, ngram: int, bands: int, rows: int) -> Hashes:

@@ -25,7 +25,7 @@ class _Runs(NamedTuple):
     """Word at which each n-gram begins, equal ones one after another: [K]."""
     begin: Ints
     """Where each run begins in `place`: [R]."""
-    count: Ints
+    size: Ints
     """Length of each run: [R]."""
 
 
@@ -50,8 +50,8 @@ def top_ngram_share(texts: Texts, n: int) -> Values:
         if length == n:
             place = runs.place[runs.begin]
             total = np.concatenate([[0], np.cumsum(texts.word_chars)])
-            chars = (total[place + n] - total[place]) * runs.count
-            best = runs.count << 40 | np.minimum(chars, (1 << 40) - 1)
+            chars = (total[place + n] - total[place]) * runs.size
+            best = runs.size << 40 | np.minimum(chars, (1 << 40) - 1)
             np.maximum.at(covered, texts.words.owner[place], best)
             break
     return ratio(covered & (1 << 40) - 1, _all_chars(texts))
@@ -66,7 +66,7 @@ def duplicate_ngram_share(texts: Texts, n: int) -> Values:
     for length, runs in _repeated(texts, DUPLICATE):
         if length == n:
             first = np.minimum.reduceat(runs.place, runs.begin) if len(runs.begin) else runs.place
-            later = runs.place[runs.place != np.repeat(first, runs.count)]
+            later = runs.place[runs.place != np.repeat(first, runs.size)]
             np.add.at(change, later, 1)
             np.add.at(change, later + n, -1)
             break

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from quintet.data import repetition
 from quintet.data.texts import Ints, Texts, Values, hash_spans, mix, ratio
-from quintet.spec.quality import Basic, C4, Code, FineWeb, Gopher, Quality
+from quintet.spec.quality import C4, Basic, Code, FineWeb, Gopher, Quality
 from quintet.spec.run import Domain
 
 VERSION = 1
