@@ -25,9 +25,7 @@ _OPENS = {"/*": "*/", "<!--": "-->", "(*": "*)", '"""': '"""', "'''": "'''"}
 _LICENSE = re.compile(r"copyright|licen[sc]e|all rights reserved|spdx-", re.IGNORECASE)
 _FIRST_LINE = re.compile(r"#!|<\?|\s*#.*coding[:=]")
 
-_POLICY = re.compile(
-    "terms of use|privacy policy|cookie policy|uses cookies|use of cookies|use cookies|all rights reserved", re.IGNORECASE
-)
+_POLICY = re.compile("terms of use|privacy policy|cookie policy|uses cookies|use of cookies|use cookies|all rights reserved", re.IGNORECASE)
 _SENTENCE_END = (".", "?", "!", '"', "'", "”", "’", "…")  # noqa: RUF001 -- closing quotes
 
 _EMAIL = re.compile(r"\b[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63}){0,8}\.[A-Za-z]{2,24}\b")

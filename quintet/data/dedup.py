@@ -200,11 +200,7 @@ def _count(
     is_exact = exact_best[exact_parent] != order
     found: dict[str, Duplicates] = {}
     for name in dict.fromkeys(name for name, _ in parts):
-        ranges = [
-            np.arange(first[i], first[i + 1])
-            for i, part in enumerate(parts, start=len(everything) - len(parts))
-            if part[0] == name
-        ]
+        ranges = [np.arange(first[i], first[i + 1]) for i, part in enumerate(parts, start=len(everything) - len(parts)) if part[0] == name]
         mine = np.concatenate(ranges)
         dropped = mine[~kept[mine]]
         draw = dropped[np.argsort(mix(dropped.astype(np.uint64)))][:_SAMPLES].tolist()

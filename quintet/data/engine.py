@@ -104,7 +104,8 @@ class Daft:
         workers = self.workers or len(os.sched_getaffinity(0))
 
         @daft.func(  # type: ignore[untyped-decorator]
-            return_dtype=daft.DataType.string(), use_process=True, max_concurrency=workers)
+            return_dtype=daft.DataType.string(), use_process=True, max_concurrency=workers
+        )
         def made(job: bytes) -> str:
             return made_from(job)
 
@@ -135,5 +136,3 @@ def engine_of(name: EngineName, *, workers: int | None = None, address: str | No
         "ray": lambda: Daft("ray", workers, address),
     }
     return by_name[name]()
-
-

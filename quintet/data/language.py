@@ -1,15 +1,15 @@
-"""Which language a document is in, by lingua, which the extra `language` installs."""
+"""Which language a document is in, by py3langid (Lui and Baldwin 2012), which the extra `language` installs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any
 
 import numpy as np
 
 from quintet.data.rules import Rule
 from quintet.data.texts import Texts, Values
-from quintet.errors import DataError
+from quintet.errors import DataError, did_you_mean
 from quintet.spec.quality import Quality
 from quintet.spec.run import Domain
 
@@ -26,20 +26,22 @@ def rules_of(quality: Quality, domain: Domain) -> tuple[Rule, ...]:
 
 def confidence(texts: Texts, languages: tuple[str, ...]) -> Values:
     """Confidence that the first 1,000 bytes are in one of the languages, all languages compared."""
-    detector, wanted = _detector(languages)
-    samples = [raw[:_SAMPLED_BYTES].decode(errors="ignore") for raw in texts.raws]
-    found = detector.compute_language_confidence_values_in_parallel(samples)
-    return np.array([sum(each.value for each in values if each.language in wanted) for values in found], float)
+    rank = _ranker(languages)
+    wanted = frozenset(languages)
+    samples = (raw[:_SAMPLED_BYTES].decode(errors="ignore") for raw in texts.raws)
+    return np.array([sum(share for language, share in rank(sample) if language in wanted) for sample in samples], float)
 
 
 @lru_cache(maxsize=1)
-def _detector(languages: tuple[str, ...]) -> tuple[Any, frozenset[Any]]:
+def _ranker(languages: tuple[str, ...]) -> Callable[[str], list[tuple[str, float]]]:
+    """Text -> every language with its share, which together are 1."""
     try:
-        import lingua
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError:
-        raise DataError("data.quality.languages needs lingua; install it: pip install 'quintet[language]'") from None
-    known = {language.iso_code_639_1.name.lower(): language for language in lingua.Language.all()}
-    if unknown := sorted(set(languages) - known.keys()):
-        raise DataError(f"data.quality.languages names {', '.join(unknown)}; known codes are {', '.join(sorted(known))}")
-    detector = lingua.LanguageDetectorBuilder.from_all_languages().with_low_accuracy_mode().build()
-    return detector, frozenset(known[code] for code in languages)
+        raise DataError("data.quality.languages needs py3langid; install it: pip install 'quintet[language]'") from None
+    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+    if unknown := sorted(set(languages) - set(identifier.labels)):
+        near = did_you_mean(unknown[0], identifier.labels)
+        raise DataError(f"data.quality.languages names {', '.join(unknown)}{near}; known are {', '.join(sorted(identifier.labels))}")
+    rank: Callable[[str], list[tuple[str, float]]] = identifier.rank
+    return rank

@@ -249,9 +249,7 @@ class Judge:
             kept += self._judged(documents[len(kept) : len(kept) + len(group)], group).tolist()
         return [d for d, keep in zip(documents, kept, strict=True) if keep], [r for r, keep in zip(raws, kept, strict=True) if keep]
 
-    def tokens(
-        self, documents: list[Document], raws: list[bytes], encoded: list[Ids]
-    ) -> tuple[list[Document], list[bytes], list[Ids]]:
+    def tokens(self, documents: list[Document], raws: list[bytes], encoded: list[Ids]) -> tuple[list[Document], list[bytes], list[Ids]]:
         """Those whose tokens pass; `encoded` ends each document with the end-of-document token, which rules do not count."""
         kept = np.ones(len(documents), bool)
         if self.token_rules and documents:

@@ -479,9 +479,7 @@ def _open(data: Data, directory: Path, tokenizer: Tokenizer, *, recipe: Path | s
         if done is None or done.origin.spec != spec_of(data, source):
             state = "is not prepared" if done is None else "was prepared from other paths or settings than the recipe's"
             raise DataError(f"source {source.name!r} {state} in {directory}; run: quintet prepare {recipe}")
-        train, held_out = (
-            Selection(directory / source.name / split, root=directory, tokenizer=tokenizer.fingerprint) for split in SPLITS
-        )
+        train, held_out = (Selection(directory / source.name / split, root=directory, tokenizer=tokenizer.fingerprint) for split in SPLITS)
         sources[source.name] = PreparedSource(source=source, train=train, held_out=held_out, statistics=done.statistics)
     return Prepared(directory=directory, tokenizer=tokenizer, sources=sources)
 

@@ -41,8 +41,7 @@ class Rule:
     @property
     def meaning(self) -> str:
         """What is measured, in a line."""
-        function = self.measure.func if isinstance(self.measure, partial) else self.measure
-        return str(function.__doc__).strip().splitlines()[0].rstrip(".")
+        return _told(self.measure)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +57,15 @@ class TokenRule:
     high: float = math.inf
     """Largest value that is kept."""
 
-    meaning = Rule.meaning
+    @property
+    def meaning(self) -> str:
+        """What is measured, in a line."""
+        return _told(self.measure)
+
+
+def _told(measure: Callable[..., Values]) -> str:
+    function = measure.func if isinstance(measure, partial) else measure
+    return str(function.__doc__).strip().splitlines()[0].rstrip(".")
 
 
 # Words.
@@ -242,17 +249,17 @@ def unique_tokens(ids: NDArray[Any], lengths: Ints) -> Values:
 
 
 def token_repetition(ids: NDArray[Any], lengths: Ints) -> Values:
-    """Share of the token 4-grams that came before."""
+    """Share of the token 8-grams that came before."""
     first = np.concatenate([[0], np.cumsum(lengths)])
     owner = np.repeat(np.arange(len(lengths)), lengths)
-    place = np.arange(max(len(ids) - 3, 0))
-    place = place[place + 4 <= first[owner[place] + 1]]
+    place = np.arange(max(len(ids) - _REPEATED + 1, 0))
+    place = place[place + _REPEATED <= first[owner[place] + 1]]
     wide, keys = ids.astype(np.uint64), np.zeros(len(place), np.uint64)
-    for i in range(4):
+    for i in range(_REPEATED):
         keys = mix(keys + wide[place + i] + np.uint64(0x9E3779B97F4A7C15))
     # The document takes the upper bits, so that sorted keys tell it; 40 bits are left to tell a document's n-grams apart.
     keys = owner[place].astype(np.uint64) << np.uint64(40) | keys >> np.uint64(24)
-    counts = np.maximum(lengths - 3, 0)
+    counts = np.maximum(lengths - _REPEATED + 1, 0)
     return ratio(counts - _num_different(keys, len(lengths), bits=40), counts)
 
 
@@ -339,6 +346,7 @@ _BY_SET: dict[str, Callable[[Quality, Domain], Iterator[Rule]]] = {
     "code": _code,
 }
 
+_REPEATED = 8
 _GENERATED = re.compile(
     rb"auto-?generated|automatically generated|generated automatically|this file (?:is|was) generated|do not edit", re.IGNORECASE
 )
@@ -398,5 +406,3 @@ def _num_different(keys: NDArray[np.uint64], count: int, *, bits: int = 32) -> V
     keys = np.sort(keys)
     new = np.concatenate([[True], keys[1:] != keys[:-1]]) if len(keys) else np.empty(0, bool)
     return np.bincount((keys[new] >> np.uint64(bits)).astype(np.int64), minlength=count).astype(float)
-
-

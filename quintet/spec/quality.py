@@ -35,7 +35,7 @@ class Basic:
     min_unique_tokens: int = 10
     """Fewest different tokens."""
     max_repetition: float = 0.5
-    """Largest share of the token 4-grams that came before in the document (no published default)."""
+    """Largest share of the token 8-grams that came before in the document (no published default)."""
     min_code_lines: int = 5
     """Code: fewest lines that are not blank."""
     max_comment_share: float = 0.7
@@ -91,7 +91,7 @@ class Gopher:
     max_duplicate_paragraph_chars: float = 0.2
     """Largest share of characters in paragraphs that came before."""
     max_top_ngram: tuple[float, ...] = (0.20, 0.18, 0.16)
-    """Largest share of characters in the most frequent 2-, 3- and 4-gram of words."""
+    """Largest share of characters in the most frequent 2-, 3- and 8-gram of words."""
     max_duplicate_ngrams: tuple[float, ...] = (0.15, 0.14, 0.13, 0.12, 0.11, 0.10)
     """Largest share of characters in 5- to 10-grams of words that came before."""
 
@@ -200,8 +200,9 @@ class Quality:
         if self.decontaminate_ngram < 1:
             raise SpecError(f"decontaminate_ngram ({self.decontaminate_ngram}) must be at least 1")
         for name in self.without:
-            if name.partition(".")[0] not in RULE_SETS:
-                raise SpecError(f"without names {name!r}, whose set is none of {', '.join(RULE_SETS)}{did_you_mean(name, RULE_SETS)}")
+            if (group := name.partition(".")[0]) not in RULE_SETS:
+                near = did_you_mean(group, RULE_SETS)
+                raise SpecError(f"without names {name!r}, whose set is none of {', '.join(RULE_SETS)}{near}")
         if "c4" in self.code and self.c4.clean_lines:
             raise SpecError("c4.clean_lines takes lines out of prose, and quality.code has 'c4'; leave one of them out")
 
