@@ -11,17 +11,21 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from typing import Literal, Protocol
 
 import msgspec
 
 from quintet.data.part import Job, Progress, make
+from quintet.data.shards import DiskFull, free_again
 from quintet.errors import DataError
 
 OnMessage = Callable[[str], None]
 EngineName = Literal["local", "daft", "ray"]
 ENGINES = ("local", "daft", "ray")
 _LITTLE_BYTES = 256 << 20
+_SPACE, _LEAST_SPACE = 2, 16 << 20
+"""Free bytes that a part waits for: per byte of stored text, and at least."""
 
 
 class Engine(Protocol):
@@ -34,16 +38,21 @@ class Engine(Protocol):
 class Local:
     """This machine: one part at a time here, or `workers` at a time in processes of their own."""
 
-    def __init__(self, workers: int | None = None) -> None:
-        """`workers`: if absent, as many as there are cores where there is much text, else one, whose encoder uses all cores."""
+    def __init__(self, workers: int | None = None, *, patient: bool = False) -> None:
+        """`workers`: if absent, as many as there are cores where there is much text, else one, whose encoder uses all cores.
+
+        `patient`: on a full disk wait for space, with a notice, and make the part again.
+        """
         self.workers = workers
+        self.patient = patient
 
     def run(self, jobs: Sequence[Job], progress: Progress, on_message: OnMessage) -> Iterator[Job]:
         is_little = sum(job.num_bytes for job in jobs) < _LITTLE_BYTES
         workers = min(self.workers or (1 if is_little else len(os.sched_getaffinity(0))), len(jobs))
         if workers <= 1:
             for job in jobs:
-                make(job, progress, on_message)
+                while not self._has_space(partial(make, job, progress, on_message), job, on_message):
+                    pass
                 yield job
             return
         threads = max(1, len(os.sched_getaffinity(0)) // workers)
@@ -59,9 +68,11 @@ class Local:
                         waiting[pool.submit(make, job)] = job
                     for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                         job = waiting.pop(future)
-                        future.result()
-                        progress.advance(job.source.name, 0, job.num_bytes)
-                        yield job
+                        if self._has_space(future.result, job, on_message):
+                            progress.advance(job.source.name, 0, job.num_bytes)
+                            yield job
+                        else:
+                            left.append(job)
             except BrokenProcessPool:
                 raise DataError(
                     "a process that prepared data was killed, perhaps for want of memory; run prepare again, with fewer --workers: what "
@@ -69,6 +80,22 @@ class Local:
                 ) from None
             finally:
                 pool.shutdown(cancel_futures=True)
+
+    def _has_space(self, work: Callable[[], None], job: Job, on_message: OnMessage) -> bool:
+        """Whether `work` found room on the disk; if not, there is some when this returns. Raises DiskFull if not patient."""
+        try:
+            work()
+        except DiskFull:
+            if not self.patient:
+                raise
+            wanted = _SPACE * job.num_bytes + _LEAST_SPACE
+            on_message(
+                f"the disk of {job.target.parent} is full: waiting for {wanted / 1e6:,.0f} MB, then going on; Ctrl-C stops, and what is "
+                "done stays"
+            )
+            free_again(job.target.parent, wanted)
+            return False
+        return True
 
 
 def _with_threads(count: int) -> None:
@@ -131,7 +158,7 @@ def made_from(job: bytes) -> str:
 def engine_of(name: EngineName, *, workers: int | None = None, address: str | None = None) -> Engine:
     """The engine of that name."""
     by_name: dict[str, Callable[[], Engine]] = {
-        "local": lambda: Local(workers),
+        "local": lambda: Local(workers, patient=True),
         "daft": lambda: Daft("native", workers),
         "ray": lambda: Daft("ray", workers, address),
     }

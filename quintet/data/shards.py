@@ -16,8 +16,9 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import time
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,6 +63,16 @@ def token_dtype(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
+class DiskFull(DataError):
+    """There is no room for what is to be written."""
+
+
+def free_again(path: Path, wanted: int, *, sleep: Callable[[float], None] = time.sleep) -> None:
+    """Wait until there are `wanted` free bytes at `path`."""
+    while shutil.disk_usage(path).free < wanted:
+        sleep(5.0)
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn an error of the operating system while writing under `path` into a DataError with a remedy."""
@@ -70,7 +81,8 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         remedy = "free some space there, raise the quota or limit," if full else "check that the folder may be written,"
-        raise DataError(f"cannot write prepared data under {path}: {error.strerror}; {remedy} or set data.directory elsewhere; "
+        kind = DiskFull if error.errno == errno.ENOSPC else DataError
+        raise kind(f"cannot write prepared data under {path}: {error.strerror}; {remedy} or set data.directory elsewhere; "
                         "nothing half-written was kept, run prepare again") from error  # fmt: skip
 
 
