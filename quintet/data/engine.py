@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from typing import Literal, Protocol
-
-import msgspec
 
 from quintet.data.part import Job, Progress, make
 from quintet.data.shards import DiskFull, free_again
@@ -116,7 +115,7 @@ class Daft:
             import daft
         except ImportError as error:
             raise DataError(f"this engine needs Daft ({error}); install it: pip install 'quintet[data]'") from None
-        self.daft, self.workers = daft, workers
+        self.daft, self.runner, self.workers = daft, runner, workers
         if runner == "ray":
             try:
                 import ray  # noqa: F401 -- an optional extra
@@ -130,15 +129,16 @@ class Daft:
         daft = self.daft
         workers = self.workers or len(os.sched_getaffinity(0))
 
-        @daft.func(  # type: ignore[untyped-decorator]
-            return_dtype=daft.DataType.string(), use_process=True, max_concurrency=workers
-        )
-        def made(job: bytes) -> str:
-            return made_from(job)
+        @daft.cls(max_concurrency=workers, use_process=True)  # type: ignore[untyped-decorator]
+        class Maker:
+            @daft.method(return_dtype=daft.DataType.string())  # type: ignore[untyped-decorator]
+            def made(self, job: bytes) -> str:
+                return made_from(job)
 
-        rows = {"number": list(range(len(jobs))), "job": [msgspec.json.encode(job) for job in jobs]}
-        frame = daft.from_pydict(rows).into_partitions(len(jobs)).into_batches(1)
-        for row in frame.select(frame["number"], made(frame["job"]).alias("error")).iter_rows():
+        rows = {"number": list(range(len(jobs))), "job": [pickle.dumps(job) for job in jobs]}
+        frame = daft.from_pydict(rows)
+        frame = (frame.into_partitions(max(len(jobs), 1)) if self.runner == "ray" else frame).into_batches(1)
+        for row in frame.select(frame["number"], Maker().made(frame["job"]).alias("error")).iter_rows():
             if row["error"]:
                 raise DataError(row["error"])
             job = jobs[row["number"]]
@@ -147,9 +147,9 @@ class Daft:
 
 
 def made_from(job: bytes) -> str:
-    """Make the part of an encoded job, and return what a user must be told, or nothing."""
+    """Make the part of a job that this engine pickled, and return what a user must be told, or nothing."""
     try:
-        make(msgspec.json.decode(job, type=Job))
+        make(pickle.loads(job))
     except DataError as error:
         return str(error)
     return ""
