@@ -18,12 +18,12 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -39,6 +39,7 @@ from quintet.data.tokenizer import Ids, Tokenizer
 from quintet.errors import DataError
 from quintet.spec.run import Data, Domain, Source
 
+T = TypeVar("T", bound=Sized)
 BATCH_BYTES = 4 << 20
 """Text that is encoded at a time, in characters."""
 PIECE_BYTES = 1 << 20
@@ -46,6 +47,7 @@ PIECE_BYTES = 1 << 20
 _BATCH_DOCUMENTS = 4096
 _JUDGED_BYTES = 1 << 18
 """Text that rules look at together, in bytes; the arrays made from it fit into a core's cache."""
+_JUDGED_TOKENS = 1 << 15
 _FINGERPRINTED_BYTES = 1 << 17
 _SAMPLES = 5
 _EXCERPT = 400
@@ -210,16 +212,16 @@ def _columns(data: Data, documents: Sequence[Document], raws: Sequence[bytes]) -
     return columns
 
 
-def _grouped(raws: Sequence[bytes], size: int) -> Iterator[Sequence[bytes]]:
-    """The documents in runs of at least `size` bytes, the last one apart."""
+def _grouped(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """The items in runs that are together at least `size` long, the last one apart."""
     begin = total = 0
-    for i, raw in enumerate(raws):
-        total += len(raw)
+    for i, item in enumerate(items):
+        total += len(item)
         if total >= size:
-            yield raws[begin : i + 1]
+            yield items[begin : i + 1]
             begin, total = i + 1, 0
-    if begin < len(raws):
-        yield raws[begin:]
+    if begin < len(items):
+        yield items[begin:]
 
 
 class Judge:
@@ -253,9 +255,15 @@ class Judge:
         """Those whose tokens pass; `encoded` ends each document with the end-of-document token, which rules do not count."""
         kept = np.ones(len(documents), bool)
         if self.token_rules and documents:
-            lengths = np.array([len(ids) - 1 for ids in encoded])
-            ids = np.concatenate([ids[:-1] for ids in encoded])
-            kept = self._decided(documents, raws, [(rule, rule.measure(ids, lengths)) for rule in self.token_rules])
+            decided, begin = [], 0
+            for group in _grouped(encoded, _JUDGED_TOKENS):
+                end = begin + len(group)
+                lengths = np.array([len(ids) - 1 for ids in group])
+                ids = np.concatenate([ids[:-1] for ids in group])
+                measured = [(rule, rule.measure(ids, lengths)) for rule in self.token_rules]
+                decided.append(self._decided(documents[begin:end], raws[begin:end], measured))
+                begin = end
+            kept = np.concatenate(decided)
         self._sample_kept(documents, raws, kept)
         if kept.all():
             return documents, raws, encoded

@@ -250,15 +250,17 @@ def unique_tokens(ids: NDArray[Any], lengths: Ints) -> Values:
 
 def token_repetition(ids: NDArray[Any], lengths: Ints) -> Values:
     """Share of the token 8-grams that came before."""
-    first = np.concatenate([[0], np.cumsum(lengths)])
     owner = np.repeat(np.arange(len(lengths)), lengths)
-    place = np.arange(max(len(ids) - _REPEATED + 1, 0))
-    place = place[place + _REPEATED <= first[owner[place] + 1]]
-    wide, keys = ids.astype(np.uint64), np.zeros(len(place), np.uint64)
-    for i in range(_REPEATED):
-        keys = mix(keys + wide[place + i] + np.uint64(0x9E3779B97F4A7C15))
+    count = max(len(ids) - _REPEATED + 1, 0)
+    wide = ids.astype(np.uint64) + np.uint64(1)
+    keys = wide[:count].copy()
+    for i in range(1, _REPEATED):
+        keys *= np.uint64(0x9E3779B97F4A7C15)
+        keys += wide[i : i + count]
+    inside = owner[:count] == owner[_REPEATED - 1 :] if count else np.empty(0, bool)
+    keys, owner = mix(keys[inside]), owner[:count][inside]
     # The document takes the upper bits, so that sorted keys tell it; 40 bits are left to tell a document's n-grams apart.
-    keys = owner[place].astype(np.uint64) << np.uint64(40) | keys >> np.uint64(24)
+    keys = owner.astype(np.uint64) << np.uint64(40) | keys >> np.uint64(24)
     counts = np.maximum(lengths - _REPEATED + 1, 0)
     return ratio(counts - _num_different(keys, len(lengths), bits=40), counts)
 
