@@ -112,6 +112,8 @@ def statistics(prepared: data.Prepared) -> Group:
     for name in prepared.sources:
         table.add_column(name, justify="right")
     for row in columns[0]:
+        if row in _IF_ANY and all(column[row] == _IF_ANY[row] for column in columns):
+            continue
         table.add_row(row, *(column[row] for column in columns))
     told = (line for name, part in prepared.sources.items() for line in (*_skipped(name, part.statistics), *_warned(name, part.statistics)))
     return Group(table, *map(Text, told))
@@ -120,6 +122,10 @@ def statistics(prepared: data.Prepared) -> Group:
 def _warned(name: str, s: Statistics) -> Iterator[str]:
     for rule, share in s.warnings.items():
         yield f"warning: {rule} dropped {share:.1%} of the documents of {name}; look at the report's samples and at its limits"
+
+
+_IF_ANY = {"dropped by rules": "0", "duplicates": "0 exact, 0 near"}
+"""Rows that are left out where they say only this."""
 
 
 def _skipped(name: str, s: Statistics) -> Iterator[str]:
