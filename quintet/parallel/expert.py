@@ -26,7 +26,7 @@ def apply_expert(model: Transformer, mesh: Mesh) -> None:
     layout = mesh.layout
     if layout.ep == layout.expert_tp == 1:
         return
-    for layer in model.moe_layers():
+    for layer in model.moe_layers().values():
         layer.dispatch = AllToAllDispatch(mesh["ep"], mesh["tp"], layout.expert_tp, model.model.num_routed_experts)
 
 
