@@ -23,7 +23,7 @@ from quintet.ops.deferred import WeightGradients, putting_off
 from quintet.parallel.pipeline import Pipeline, Turns
 from quintet.parallel.recorder import Recorder
 from quintet.parallel.zero import ShardedParameters
-from quintet.schedule import build, check, forward_only
+from quintet.schedule import build, check, fewest_microbatches, forward_only
 from quintet.schedule.lower import Program, add_transfers
 from quintet.spec.layout import Layout
 from quintet.spec.stage import Stage
@@ -36,6 +36,10 @@ class MicroBatch:
     inputs: Tensor
     targets: Tensor
     document_ids: Tensor | None
+
+    def empty(self) -> MicroBatch:
+        """The same without sequences."""
+        return MicroBatch(self.inputs[:0], self.targets[:, :0], None if self.document_ids is None else self.document_ids[:0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,12 +144,16 @@ class ModelPipeline:
         )
 
     def train(self, micro_batches: Sequence[MicroBatch], context: Context) -> list[Loss]:
-        """Forward and backward of a step's micro-batches, as many as `num_microbatches` says -> this rank's shares of the losses."""
+        """Forward and backward of a step's micro-batches, as many as `Layout.num_microbatches` says -> this rank's shares of the losses."""
         return self._run(program(self.layout, len(micro_batches)), micro_batches, context)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch], context: Context) -> list[Loss]:
-        """Forward alone."""
+        """Forward alone, of any number of micro-batches."""
+        fewest = fewest_microbatches(self.layout.pipeline, self.layout.pp)
+        missing = max(fewest - len(micro_batches), 0)
+        missing += (len(micro_batches) + missing) % 2 if self.layout.arrangement == "mirror" else 0
+        micro_batches = [*micro_batches, *[micro_batches[0].empty()] * missing]
         return self._run(program(self.layout, len(micro_batches), evaluation=True), micro_batches, context)
 
     def _run(self, program: Program, micro_batches: Sequence[MicroBatch], context: Context) -> list[Loss]:
@@ -157,12 +165,6 @@ class ModelPipeline:
         }
         Pipeline(self.mesh["pp"], works, self.recorder).run(program)
         return losses
-
-
-def num_microbatches(layout: Layout, num_rows: int, micro_batch: int) -> int:
-    """Micro-batches of a replica's `num_rows` sequences; where the schedule wants an even number, the last one may be empty."""
-    count = max(-(-num_rows // micro_batch), 1)
-    return count + count % 2 if layout.arrangement == "mirror" else count
 
 
 @lru_cache

@@ -145,6 +145,11 @@ class Layout:
         """The first of the places that hold the token embedding where this one does and both ends need it, else its home."""
         return 0 if place in (0, self.place_of(self.num_stages - 1)) else self.home(place)
 
+    def num_microbatches(self, batch_sequences: int, micro_batch: int) -> int:
+        """Micro-batches that each replica makes of its share of a batch; where the schedule wants an even number, the last may be empty."""
+        count = max(-(-batch_sequences // (self.dp * micro_batch)), 1)
+        return count + count % 2 if self.arrangement == "mirror" else count
+
     def degree(self, axis: str) -> int:
         """Ranks along an axis."""
         degree: int = getattr(self, axis)

@@ -15,7 +15,7 @@ from quintet.model.loss import Loss, Weights, count_targets, targets_by_depth, t
 from quintet.model.router import updated_bias
 from quintet.parallel.collectives import all_reduce
 from quintet.parallel.sequence import shard_positions, shard_tokens
-from quintet.parallel.stages import Context, MicroBatch, num_microbatches
+from quintet.parallel.stages import Context, MicroBatch
 from quintet.spec.curriculum import Settings
 from quintet.spec.run import Train
 from quintet.train.build import Built
@@ -105,14 +105,13 @@ def accumulate(built: Built, batch: Batch, *, settings: Settings, train: Train, 
         return shard_tokens(x, mesh["cp"], dim=-1).to(device)
 
     # A rank whose share of the batch is smaller goes through its last micro-batch with fewer rows, or none: the others wait for it there.
-    most_rows = -(-settings.batch_sequences // mesh.layout.dp)
     micro_batches = [
         MicroBatch(
             inputs=mine(batch.inputs[rows]),
             targets=mine(targets[:, rows]),
             document_ids=mine(batch.document_ids[rows]) if document_mask else None,
         )
-        for i in range(num_microbatches(mesh.layout, most_rows, train.micro_batch))
+        for i in range(mesh.layout.num_microbatches(settings.batch_sequences, train.micro_batch))
         for rows in [slice(i * train.micro_batch, (i + 1) * train.micro_batch)]
     ]
     built.parameters.begin_step(mtp=settings.mtp_weight > 0)
