@@ -2,11 +2,17 @@
 
 Local shapes stand with each function; n is the size of the group. Every rank of a group makes the same calls in the same order, as NCCL
 wants it. Eight-bit floats travel as bytes. A group of one sends nothing.
+
+Sums of scattered tensors. gloo's reduce-scatter is an all-reduce of which each rank forgets most: it sends twice what must be sent. There
+each rank gets the others' terms of its part by an all-to-all, (n-1)/n of the tensor as the optimum wants it, and adds them up itself:
+in fp32 whatever the type, and in the order of ranks, so that the sum does not depend on who was early. NCCL's own reduce-scatter sends
+the optimum and needs no room for the terms, so it stays: gradients are fp32 before they are sent. (V4 sums bf16 gradients in this way on
+NCCL too, since there each hop of a ring would round; see arXiv 2606.19348. Here nothing of that kind is summed in bf16.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,16 +60,16 @@ def alone(axis: str) -> Group:
 
 
 class Pending:
-    """A collective under way; `wait` returns its result and may be called once."""
+    """A collective under way; `wait` returns its result and may be called once. What arrived becomes the result by `finish`."""
 
-    def __init__(self, result: Tensor, work: dist.Work | None) -> None:
-        self._result, self._work = result, work
+    def __init__(self, arriving: Tensor, work: dist.Work | None, finish: Callable[[Tensor], Tensor] | None = None) -> None:
+        self._arriving, self._work, self._finish = arriving, work, finish
 
     def wait(self) -> Tensor:
         """The result, when it is there."""
         if self._work is not None:
             self._work.wait()
-        return self._result
+        return self._arriving if self._finish is None else self._finish(self._arriving)
 
 
 def all_reduce(tensor: Tensor, group: Group, *, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
@@ -106,10 +112,22 @@ def start_reduce_scatter(tensor: Tensor, group: Group) -> Pending:
     """As reduce_scatter, without waiting; `tensor` must stay as it is until then."""
     if group.process_group is None:
         return Pending(tensor, None)
-    out = tensor.new_empty(tensor.shape[0] // group.size, *tensor.shape[1:])
     group.traffic.add(_bytes(tensor) * (group.size - 1) // group.size)
+    if dist.get_backend(group.process_group) == "gloo":
+        terms = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        work = dist.all_to_all_single(terms, tensor.contiguous(), group=group.process_group, async_op=True)
+        return Pending(terms, work, lambda terms: sum_in_order(terms.unflatten(0, (group.size, -1))))
+    out = tensor.new_empty(tensor.shape[0] // group.size, *tensor.shape[1:])
     work = _reduce_scatter_single(out, tensor.contiguous(), group=group.process_group, async_op=True)
     return Pending(out, work)
+
+
+def sum_in_order(terms: Tensor) -> Tensor:
+    """[n, ...] -> [...]: added up in fp32, one rank after the other."""
+    total = terms[0].to(torch.float32, copy=True)
+    for term in terms[1:]:
+        total += term
+    return total.to(terms.dtype)
 
 
 def all_to_all(rows: Tensor, group: Group, *, send: Sequence[int], receive: Sequence[int]) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from quintet.parallel.collectives import Shift, all_to_all, exchange_rows, gather_tokens, scatter_tokens
+from quintet.parallel.collectives import Shift, all_to_all, exchange_rows, gather_tokens, reduce_scatter, scatter_tokens
 from quintet.parallel.mesh import make_mesh
 from quintet.spec.layout import Layout
 from tests.ranks import on_ranks
@@ -36,6 +36,17 @@ def test_rows_go_to_their_rank_and_their_gradients_come_back() -> None:
         return got.flatten().tolist(), rows.grad.flatten().tolist()
 
     assert on_ranks(2, work) == [([10.0], [2.0, 2.0, 2.0]), ([0.0, 1.0, 2.0, 11.0, 12.0], [1.0, 2.0, 2.0])]
+
+
+def test_sums_of_scattered_tensors_are_made_in_fp32_and_in_the_order_of_ranks() -> None:
+    def work(rank: int) -> tuple[list[float], list[float], int]:
+        group = make_mesh(Layout(dp=3))["dp"]
+        # In bf16 256 + 1 is 256; in fp32 1e8 + 1 - 1e8 is 0, but 1e8 - 1e8 + 1 is 1.
+        small = torch.full((3, 2), (256.0, 1.0, 1.0)[rank], dtype=torch.bfloat16)
+        large = torch.full((3,), (1e8, 1.0, -1e8)[rank])
+        return reduce_scatter(small, group).float().flatten().tolist(), reduce_scatter(large, group).tolist(), group.traffic.num_bytes
+
+    assert on_ranks(3, work) == [([258.0, 258.0], [0.0], 8 + 8)] * 3
 
 
 def test_a_ring_passes_tensors_of_every_kind_on() -> None:
