@@ -67,9 +67,11 @@ class Pending:
 
     def wait(self) -> Tensor:
         """The result, when it is there."""
-        if self._work is not None:
-            self._work.wait()
-        return self._arriving if self._finish is None else self._finish(self._arriving)
+        arriving, work = self._arriving, self._work
+        del self._arriving, self._work  # whoever keeps this object does not keep a message
+        if work is not None:
+            work.wait()
+        return arriving if self._finish is None else self._finish(arriving)
 
 
 def all_reduce(tensor: Tensor, group: Group, *, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
@@ -132,13 +134,38 @@ def sum_in_order(terms: Tensor) -> Tensor:
 
 def all_to_all(rows: Tensor, group: Group, *, send: Sequence[int], receive: Sequence[int]) -> Tensor:
     """[sum(send), ...] -> [sum(receive), ...]: `send[r]` rows, in order, go to rank r of the group, `receive[r]` come from it."""
+    return start_all_to_all(rows, group, send=send, receive=receive).wait()
+
+
+def start_all_to_all(rows: Tensor, group: Group, *, send: Sequence[int], receive: Sequence[int], room: int = 0) -> Pending:
+    """As all_to_all, without waiting; behind the rows that arrive there is room for some more, whose values are undefined."""
+    assert sum(send) == rows.shape[0], (send, rows.shape)
+    if group.process_group is None and not room:
+        return Pending(rows, None)
+    out = rows.new_empty(sum(receive) + room, *rows.shape[1:])
+    if group.process_group is None:
+        out[: len(rows)] = rows
+        return Pending(out, None)
+    group.traffic.add((sum(send) - send[group.rank]) * (_bytes(rows) // max(rows.shape[0], 1)))
+    arriving, leaving = _plain(out[: sum(receive)]), _plain(rows.contiguous())
+    work = dist.all_to_all_single(arriving, leaving, list(receive), list(send), group=group.process_group, async_op=True)
+    return Pending(out, work)
+
+
+def gather_rows(rows: Tensor, group: Group, *, counts: Sequence[int]) -> Tensor:
+    """[counts[rank], ...] -> [sum(counts), ...]: the rows of all ranks, of which `counts[r]` lie on rank r."""
     if group.process_group is None:
         return rows
-    assert sum(send) == rows.shape[0], (send, rows.shape)
-    out = rows.new_empty(sum(receive), *rows.shape[1:])
-    group.traffic.add((sum(send) - send[group.rank]) * (_bytes(rows) // max(rows.shape[0], 1)))
-    dist.all_to_all_single(_plain(out), _plain(rows.contiguous()), list(receive), list(send), group=group.process_group)
-    return out
+    return all_to_all(torch.cat([rows] * group.size), group, send=[len(rows)] * group.size, receive=counts)
+
+
+def scatter_rows(rows: Tensor, group: Group, *, counts: Sequence[int]) -> Tensor:
+    """[sum(counts), ...] -> [n, counts[rank], ...]: every rank's term of this rank's rows, the way back of `gather_rows`."""
+    if group.process_group is None:
+        return rows[None]
+    own = counts[group.rank]
+    terms = all_to_all(rows, group, send=counts, receive=[own] * group.size)
+    return terms.view(group.size, own, *rows.shape[1:])
 
 
 class Shift:
@@ -185,14 +212,6 @@ def scatter_tokens(partial: Tensor, group: Group, *, dim: int) -> Tensor:
     return out
 
 
-def exchange_rows(rows: Tensor, group: Group, *, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-    """all_to_all whose backward is the way back."""
-    if group.process_group is None:
-        return rows
-    out: Tensor = _Exchange.apply(rows, group, tuple(send), tuple(receive))
-    return out
-
-
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, shard: Tensor, group: Group, dim: int) -> Tensor:
@@ -213,17 +232,6 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return _gather(grads[0], ctx.group, ctx.dim), None, None
-
-
-class _Exchange(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: Group, send: tuple[int, ...], receive: tuple[int, ...]) -> Tensor:
-        ctx.group, ctx.send, ctx.receive = group, send, receive
-        return all_to_all(rows, group, send=send, receive=receive)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return all_to_all(grads[0], ctx.group, send=ctx.receive, receive=ctx.send), None, None, None
 
 
 def _gather(shard: Tensor, group: Group, dim: int) -> Tensor:
