@@ -67,19 +67,36 @@ def apply_expert(model: Transformer, mesh: Mesh) -> None:
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """Rows to and from each rank of ep (`send`, `receive`), those that arrive at each of the t ranks that share experts, and, behind rows
+    that come back, room for a spare one."""
+
+    send: tuple[int, ...]
+    receive: tuple[int, ...]
+    shared: tuple[int, ...]
+    room: int
+
+    def start_out(self, rows: Tensor, ep: Group) -> Pending:
+        """Rows on their way to their experts' ranks."""
+        return start_all_to_all(rows, ep, send=self.send, receive=self.receive)
+
+    def start_back(self, rows: Tensor, ep: Group) -> Pending:
+        """Rows on their way back."""
+        return start_all_to_all(rows, ep, send=self.receive, receive=self.send, room=self.room)
+
+
+@dataclass(frozen=True)
 class Route:
     """Where the rows of some tokens go.
 
     `rows` sorts a row per token and rank by rank, slots that need none having the spare row; `carrier` [T, K] is the row that carries each
-    slot. `send` and `receive` are rows to and from each rank of ep; `shared` the rows that arrive at each of the t ranks that share experts,
-    and `num_copies` how many copies experts here take of all these. `load` [E] counts the tokens here that chose each expert.
+    slot. `num_copies` is how many copies the experts here take of the rows that arrive; `load` [E] counts the tokens here that chose each
+    expert.
     """
 
     rows: Permutation
     carrier: Tensor
-    send: tuple[int, ...]
-    receive: tuple[int, ...]
-    shared: tuple[int, ...]
+    sizes: Sizes
     num_copies: int
     load: Tensor
 
@@ -155,9 +172,7 @@ class AllToAllDispatch:
         return Route(
             rows=rows,
             carrier=rows.row_of_slot.gather(1, first),
-            send=send,
-            receive=receive,
-            shared=shared,
+            sizes=Sizes(send, receive, shared, room=int(rows.spare)),
             num_copies=sum(rows_and_copies[1][2 * n :]),
             load=_count(experts, self.num_experts),
         )
@@ -172,12 +187,13 @@ class AllToAllDispatch:
         """Copies of the rows of all ranks, for this rank's experts."""
         route, message = flight.route, flight.pending.wait()
         if self.sharing is not None:
-            message = gather_rows(message, self.sharing, counts=route.shared)
+            message = gather_rows(message, self.sharing, counts=route.sizes.shared)
         here, num_slots = self.num_experts // self.ep.size, route.carrier.shape[1]
         local = _ids(message, self.hidden_size, num_slots).long() - self.ep.rank * here
         local.masked_fill_((local < 0) | (local >= here), here)
         copies = sort_by_expert(local, here, spare=True, taken=route.num_copies)
-        rows, gates = _Arrive.apply(flight.token, message[:, : self.hidden_size], _gates(message, self.hidden_size, num_slots), copies, self, flight)
+        x, gates = message[:, : self.hidden_size], _gates(message, self.hidden_size, num_slots)
+        rows, gates = _Arrive.apply(flight.token, x, gates, copies, self, route.sizes, flight.back)
         return Arrived(rows, gates, copies)
 
     def compute(self, arrived: Arrived, experts: Experts) -> Tensor:
@@ -187,7 +203,7 @@ class AllToAllDispatch:
     def start_combine(self, rows: Tensor, copies: Permutation, route: Route) -> Flight:
         """rows [N, D] -> the sums of each row's experts, under way back."""
         back = _Back()
-        token, pending = _Leave.apply(rows, copies, self, route, back)
+        token, pending = _Leave.apply(rows, copies, self, route.sizes, back)
         return Flight(route, pending, token, back)
 
     def finish_combine(self, flight: Flight) -> Tensor:
@@ -195,9 +211,9 @@ class AllToAllDispatch:
         out: Tensor = _Return.apply(flight.token, flight.pending.wait(), self.ep, flight.route, flight.back)
         return out
 
-    def sum_shared(self, terms: Tensor, route: Route) -> Tensor:
+    def own_rows(self, terms: Tensor, sizes: Sizes) -> Tensor:
         """This rank's term of all rows of the ranks that share experts [R of all, W] -> the terms of this rank's rows [t, R, W]."""
-        return terms[None] if self.sharing is None else scatter_rows(terms, self.sharing, counts=route.shared)
+        return terms[None] if self.sharing is None else scatter_rows(terms, self.sharing, counts=sizes.shared)
 
 
 class _Depart(torch.autograd.Function):
@@ -209,12 +225,12 @@ class _Depart(torch.autograd.Function):
     ) -> tuple[Tensor, Pending]:
         ctx.save_for_backward(route.rows.row_of_slot, route.carrier)
         ctx.spare, ctx.back, ctx.hidden_size = route.rows.spare, back, x.shape[1]
-        token_of_row, num_slots = route.rows.token_of_row[: sum(route.send)], experts.shape[1]
+        token_of_row, num_slots = route.rows.token_of_row[: sum(route.sizes.send)], experts.shape[1]
         message = _empty_message(x, len(token_of_row), num_slots, with_ids=True)
         torch.index_select(x, 0, token_of_row, out=message[:, : x.shape[1]])
         _gates(message, x.shape[1], num_slots).copy_(gates[token_of_row])
         _ids(message, x.shape[1], num_slots).copy_(experts[token_of_row])
-        return x.new_empty(0), start_all_to_all(message, ep, send=route.send, receive=route.receive)
+        return x.new_empty(0), route.sizes.start_out(message, ep)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -230,10 +246,10 @@ class _Arrive(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, token: Tensor, x: Tensor, gates: Tensor, copies: Permutation, dispatch: AllToAllDispatch, flight: Flight
+        ctx: Any, token: Tensor, x: Tensor, gates: Tensor, copies: Permutation, dispatch: AllToAllDispatch, sizes: Sizes, back: _Back
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(copies.row_of_slot)
-        ctx.spare, ctx.dispatch, ctx.route, ctx.back = copies.spare, dispatch, flight.route, flight.back
+        ctx.spare, ctx.dispatch, ctx.sizes, ctx.back = copies.spare, dispatch, sizes, back
         here = gates.where(copies.row_of_slot < copies.token_of_row.numel() - copies.spare, 0.0)
         return x.index_select(0, copies.token_of_row), spread_gates(here, copies)
 
@@ -241,18 +257,18 @@ class _Arrive(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (row_of_slot,) = ctx.saved_tensors
         rows, gates = grads
-        num_slots, route, dispatch = row_of_slot.shape[1], ctx.route, ctx.dispatch
+        num_slots = row_of_slot.shape[1]
         message = _empty_message(rows, len(row_of_slot), num_slots)
         message[:, : rows.shape[1]] = sum_rows(rows.contiguous(), row_of_slot, spare=ctx.spare)
         is_here = row_of_slot < len(rows) - ctx.spare
         _gates(message, rows.shape[1], num_slots).copy_(gates[row_of_slot].where(is_here, 0.0))
-        terms = dispatch.sum_shared(message, route)
+        terms = ctx.dispatch.own_rows(message, ctx.sizes)
         if len(terms) > 1:
             message = _empty_message(rows, terms.shape[1], num_slots)
             message[:, : rows.shape[1]] = sum_in_order(terms[:, :, : rows.shape[1]])
             _gates(message, rows.shape[1], num_slots).copy_(sum_in_order(_gates(terms, rows.shape[1], num_slots)))
-        ctx.back.pending = start_all_to_all(message, dispatch.ep, send=route.receive, receive=route.send, room=route.rows.spare)
-        return rows.new_zeros(0), None, None, None, None, None
+        ctx.back.pending = ctx.sizes.start_back(message, ctx.dispatch.ep)
+        return rows.new_zeros(0), None, None, None, None, None, None
 
 
 class _Leave(torch.autograd.Function):
@@ -260,20 +276,19 @@ class _Leave(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, copies: Permutation, dispatch: AllToAllDispatch, route: Route, back: _Back
+        ctx: Any, rows: Tensor, copies: Permutation, dispatch: AllToAllDispatch, sizes: Sizes, back: _Back
     ) -> tuple[Tensor, Pending]:
         ctx.save_for_backward(copies.token_of_row)
-        ctx.dispatch, ctx.shared, ctx.back = dispatch, route.shared, back
-        terms = dispatch.sum_shared(sum_rows(rows, copies.row_of_slot, spare=copies.spare), route)
-        message = terms[0] if len(terms) == 1 else sum_in_order(terms)
-        return rows.new_empty(0), start_all_to_all(message, dispatch.ep, send=route.receive, receive=route.send, room=route.rows.spare)
+        ctx.dispatch, ctx.sizes, ctx.back = dispatch, sizes, back
+        terms = dispatch.own_rows(sum_rows(rows, copies.row_of_slot, spare=copies.spare), sizes)
+        return rows.new_empty(0), sizes.start_back(terms[0] if len(terms) == 1 else sum_in_order(terms), dispatch.ep)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (token_of_row,) = ctx.saved_tensors
         arrived, sharing = ctx.back.wait(), ctx.dispatch.sharing
         if sharing is not None:
-            arrived = gather_rows(arrived, sharing, counts=ctx.shared)
+            arrived = gather_rows(arrived, sharing, counts=ctx.sizes.shared)
         return arrived.index_select(0, token_of_row), None, None, None, None
 
 
@@ -283,14 +298,14 @@ class _Return(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, token: Tensor, rows: Tensor, ep: Group, route: Route, back: _Back) -> Tensor:
         ctx.save_for_backward(route.rows.token_of_row)
-        ctx.ep, ctx.send, ctx.receive, ctx.back = ep, route.send, route.receive, back
+        ctx.ep, ctx.sizes, ctx.back = ep, route.sizes, back
         return sum_rows(rows, route.rows.row_of_slot, spare=route.rows.spare)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (token_of_row,) = ctx.saved_tensors
-        rows = grads[0].index_select(0, token_of_row[: sum(ctx.send)])
-        ctx.back.pending = start_all_to_all(rows, ctx.ep, send=ctx.send, receive=ctx.receive)
+        rows = grads[0].index_select(0, token_of_row[: sum(ctx.sizes.send)])
+        ctx.back.pending = ctx.sizes.start_out(rows, ctx.ep)
         return grads[0].new_zeros(0), None, None, None, None
 
 

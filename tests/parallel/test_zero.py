@@ -16,7 +16,7 @@ from quintet.errors import NumericsError
 from quintet.evaluate.parity import first_failure, judge, trace_reference, trace_steps
 from quintet.model.transformer import Transformer
 from quintet.parallel import bucket as buckets
-from quintet.parallel import collectives, zero
+from quintet.parallel import collectives, expert, zero
 from quintet.parallel.bucket import Bucket
 from quintet.parallel.collectives import Group
 from quintet.parallel.mesh import make_mesh, single
@@ -82,15 +82,15 @@ def test_every_rank_makes_the_same_calls_in_the_same_order(layout: Layout, monke
 
         def call(tensor: Tensor, *rest: Any, **named: Any) -> Any:
             group = next(value for value in rest if isinstance(value, Group))
-            calls.append((name, group.ranks, 0 if name == "all_to_all" else tensor.numel()))
+            calls.append((name, group.ranks, 0 if name == "start_all_to_all" else tensor.numel()))
             return real(tensor, *rest, **named)
 
         return call
 
-    for name in ("start_all_reduce", "start_reduce_scatter", "start_all_gather", "all_to_all"):
+    for name in ("start_all_reduce", "start_reduce_scatter", "start_all_gather", "start_all_to_all"):
         replaced = noted(name)
         monkeypatch.setattr(collectives, name, replaced)
-        for module in (buckets, zero):
+        for module in (buckets, expert, zero):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, replaced)
 
