@@ -12,6 +12,11 @@ from quintet.spec.layout import Layout
 from quintet.spec.model import Model
 from quintet.spec.stage import stage_of
 
+BUCKET_NUMEL = 25_000_000
+"""Elements of a rank (100 MB of fp32 gradients) at which ZeRO closes a bucket below stage 3, in a large model."""
+NUM_BUCKETS = 8
+"""In a small one buckets are closed at this part of a rank's weights, so that there is something to overlap."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
@@ -74,6 +79,11 @@ def num_shards(layout: Layout, holders: str) -> int:
     if holders.startswith("expert"):
         replicas = max(replicas // layout.ep, 1)
     return replicas * (1 if holders.endswith("split") else layout.tp)
+
+
+def bucket_numel(num_weights: int) -> int:
+    """Elements at which a bucket is closed, of a rank's weights before ZeRO."""
+    return min(BUCKET_NUMEL, -(-num_weights // NUM_BUCKETS))
 
 
 def _split_by_tp(layout: Layout) -> str:

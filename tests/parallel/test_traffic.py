@@ -140,12 +140,12 @@ def test_buckets_are_those_that_zero_makes(model: Model, data: st.DataObject) ->
     with torch.device("meta"):
         net = Transformer(model)
     names = {name: holders(name, layout) for name, _ in net.named_parameters()}
-    made = ShardedParameters(net, without_processes(layout), dtype=torch.float32, device=torch.device("meta"), bucket_numel=numel)
+    made = ShardedParameters(net, without_processes(layout), dtype=torch.float32, device=torch.device("meta"), closed_at=numel)
     expected = [
         (names[bucket.pieces[0].name], bucket.numel, is_mtp, bucket.shard.size, bucket.replicate.size)
         for bucket, is_mtp in zip(made.buckets, made.is_mtp, strict=True)
     ]
-    found = bucket_sizes(model, layout, bucket_numel=numel)
+    found = bucket_sizes(model, layout, closed_at=numel)
     shards = [len(layout.group_of(0, f"{bucket.holders}.shard")) for bucket in found]
     assert [
         (bucket.holders, bucket.numel, bucket.mtp, size, num_replicas(layout, bucket.holders))
