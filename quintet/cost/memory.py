@@ -24,13 +24,11 @@ from dataclasses import dataclass, fields, replace
 from quintet.cost.activations import FP32, Device, block_bytes, element_bytes, outside_bytes, tokens_of
 from quintet.cost.balance import part_at
 from quintet.cost.ring_comm import ring_payload, ring_width
-from quintet.cost.shard import Held, held, num_shards
+from quintet.cost.shard import Held, bucket_numel, held, num_shards
 from quintet.spec.layout import Layout
 from quintet.spec.model import Model
 from quintet.spec.run import Precision, Train
 
-BUCKET_NUMEL = 25_000_000
-"""Gradients that ZeRO reduces together below stage 3. It and the next are those of `parallel.zero`, which needs torch."""
 OPEN_BUCKETS = 3
 """Buckets whose gradients are whole at one time: one that fills, and those whose reduction is under way."""
 
@@ -124,7 +122,7 @@ def _gathered(weights: Held, layout: Layout, *, size: int) -> int:
     units = [_shared_out(unit, layout) for unit in weights.units]
     root, largest = _shared_out(weights.root, layout), max(units, default=0)
     if layout.zero == 2:
-        buckets = min(OPEN_BUCKETS * max(BUCKET_NUMEL, largest), sum(units) + root)
+        buckets = min(OPEN_BUCKETS * max(bucket_numel(sum(weights.total.values())), largest), sum(units) + root)
         return FP32 * buckets
     # Embedding and head stay whole through a step; of the layers, one is at work and the next one is on its way.
     return size * (root + min(2 * largest, sum(units))) + FP32 * min(OPEN_BUCKETS * largest, sum(units) + root)

@@ -13,6 +13,11 @@ from quintet.spec.layout import Layout
 from quintet.spec.model import Model
 from quintet.spec.stage import embedding_at_both_ends
 
+BUCKET_NUMEL = 25_000_000
+"""Elements of a rank (100 MB of fp32 gradients) at which ZeRO closes a bucket below stage 3, in a large model."""
+NUM_BUCKETS = 8
+"""In a small one buckets are closed at this part of a rank's weights, so that there is something to overlap."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
@@ -84,6 +89,11 @@ def _times(layout: Layout, holders: str, replicas: int) -> int:
     """Replicas, times the places of tp and of pp that hold the same."""
     places = layout.pp > 1 and (layout.arrangement == "mirror" or (holders == "both_ends" and layout.place_of(layout.num_stages - 1) > 0))
     return replicas * (1 if holders.endswith("split") or holders == "both_ends" else layout.tp) * (2 if places else 1)
+
+
+def bucket_numel(num_weights: int) -> int:
+    """Elements at which a bucket is closed, of a rank's weights before ZeRO."""
+    return min(BUCKET_NUMEL, -(-num_weights // NUM_BUCKETS))
 
 
 def _split_by_tp(layout: Layout) -> str:

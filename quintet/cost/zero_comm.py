@@ -20,8 +20,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from quintet.cost.memory import BUCKET_NUMEL
-from quintet.cost.shard import num_holders, num_shards
+from quintet.cost.shard import bucket_numel, num_holders, num_shards
 from quintet.cost.tensor_comm import FP32
 from quintet.spec.layout import Layout
 from quintet.spec.model import Model
@@ -47,8 +46,9 @@ class BucketSize:
     """At stage 3: whether its weights stay whole through a step, as those outside of layers do."""
 
 
-def bucket_sizes(model: Model, layout: Layout, *, bucket_numel: int = BUCKET_NUMEL) -> list[BucketSize]:
-    """The buckets of every rank, in the order in which backward fills them."""
+def bucket_sizes(model: Model, layout: Layout, *, closed_at: int | None = None) -> list[BucketSize]:
+    """The buckets of every rank, in the order in which backward fills them; below stage 3 `closed_at` so many elements (see
+    `cost.shard.bucket_numel`)."""
     open_buckets: dict[tuple[str, bool], list[int]] = {}
     closed: list[BucketSize] = []
     by_unit = layout.zero == 3
@@ -59,6 +59,7 @@ def bucket_sizes(model: Model, layout: Layout, *, bucket_numel: int = BUCKET_NUM
         closed.append(BucketSize(holders=kind, numel=_up(padded, num_shards(layout, kind) * ALIGNMENT), mtp=mtp, root=root))
 
     backward = list(_parameters(model))[::-1]
+    closed_at = closed_at or bucket_numel(sum(math.prod(local_box(name, shape, layout, 0).sizes) for name, shape in backward))
     if by_unit:
         backward.sort(key=lambda parameter: _unit(parameter[0], by_unit=True) == "root")
     for unit, parameters in itertools.groupby(backward, lambda parameter: _unit(parameter[0], by_unit=by_unit)):
@@ -66,7 +67,7 @@ def bucket_sizes(model: Model, layout: Layout, *, bucket_numel: int = BUCKET_NUM
             numel = math.prod(local_box(name, shape, layout, 0).sizes)
             open_buckets.setdefault((holders(name, layout, model), name.startswith("mtp.")), []).append(numel)
         for key, held in list(open_buckets.items()):
-            if by_unit or sum(held) >= bucket_numel:
+            if by_unit or sum(held) >= closed_at:
                 close(key, root=unit == "root")
     for key in list(open_buckets):
         close(key, root=True)

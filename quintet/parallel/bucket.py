@@ -151,6 +151,7 @@ class Bucket:
 
     def publish(self) -> None:
         """After an update of the master: round it to the weights, and start gathering them from all shards."""
+        self.finish_gathering()  # MTP modules that run no more never waited for the last ones
         if self.master is not self.weight_shard:
             self.weight_shard.copy_(self.master)
         if self.keeps_shards:

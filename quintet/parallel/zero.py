@@ -15,7 +15,8 @@ the number of holders that divide one set of shards among them, and n the bucket
 
 A gradient leaves for its bucket as soon as backward has it; when a bucket is full, and those before it have gone, its reduction starts
 and goes on beside the rest of backward, two at a time. After the update the holders of shards gather the whole weights again (stages 1
-and 2). With hybrid sharding (arXiv 2304.11277) s is smaller than the number of holders, and the holders of equal shards add their sums up.
+and 2), beside the next forward. With hybrid sharding (arXiv 2304.11277) s is smaller than the number of holders, and the holders of equal
+shards add their sums up.
 
 In a pipeline the gradients of all micro-batches come as the schedule has it and add up; `begin_micro_batch` and `end_micro_batch` then
 stand around the whole step, and all reductions follow it in the order of the buckets, which is the same on ranks that hold the same.
@@ -34,15 +35,14 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from quintet.cost.shard import bucket_numel
 from quintet.model.transformer import Transformer
 from quintet.parallel.bucket import Bucket, Piece, Reduction
 from quintet.parallel.collectives import Pending, start_all_reduce
 from quintet.parallel.mesh import Mesh
-from quintet.parallel.units import Units
+from quintet.parallel.units import Units, part_of, wait_at_first_use
 from quintet.spec.placement import holders, local_box
 
-BUCKET_NUMEL = 25_000_000
-"""Buckets of stages 0 to 2 are closed at this many elements of a rank (100 MB of fp32 gradients)."""
 _ALIGNMENT = 64
 """Elements that every parameter's place is a multiple of; grouped products want 16 bytes."""
 IN_FLIGHT = 2
@@ -53,15 +53,16 @@ class ShardedParameters:
     """All parameters of a model in buckets, and the traffic of their gradients."""
 
     def __init__(
-        self, model: Transformer, mesh: Mesh, *, dtype: torch.dtype, device: torch.device, bucket_numel: int = BUCKET_NUMEL
+        self, model: Transformer, mesh: Mesh, *, dtype: torch.dtype, device: torch.device, closed_at: int | None = None
     ) -> None:
-        """`model` is on the meta device with global shapes; afterwards it has this rank's parts, zero, on `device`."""
+        """`model` is on the meta device with global shapes; afterwards it has this rank's parts, zero, on `device`. Buckets of stages 0
+        to 2 are `closed_at` so many elements of a rank, by default those of `cost.shard.bucket_numel`."""
         self.mesh, self.stage, self._in_pipeline = mesh, mesh.layout.zero, mesh.layout.pp > 1
         self._takers: dict[Tensor, Callable[[Tensor], None]] = {}
         self.buckets: list[Bucket] = []
         self.is_mtp: list[bool] = []
         self._unit_buckets: dict[str, list[Bucket]] = {}
-        for (names, kind, mtp), unit in _grouped(model, mesh, by_unit=self.stage == 3, bucket_numel=bucket_numel):
+        for (names, kind, mtp), unit in _grouped(model, mesh, by_unit=self.stage == 3, closed_at=closed_at):
             pieces, numel, num_decayed = _cut(model, names, mesh, dtype=dtype, device=device)
             shard, replicate = mesh[f"{kind}.shard"], mesh[f"{kind}.replicate"]
             numel = math.ceil(numel / (shard.size * _ALIGNMENT)) * shard.size * _ALIGNMENT
@@ -85,6 +86,8 @@ class ShardedParameters:
         for name, buffer in list(model.named_buffers()):
             model.get_submodule(name.rpartition(".")[0]).register_buffer(name.rpartition(".")[2], torch.zeros_like(buffer, device=device))
         self._units = Units(model, self._unit_buckets) if self.stage == 3 else None
+        if self.stage in (1, 2):
+            wait_at_first_use(model, self.buckets)
 
     def fill(self, values: Callable[[Piece], Tensor]) -> None:
         """Set every parameter: `values` of a piece are fp32, in the shape of its box."""
@@ -113,6 +116,12 @@ class ShardedParameters:
         self._replicating.clear()
         if self._units is not None:
             self._units.end_backward()
+        self.finish_gathering()
+
+    def finish_gathering(self) -> None:
+        """Wait for all weights that are on their way. A forward does so by itself, part by part; this is for readers from outside."""
+        for bucket in self.buckets:
+            bucket.finish_gathering()
 
     def updated(self) -> list[Bucket]:
         """The buckets whose gradients came in this step, as shards."""
@@ -133,12 +142,11 @@ class ShardedParameters:
             bucket.forget()
 
     def publish(self) -> None:
-        """After an update: the weights follow the masters."""
-        for bucket in self._active:
+        """After an update: the weights follow the masters. Below stage 3 they are gathered in the order in which forward wants them, and
+        each part of the model waits for its own when it next runs."""
+        for bucket in self._active[::-1]:
             bucket.forget()
             bucket.publish()
-        for bucket in self._active:
-            bucket.finish_gathering()
 
     def take(self, parameter: Tensor, gradient: Tensor) -> None:
         """Take a gradient over that did not come by autograd (see ops.deferred)."""
@@ -190,7 +198,7 @@ class ShardedParameters:
 
 
 def _grouped(
-    model: Transformer, mesh: Mesh, *, by_unit: bool, bucket_numel: int
+    model: Transformer, mesh: Mesh, *, by_unit: bool, closed_at: int | None
 ) -> Iterable[tuple[tuple[list[str], str, bool], str]]:
     """The names of each bucket's parameters, its holders, whether it belongs to MTP modules, and its unit; in the order of backward."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -199,10 +207,10 @@ def _grouped(
         return math.prod(local_box(name, shapes[name], mesh.layout, mesh.rank).sizes)
 
     def unit(name: str) -> str:
-        parts = name.split(".")
-        layered = parts[0] in ("layers", "mtp") and parts[2] != "norm"  # an MTP module's last norm runs behind it
-        return ".".join(parts[:2]) if layered else "root" if by_unit else parts[0]
+        layered = part_of(name) != name.split(".")[0] and name.split(".")[2] != "norm"  # an MTP module's last norm runs behind it
+        return part_of(name) if layered else "root" if by_unit else name.split(".")[0]
 
+    closed_at = closed_at or bucket_numel(sum(map(numel, shapes)))
     open_buckets: dict[tuple[str, bool], list[str]] = {}
     closed: list[tuple[tuple[list[str], str, bool], str]] = []
 
@@ -214,7 +222,7 @@ def _grouped(
         for name in names:
             open_buckets.setdefault((holders(name, mesh.layout, model.model), name.startswith("mtp.")), []).append(name)
         for key, held in list(open_buckets.items()):
-            if by_unit or sum(map(numel, held)) >= bucket_numel:
+            if by_unit or sum(map(numel, held)) >= closed_at:
                 close(key, of)
     for key in list(open_buckets):
         close(key, "root")

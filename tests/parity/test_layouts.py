@@ -18,7 +18,7 @@ from torch import Tensor
 from quintet.data.loader import Batch
 from quintet.evaluate.parity import Reference, Row, first_failure, judge, trace_reference, trace_steps
 from quintet.ops.cross_entropy import IGNORED
-from quintet.parallel import bucket, collectives, zero
+from quintet.parallel import bucket, collectives, expert, zero
 from quintet.parallel.collectives import Group, Pending
 from quintet.parallel.mesh import make_mesh
 from quintet.schedule import fewest_microbatches
@@ -202,9 +202,13 @@ def sums_twice(tensor: Tensor, group: Group, **named: Any) -> Pending:
     return Pending(collectives.start_all_reduce(tensor, group, **named).wait() * 2, None)
 
 
-def to_the_neighbour(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    """The way back of rows, with each rank's rows in another order."""
-    return collectives.all_to_all(grads[0].flip(0), ctx.group, send=ctx.receive, receive=ctx.send), None, None, None
+_back = expert._Back.wait
+
+
+def in_another_order(back: expert._Back) -> Tensor:
+    """The gradients of rows as they come back, but each for another row."""
+    arrived = _back(back)
+    return torch.cat((arrived[:-1].flip(0), arrived[-1:]))  # the last one may be spare
 
 
 def own_part(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -223,7 +227,7 @@ def zeros_instead(shift: collectives.Shift) -> list[Tensor]:
 FAULTS: dict[str, tuple[Layout, object, str, Any]] = {
     "a reduce-scatter that does not sum": (Layout(dp=2, zero=1), bucket, "start_reduce_scatter", forgets_to_sum),
     "an all-reduce that sums twice": (Layout(dp=2), zero, "start_all_reduce", sums_twice),
-    "row gradients in a wrong order": (Layout(dp=2, ep=2), collectives._Exchange, "backward", staticmethod(to_the_neighbour)),
+    "row gradients in a wrong order": (Layout(dp=2, ep=2), expert._Back, "wait", in_another_order),
     "tokens gathered whose gradients are not summed": (Layout(tp=2), collectives._Gather, "backward", staticmethod(own_part)),
     "a ring that passes zeros on": (Layout(cp=2), collectives.Shift, "wait", zeros_instead),
 }
