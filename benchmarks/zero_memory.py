@@ -33,14 +33,12 @@ from torch import Tensor
 
 import quintet.parallel.parallelize as recipe
 from quintet.cost import memory, shard
-from quintet.cost.activations import FP32, element_bytes
 from quintet.cost.flops import parameters
-from quintet.cost.shard import held, num_shards
 from quintet.data.loader import Batch
 from quintet.parallel import collectives
 from quintet.parallel.bucket import Bucket
 from quintet.parallel.mesh import make_mesh
-from quintet.parallel.zero import IN_FLIGHT, ShardedParameters
+from quintet.parallel.zero import ShardedParameters
 from quintet.spec.curriculum import Settings
 from quintet.spec.layout import Layout
 from quintet.spec.model import Model

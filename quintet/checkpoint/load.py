@@ -102,10 +102,13 @@ def read_extra(directory: Path, name: str) -> str:
     return _read(directory / name).decode()
 
 
-def load(state: Mapping[str, Any], directory: Path, *, strict: bool = True) -> dict[str, Any]:
+def load(
+    state: Mapping[str, Any], directory: Path, *, strict: bool = True, elsewhere: Callable[[str], bool] = lambda name: False
+) -> dict[str, Any]:
     """Fill the tensors of `state` in place from a checkpoint; all ranks of a process group call it together.
 
     state: tensors by name, of any device and sharding (DTensor, or Pieces); and names of plain values, with anything in their place.
+    elsewhere: whether a tensor of the checkpoint that `state` does not name is another rank's to load.
 
     Returns all plain values of the checkpoint. No tensor is touched before names, shapes, dtypes and the hash of every needed file have
     been verified. Raises CheckpointError for damage, and for a checkpoint of another model: a name of `state` that is missing, another
@@ -113,7 +116,8 @@ def load(state: Mapping[str, Any], directory: Path, *, strict: bool = True) -> d
     """
     manifest = read_manifest(directory)
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor | Pieces)}
-    _check_fit(directory, manifest, tensors, values=state.keys() - tensors.keys(), strict=strict)
+    foreign = {name for name in manifest.tensors.keys() - tensors.keys() if not strict or elsewhere(name)}
+    _check_fit(directory, manifest, tensors, values=state.keys() - tensors.keys(), foreign=foreign)
     with phases(f"loading {directory}"):
         dcp.load(tensors, storage_reader=Reader(directory, manifest), planner=LoadTensors())
     return manifest.values
@@ -157,14 +161,14 @@ def _check_files(directory: Path, manifest: Manifest) -> None:
 
 
 def _check_fit(
-    directory: Path, manifest: Manifest, tensors: Mapping[str, torch.Tensor | Pieces], *, values: Iterable[str], strict: bool
+    directory: Path, manifest: Manifest, tensors: Mapping[str, torch.Tensor | Pieces], *, values: Iterable[str], foreign: set[str]
 ) -> None:
     saved = manifest.tensors
     here = {name: str(Tensor(dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape), pieces=())) for name, tensor in tensors.items()}
     different = [f"{name} ({saved[name]} there, {here[name]} here)" for name in here if name in saved and str(saved[name]) != here[name]]
     absent = [name for name in here if name not in saved] + [name for name in values if name not in manifest.values]
     missing = [name + did_you_mean(name, saved.keys() - here.keys()) for name in sorted(absent)[:_LISTED]] + sorted(absent)[_LISTED:]
-    unexpected = sorted(saved.keys() - here.keys()) if strict else []
+    unexpected = sorted(saved.keys() - here.keys() - foreign)
     lines = [
         f"{label}: {_enumerate(names)}"
         for label, names in (

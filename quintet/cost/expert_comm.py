@@ -49,7 +49,8 @@ def expert_bytes(
 def shared_bytes(
     model: Model, layout: Layout, *, rows_here: float, rows_there: float, element_bytes: int, recompute: Recompute = "none"
 ) -> Sent:
-    """On the axis tp with `expert_tp`, for one layer: `rows_here` rows arrive at this rank, `rows_there` at the others that share experts."""
+    """On the axis tp with `expert_tp`, of one layer: `rows_here` rows arrive at this rank, `rows_there` at the others that share experts.
+    """
     if layout.expert_tp == 1:
         return Sent(forward=0, backward=0)
     others, result = layout.tp - 1, model.hidden_size * element_bytes

@@ -20,12 +20,12 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from quintet.cost.shard import bucket_numel, num_shards
+from quintet.cost.balance import part_at
+from quintet.cost.shard import bucket_numel, num_holders, num_shards
 from quintet.cost.tensor_comm import FP32
 from quintet.spec.layout import Layout
 from quintet.spec.model import Model
-from quintet.spec.placement import local_box, placement
-from quintet.spec.stage import stage_of
+from quintet.spec.placement import holders, local_box
 
 ALIGNMENT = 64
 """Elements that the place of every parameter in its bucket is a multiple of; `parallel` has the same, and needs torch."""
@@ -51,9 +51,9 @@ class BucketSize:
     """The part whose gradients fill it."""
 
 
-def bucket_sizes(model: Model, layout: Layout, *, closed_at: int | None = None, stage: int | None = None) -> list[BucketSize]:
-    """The buckets of every rank (of a pipeline stage), in the order in which backward fills them; below ZeRO's stage 3 `closed_at` so many
-    elements (see `cost.shard.bucket_numel`)."""
+def bucket_sizes(model: Model, layout: Layout, *, closed_at: int | None = None, place: int | None = None) -> list[BucketSize]:
+    """The buckets of every rank (at a place of the pipeline), in the order in which backward fills them; below ZeRO's stage 3 `closed_at`
+    so many elements (see `cost.shard.bucket_numel`)."""
     open_buckets: dict[tuple[str, bool], list[tuple[str, int]]] = {}
     closed: list[BucketSize] = []
     by_unit = layout.zero == 3
@@ -65,13 +65,13 @@ def bucket_sizes(model: Model, layout: Layout, *, closed_at: int | None = None, 
         first, last = part_of(held[0][0]), part_of(held[-1][0])
         closed.append(BucketSize(holders=kind, numel=numel, mtp=mtp, root=root, first=first, last=last))
 
-    backward = _backward(model, layout, stage)
+    backward = _backward(model, layout, place)
     closed_at = closed_at or bucket_numel(sum(numel for _, numel in backward))
     if by_unit:
         backward.sort(key=lambda parameter: _unit(parameter[0], by_unit=True) == "root")
     for unit, parameters in itertools.groupby(backward, lambda parameter: _unit(parameter[0], by_unit=by_unit)):
         for name, numel in parameters:
-            open_buckets.setdefault((holders(name, layout), name.startswith("mtp.")), []).append((name, numel))
+            open_buckets.setdefault((holders(name, layout, model), name.startswith("mtp.")), []).append((name, numel))
         for key, held in list(open_buckets.items()):
             if by_unit or sum(numel for _, numel in held) >= closed_at:
                 close(key, root=unit == "root")
@@ -80,9 +80,9 @@ def bucket_sizes(model: Model, layout: Layout, *, closed_at: int | None = None, 
     return closed
 
 
-def parts_in_backward(model: Model, layout: Layout, *, stage: int | None = None) -> list[str]:
-    """The parts of the model (of a pipeline stage) in the order in which backward reaches them."""
-    return list(dict.fromkeys(part_of(name) for name, _ in _backward(model, layout, stage)))
+def parts_in_backward(model: Model, layout: Layout, *, place: int | None = None) -> list[str]:
+    """The parts of the model (at a place of the pipeline) in the order in which backward reaches them."""
+    return list(dict.fromkeys(part_of(name) for name, _ in _backward(model, layout, place)))
 
 
 def part_of(name: str) -> str:
@@ -91,19 +91,11 @@ def part_of(name: str) -> str:
     return ".".join(parts[:2]) if parts[0] in ("layers", "mtp") else parts[0]
 
 
-def _backward(model: Model, layout: Layout, stage: int | None) -> list[tuple[str, int]]:
+def _backward(model: Model, layout: Layout, place: int | None) -> list[tuple[str, int]]:
     """Every weight of a rank, the last one first: its name and its elements there."""
-    part = None if stage is None else stage_of(model, layout, stage)
+    part = None if place is None else part_at(model, layout, place)
     held = [(name, shape) for name, shape in _parameters(model) if part is None or part.holds(name)]
     return [(name, math.prod(local_box(name, shape, layout, 0).sizes)) for name, shape in held[::-1]]
-
-
-def holders(name: str, layout: Layout) -> str:
-    """Which of `spec.layout.HOLDERS` hold the same values of a parameter."""
-    split = {axis for axis in placement(name) if layout.degree(axis) > 1}
-    if "ep" in split:
-        return "expert_split" if "expert_tp" in split else "expert"
-    return "tp_split" if split else "replicated"
 
 
 def gradient_bytes(buckets: list[BucketSize], layout: Layout, *, micro_batches: int) -> Counter[str]:
@@ -129,8 +121,7 @@ def weight_bytes(buckets: list[BucketSize], layout: Layout, *, micro_batches: in
 
 def num_replicas(layout: Layout, holders: str) -> int:
     """Ranks whose shards of a weight with these holders are equal: the size of the group `holders`.replicate."""
-    same = layout.expert_dp if holders.startswith("expert") else layout.num_replicas
-    return same * (1 if holders.endswith("split") else layout.tp) // num_shards(layout, holders)
+    return num_holders(layout, holders) // num_shards(layout, holders)
 
 
 def _unit(name: str, *, by_unit: bool) -> str:

@@ -41,7 +41,7 @@ class Experts(nn.Module):
 
     def forward(self, rows: Tensor, gates: Tensor, ends: Tensor) -> Tensor:
         """rows [N, D], gates [N], ends [E] (row where each expert's part stops) -> [N, D], each row times its gate."""
-        gate_up = grouped_matmul(rows, self.w13.flatten(1, 2), ends)
+        gate_up = grouped_matmul(rows, self.w13, ends)
         return grouped_matmul(self.kernels.scaled_swiglu(gate_up, gates), self.w2, ends)
 
 

@@ -18,12 +18,12 @@ halves runs while the message travels.
 A `Flight` is what lies between two halves. In autograd's graph it is one edge, `token`, a tensor without elements. Here, the shared experts
 are computed between the halves of dispatch, and since autograd runs nodes in the reverse order of their making, their backward, too, is
 computed while the gradients of rows are under way. Who overlaps one micro-batch with another (DualPipe) cuts the graph at flights:
-`flight.cut()` is the same flight for what follows, whose backward ends with a gradient at its own `token`, the message then being on its way;
-`flight.token.backward(cut.token.grad)` goes on with what came before, and begins by waiting.
+`flight.cut()` is the same flight for what follows, whose backward ends with a gradient at its own `token`, the message then being on its
+way; `flight.token.backward(cut.token.grad)` goes on with what came before, and begins by waiting.
 
-With `expert_tp` > 1 the ranks of tp each hold a part of every expert's inner width. Each sends its own tokens only, and rows are gathered from
-these ranks where they arrived, as the sums are scattered to them before they go back: what crosses ep stays the same, and tp lies inside
-a node.
+With `expert_tp` > 1 the ranks of tp each hold a part of every expert's inner width. Each sends its own tokens only, and rows are gathered
+from these ranks where they arrived, as the sums are scattered to them before they go back: what crosses ep stays the same, and tp lies
+inside a node.
 
 Letters: T tokens, K experts per token, D hidden, E experts, e = E/n experts of this rank, R rows that arrive, N copies of them, n ranks
 of the group, t ranks that share each expert, W a row as it travels.
@@ -38,7 +38,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quintet.cost.expert_comm import FP32, row_bytes, up
+from quintet.cost.expert_comm import row_bytes, up
+from quintet.cost.tensor_comm import FP32
 from quintet.model.moe import Experts
 from quintet.model.router import Routing
 from quintet.model.transformer import Transformer
@@ -62,7 +63,7 @@ def apply_expert(model: Transformer, mesh: Mesh) -> None:
     if layout.ep == layout.expert_tp == 1:
         return
     sharing = mesh["tp"] if layout.expert_tp > 1 else None
-    for layer in model.moe_layers():
+    for layer in model.moe_layers().values():
         layer.dispatch = AllToAllDispatch(mesh["ep"], sharing, model.model.num_routed_experts, model.model.hidden_size)
 
 

@@ -20,12 +20,15 @@ def wait_at_first_use(model: nn.Module, buckets: Iterable[Bucket]) -> None:
     """Stages 1 and 2: weights arrive beside the forward behind an update; a part waits for its own.
 
     Any module with weights waits for those of its whole part, whoever calls it: a part's products may read weights directly (the ring),
-    but a norm always runs before. The head's weight is read by the loss, and so the last norm waits for it.
+    but a norm always runs before. The head's weight, or the embedding's that is also the head, is read by the loss, and so the last norm
+    waits for it.
     """
     awaited: dict[str, list[Bucket]] = {}
     for bucket in buckets:
         for part in sorted({part_of(piece.name) for piece in bucket.pieces}):
             awaited.setdefault("norm" if part == "head" else part, []).append(bucket)
+            if part == "embed":
+                awaited.setdefault("norm", []).append(bucket)
 
     def wait(module: nn.Module, args: object, *, part: str) -> None:
         for bucket in awaited[part]:

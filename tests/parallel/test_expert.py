@@ -113,7 +113,7 @@ def test_a_graph_cut_at_the_flights_yields_the_gradients_of_the_whole(layout: La
         net = build(MODEL, dtype=torch.float32)
         cut(net, layout, mesh.rank)
         apply_expert(net, mesh)
-        layer = next(net.moe_layers())
+        layer = next(iter(net.moe_layers().values()))
         dispatch = layer.dispatch
         assert isinstance(dispatch, AllToAllDispatch)
         x = torch.randn(9, MODEL.hidden_size, generator=torch.Generator().manual_seed(rank), requires_grad=True)

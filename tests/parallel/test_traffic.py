@@ -18,14 +18,15 @@ from quintet.data.loader import Batch
 from quintet.model.transformer import Transformer
 from quintet.parallel.collectives import Group
 from quintet.parallel.mesh import Mesh, make_mesh
-from quintet.parallel.zero import ShardedParameters, holders
+from quintet.parallel.zero import ShardedParameters
 from quintet.spec.layout import GROUPS, Layout
 from quintet.spec.model import Model
+from quintet.spec.placement import holders
 from quintet.spec.run import Run
 from quintet.train.build import build
 from quintet.train.step import accumulate, update
-from tests.parity.test_layouts import CPU, LENGTH, SETTINGS, a_run, batches
 from tests.parallel.rows import rows_between, rows_noted
+from tests.parity.test_layouts import CPU, LENGTH, SETTINGS, a_run, batches
 from tests.ranks import on_ranks
 from tests.spec.strategies import layouts, models
 
@@ -139,7 +140,7 @@ def test_buckets_are_those_that_zero_makes(model: Model, data: st.DataObject) ->
     numel = data.draw(st.sampled_from([1, 300, 5_000, 10**9]))
     with torch.device("meta"):
         net = Transformer(model)
-    names = {name: holders(name, layout) for name, _ in net.named_parameters()}
+    names = {name: holders(name, layout, model) for name, _ in net.named_parameters()}
     made = ShardedParameters(net, without_processes(layout), dtype=torch.float32, device=torch.device("meta"), closed_at=numel)
     expected = [
         (names[bucket.pieces[0].name], bucket.numel, is_mtp, bucket.shard.size, bucket.replicate.size)

@@ -26,7 +26,7 @@ from quintet.spec.layout import Layout
 from quintet.spec.run import Run
 from quintet.train.build import Built, build
 from quintet.train.step import run_step
-from tests.parity.test_layouts import SETTINGS, a_run, batches
+from tests.parity.test_layouts import MODEL, SETTINGS, a_run, batches
 from tests.ranks import on_ranks
 
 CPU = torch.device("cpu")
@@ -278,6 +278,7 @@ class _Parts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList(_Part() for _ in range(3))
+        self.model = MODEL
 
     def forward(self, x: Tensor) -> Tensor:
         for part in self.layers:
