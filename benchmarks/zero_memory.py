@@ -2,13 +2,13 @@
 
     python benchmarks/zero_memory.py [--hidden 256] [--layers 24] [--bucket 1000000] [--ranks 4] [--json FILE]
 
-A small V3-shaped model trains two steps of two micro-batches on gloo ranks of one thread, a process each, all layouts one after the other.
+A small V3-shaped model trains steps of two micro-batches on gloo ranks of one thread, a process each, all layouts one after the other.
 Counted are the storages that the buckets and the optimizer hold: weights, master and moments behind a step, gradients between two
-micro-batches. Peak is what torch has allocated at most within the second step, all of it (activations, working gradients, temporaries,
-messages), as its profiler sees it. Functions are not fused here, as the estimate of activations supposes. gloo works on copies of what it
-scatters and gathers, which NCCL does not: two buckets of gradients and, at stage 3, the weights of two layers. These are added to the
-prediction of the peak. The table shows the rank that is furthest from the prediction; a part that is more than 5 % off is an error. (In a
-model that is still smaller, what is not fused weighs more, and peaks are further off.)
+micro-batches. Peak is what torch has allocated at most within a step, all of it (activations, working gradients, temporaries, messages), as
+its profiler sees it; but what a thread of gloo is the last to hold is freed unseen, so of three steps the one with the least peak is taken.
+Functions are not fused here, as the estimate of activations supposes. The table shows the rank that is furthest from the prediction; a part
+or a peak that is more than 5 % off is an error. (In a model that is still smaller, what is not fused weighs more, and peaks are further
+off.)
 """
 
 from __future__ import annotations
@@ -274,7 +274,7 @@ def show(rows: Sequence[Mapping[str, Any]], num_parameters: int) -> None:
 
 
 def main() -> None:
-    """Measure, print the table, write the result; exit with 1 if a part is further from the prediction than the tolerance."""
+    """Measure, print the table, write the result; exit with 1 if a part or a peak is further from the prediction than the tolerance."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=256, help="width of the model")
     parser.add_argument("--layers", type=int, default=24)
@@ -293,7 +293,7 @@ def main() -> None:
     print(headline(facts))
     show(rows, count)
     write_json(given.json, facts, {"num_parameters": count, **shape, "bucket": given.bucket, "rows": rows})
-    if wrong := [row["layout"] for row in rows if row["largest_error"] > TOLERANCE]:
+    if wrong := [row["layout"] for row in rows if max(row["largest_error"], row["peak_error"]) > TOLERANCE]:
         sys.exit(f"more than {TOLERANCE:.0%} from the prediction: {', '.join(wrong)}")
 
 
