@@ -11,8 +11,8 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
@@ -35,9 +35,6 @@ class Recorder:
         self.steps: deque[tuple[float, int, object]] = deque(maxlen=KEPT)
         """(seconds, place in the row, step), newest last."""
         self.waits_for = ""
-        self._told = 0.0
-        self._done = threading.Event()
-        self._thread: threading.Thread | None = None
 
     def begin(self, step: object, position: int) -> None:
         """A step begins."""
@@ -82,24 +79,27 @@ class Recorder:
         with suppress(RuntimeError):
             self.store.set(f"step-{self.rank}", json.dumps(f"at {step} (step {position} of its row){waits}"))
 
-    def start(self) -> None:
-        """Begin to tell, in a thread of its own."""
-        if self.store is not None and self._thread is None:
-            self._thread = threading.Thread(target=self._keep_telling, daemon=True)
-            self._thread.start()
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Tell now and then, in a thread of its own, if there is somebody to tell."""
+        done = threading.Event()
 
-    def stop(self) -> None:
-        """Stop telling."""
-        self._done.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        def keep_telling() -> None:
+            told = 0.0
+            while not done.wait(TELL_SECONDS):
+                if self.steps and self.steps[-1][0] != told:
+                    told = self.steps[-1][0]
+                    self.tell()
 
-    def _keep_telling(self) -> None:
-        while not self._done.wait(TELL_SECONDS):
-            if self.steps and self.steps[-1][0] != self._told:
-                self._told = self.steps[-1][0]
-                self.tell()
+        thread = threading.Thread(target=keep_telling, daemon=True)
+        if self.store is not None:
+            thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            if self.store is not None:
+                thread.join()
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -27,6 +27,7 @@ from quintet.monitor.metrics import Message, Record, Saved, truncate_after
 from quintet.monitor.report import write_report
 from quintet.monitor.sinks import Sink
 from quintet.parallel.mesh import make_mesh
+from quintet.parallel.recorder import Recorder
 from quintet.parallel.rendezvous import Ranks
 from quintet.spec import parse
 from quintet.spec.curriculum import PhaseCurves, Settings, Stretch, curriculum
@@ -114,7 +115,8 @@ class _Session:
 
     def __init__(self, run: Run, where: Path, prepared: Prepared, sinks: Sink, *, device: torch.device, ranks: Ranks) -> None:
         self.run, self.where, self.prepared, self.sinks, self.device, self.ranks = run, where, prepared, sinks, device, ranks
-        self.built = build(run, ranks.mesh, device, on_message=lambda text: sinks.write(Message(text=text)))
+        self.recorder = Recorder(ranks.mesh.rank, ranks.mesh["pp"].ranks, ranks.store)
+        self.built = build(run, ranks.mesh, device, on_message=lambda text: sinks.write(Message(text=text)), recorder=self.recorder)
         self.stretches = curriculum(run)
         self.num_steps = sum(stretch.num_steps for stretch in self.stretches)
         self.peak_flops = machine.measured_peak(device, run.train.precision) * run.layout.num_ranks
@@ -136,7 +138,7 @@ class _Session:
 
     def loop(self, position: Position) -> int:
         """Train from `position` to the end or to a signal."""
-        with _stop_signals() as stop:
+        with _stop_signals() as stop, self.recorder.telling() if self.built.pipeline else nullcontext():
             clock = _Clock(self.device, position.tokens)
             while position.step < self.num_steps:
                 if self.curves.is_over(position.phase_steps, position.phase_tokens):
