@@ -29,15 +29,15 @@ _REMEDY = {
 
 
 class FileWriter:
-    """A new file that is hashed while it is written and on disk when the `with` block ends.
+    """A new file that is hashed while it is written, unless its content has hashes of its own, and on disk when the `with` block ends.
 
     Raises OSError, as the system calls do; FileExistsError if the name is taken, which includes a symbolic link.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, hashed: bool = True) -> None:
         self.path = path
         self.size = 0
-        self._hash = blake3()  # One thread: a pool of threads would hang in a forked child.
+        self._hash = blake3() if hashed else None  # One thread: a pool of threads would hang in a forked child.
 
     def __enter__(self) -> FileWriter:
         self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
@@ -47,14 +47,11 @@ class FileWriter:
         """Append bytes."""
         view = memoryview(data)
         while len(view):
-            written = os.write(self._fd, view[:_CHUNK])
-            self._hash.update(view[:written])
+            written = os.write(self._fd, view[:_CHUNK] if self._hash else view)
+            if self._hash is not None:
+                self._hash.update(view[:written])
             self.size += written
             view = view[written:]
-
-    def pad(self, alignment: int) -> None:
-        """Append zeros up to a multiple of `alignment` bytes."""
-        self.write(bytes(-self.size % alignment))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
@@ -66,7 +63,7 @@ class FileWriter:
     @property
     def file(self) -> File:
         """Name, size and hash of what has been written."""
-        return File(path=self.path.name, size=self.size, blake3=self._hash.hexdigest())
+        return File(path=self.path.name, size=self.size, blake3=self._hash.hexdigest() if self._hash else None)
 
 
 def write_file(path: Path, data: bytes) -> File:

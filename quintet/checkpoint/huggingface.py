@@ -17,7 +17,7 @@ from torch import Tensor
 from quintet.checkpoint import hub_config, hub_files, hub_names, hub_stored, shards
 from quintet.checkpoint.durable import TemporaryDirectory, failure, write_file
 from quintet.checkpoint.hub_names import Part, Shape
-from quintet.checkpoint.store import dtype_name
+from quintet.checkpoint.pieces import dtype_name
 from quintet.errors import CheckpointError, UsageError, did_you_mean
 from quintet.spec.model import Model
 

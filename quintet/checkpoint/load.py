@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import state_dict_loader as dcp
 
+from quintet.checkpoint import codec as codecs
+from quintet.checkpoint.agreement import Company
 from quintet.checkpoint.durable import failure, open_regular
-from quintet.checkpoint.manifest import NAME, Manifest, Tensor, loads, step_of
-from quintet.checkpoint.pieces import Pieces
-from quintet.checkpoint.store import LoadTensors, Reader, dtype_name, phases, verify_file
+from quintet.checkpoint.manifest import BLOCK, NAME, Manifest, Piece, Tensor, loads, step_of
+from quintet.checkpoint.pieces import Box, Pieces, boxes_here, dtype_name, meet, run_of_boxes, tensors_of, within
+from quintet.checkpoint.store import Block, DataFiles, Threads, fill, verify_data, verify_file
 from quintet.errors import CheckpointError, did_you_mean
 
 _LOG = logging.getLogger(__name__)
@@ -72,7 +74,7 @@ def read_manifest(directory: Path) -> Manifest:
             raise CheckpointError(f"{directory} is a symbolic link; name the checkpoint itself")
         if not directory.is_dir():
             raise CheckpointError(f"no checkpoint at {directory}")
-        manifest = loads(_read(directory / NAME))
+        manifest = loads(_content(directory / NAME))
         step = step_of(directory.name)
         if step is not None and step != manifest.step:
             raise CheckpointError(f"{NAME} is of step {manifest.step}, but the directory's name is {directory.name}")
@@ -84,39 +86,139 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def verify(directory: Path) -> Manifest:
-    """`read_manifest`, and every byte of every file has been hashed. Raises CheckpointError."""
+OnProgress = Callable[[float, float], None]
+"""Hears how much of what total is done."""
+
+
+def verify(directory: Path, *, on_progress: OnProgress = lambda done, total: None) -> Manifest:
+    """`read_manifest`, and every byte of every file has been hashed, by several threads. Raises CheckpointError."""
     manifest = read_manifest(directory)
-    for file in manifest.files:
-        _verify_file(directory, manifest, file.path)
+    total = sum(file.size for file in manifest.files)
+    done = 0
+
+    def count(more: int) -> None:
+        nonlocal done
+        done += more
+        on_progress(done, total)
+
+    try:
+        for file in manifest.files:
+            if file.blake3 is not None:
+                verify_file(directory, file)
+                count(file.size)
+        with Threads() as threads:
+            verify_data(directory, [piece for tensor in manifest.tensors.values() for piece in tensor.pieces], threads, on_bytes=count)
+    except OSError as error:
+        raise failure(error, doing=f"reading {directory}") from None
     return manifest
 
 
 def read_extra(directory: Path, name: str) -> str:
     """The text file that was stored beside the tensors under `name`, verified. Raises CheckpointError if it is absent or damaged."""
     manifest = read_manifest(directory)
-    known = [file.path for file in manifest.files]
+    known = [file.path for file in manifest.files if file.blake3 is not None]
     if name not in known:
         raise CheckpointError(f"{directory} holds no {name}{did_you_mean(name, known)}; it holds {', '.join(known)}")
     _verify_file(directory, manifest, name)
-    return _read(directory / name).decode()
+    return _content(directory / name).decode()
 
 
 def load(state: Mapping[str, Any], directory: Path, *, strict: bool = True) -> dict[str, Any]:
-    """Fill the tensors of `state` in place from a checkpoint; all ranks of a process group call it together.
+    """Fill the tensors of `state` in place from a checkpoint; all ranks of the default process group, where there is one, call it together.
 
-    state: tensors by name, of any device and sharding (DTensor, or Pieces); and names of plain values, with anything in their place.
+    state: tensors by name, of any device, whole or a rank's Pieces; and names of plain values, with anything in their place.
 
-    Returns all plain values of the checkpoint. No tensor is touched before names, shapes, dtypes and the hash of every needed file have
-    been verified. Raises CheckpointError for damage, and for a checkpoint of another model: a name of `state` that is missing, another
-    shape or dtype, and, if `strict`, a tensor of the checkpoint that `state` does not name.
+    Returns all plain values of the checkpoint. Only blocks that hold something of what is wanted are read, and each is verified before it
+    is used. No tensor is touched before names, shapes and dtypes have been compared. Raises CheckpointError, on all ranks, for a checkpoint
+    of another model (a name of `state` that is missing, another shape or dtype, and, if `strict`, a tensor of the checkpoint that `state`
+    does not name), and for damage: then some tensors may have been filled, with what is whole, and all are to be filled from another one.
     """
-    manifest = read_manifest(directory)
-    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor | Pieces)}
-    _check_fit(directory, manifest, tensors, values=state.keys() - tensors.keys(), strict=strict)
-    with phases(f"loading {directory}"):
-        dcp.load(tensors, storage_reader=Reader(directory, manifest), planner=LoadTensors())
-    return manifest.values
+    tensors = tensors_of(state)
+    company = Company(doing=f"loading {directory}")
+    values: dict[str, Any] = {}
+
+    def fill_all() -> None:
+        manifest = read_manifest(directory)
+        _check_fit(directory, manifest, tensors, values=state.keys() - tensors.keys(), strict=strict)
+        values.update(manifest.values)
+        with Threads() as threads, DataFiles(directory) as files:
+            for stage in _stages(manifest, tensors):
+                _read(stage, files, threads)
+
+    company.collect(fill_all)
+    return values
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """A box of a tensor that a piece shall fill, and whether its elements are rounded on the way."""
+
+    box: Box
+    tensor: torch.Tensor
+    rounds: bool
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """A piece, and what it fills."""
+
+    piece: Piece
+    dtype: str
+    wishes: list[_Wish]
+
+
+def _stages(manifest: Manifest, tensors: Mapping[str, torch.Tensor | Pieces]) -> Iterator[list[_Reading]]:
+    """What is read, in two stages: what lies before what is rounded, all that is stored; then what of the rounded is stored itself."""
+    wishes: dict[str, list[_Wish]] = {}
+    for name, value in tensors.items():
+        saved = manifest.tensors[name]
+        for offsets, tensor in boxes_here(value).items():
+            box = (offsets, tuple(tensor.shape))
+            wishes.setdefault(name, []).append(_Wish(box, tensor, False))
+            if saved.rounded_from is not None:
+                wishes.setdefault(saved.rounded_from, []).append(_Wish(box, tensor, True))
+    for later in (False, True):
+        yield [
+            _Reading(piece, manifest.tensors[name].dtype, touched)
+            for name, wished in wishes.items()
+            for piece in manifest.tensors[name].pieces
+            if (manifest.tensors[name].rounded_from is not None) == later
+            and (touched := [wish for wish in wished if meet(wish.box, (piece.offsets, piece.sizes))])
+        ]
+
+
+def _read(readings: list[_Reading], files: DataFiles, threads: Threads) -> None:
+    """Read the blocks that hold something of what is wished for, in the order in which they lie on the disk."""
+    readings = sorted(readings, key=lambda reading: (reading.piece.file, reading.piece.offset))
+    files.open(reading.piece.file for reading in readings)
+    rows = threads.in_order(lambda reading: (reading, files.blocks(reading.piece)), readings)
+    jobs = ((reading, block) for reading, blocks in rows for block in blocks)
+    for _ in threads.in_order(lambda job: _read_block(*job, files), jobs):
+        pass
+
+
+def _read_block(reading: _Reading, block: Block, files: DataFiles) -> None:
+    piece = reading.piece
+    begin = block.number * BLOCK
+    runs = [_moved(box, piece.offsets) for box in run_of_boxes(piece.sizes, begin, min(begin + BLOCK, piece.numel))]
+    hits = [(wish, shared) for wish in reading.wishes for run in runs if (shared := meet(wish.box, run))]
+    if not hits:
+        return
+    data = files.elements(piece, block, reading.dtype)
+    found: dict[bool, torch.Tensor] = {}
+    for rounds in {wish.rounds for wish, _ in hits}:
+        values = torch.from_numpy(codecs.rounded(data) if rounds else data)
+        found[rounds] = values.view(torch.bfloat16 if rounds else getattr(torch, reading.dtype))
+    for wish, shared in hits:
+        values = found[wish.rounds]
+        for offsets, sizes in runs:
+            part, values = values[: math.prod(sizes)].view(sizes), values[math.prod(sizes) :]
+            if meet((offsets, sizes), shared) == shared:
+                fill(within(shared, wish.box[0], wish.tensor), within(shared, offsets, part))
+
+
+def _moved(box: Box, by: tuple[int, ...]) -> Box:
+    return tuple(a + b for a, b in zip(box[0], by, strict=True)), box[1]
 
 
 def _found(path: Path, step: int) -> Found:
@@ -131,7 +233,7 @@ def _problem(path: Path, check: Callable[[Path], Manifest]) -> str | None:
     return None
 
 
-def _read(path: Path) -> bytes:
+def _content(path: Path) -> bytes:
     fd = open_regular(path)
     with os.fdopen(fd, "rb") as file:
         return file.read()

@@ -105,11 +105,17 @@ def gather(built: Built, data: Mapping[str, int], position: Position) -> dict[st
     return state | {"position": asdict(position), "optimizer_steps": built.optimizer.counts(), "data": dict(data)}
 
 
+def rounded(state: Mapping[str, Any]) -> dict[str, str]:
+    """Name of each weight -> of the master that it is the rounding of, where it has one."""
+    prefix = "optimizer.master."
+    return {f"model.{name.removeprefix(prefix)}": name for name in state if name.startswith(prefix)}
+
+
 def write(directory: Path, run: Run, state: dict[str, Any], *, step: int) -> Path:
     """Save a gathered state as a checkpoint of the run in `directory`, with recipe and tokenizer, and drop those not kept."""
     root = directory / CHECKPOINTS
     extras = {RECIPE: parse.dumps(run), TOKENIZER: (directory / TOKENIZER).read_text(encoding="utf-8")}
-    path = save(state, root, step=step, extras=extras)
+    path = save(state, root, step=step, extras=extras, rounded=rounded(state))
     if not dist.is_initialized() or dist.get_rank() == 0:
         prune(root, last=run.checkpoint.keep_last, every=run.checkpoint.keep_every)
     return path
