@@ -23,6 +23,10 @@ from quintet.errors import CheckpointError, did_you_mean
 
 _LOG = logging.getLogger(__name__)
 _LISTED = 8
+PIN = ".pinned"
+"""A hidden file in a checkpoint's directory, which lets it stay."""
+LOSS = "held_out_loss"
+"""The plain value that retention compares."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,14 @@ class Found:
     """The step that its name says."""
     problem: str | None
     """Why it cannot be loaded, or None."""
+    pinned: bool
+    """Whether it stays whatever the rules of retention say."""
+    loss: float | None = None
+    """Mean held-out loss, where it was evaluated at its step."""
+    num_bytes: int = 0
+    """Size of its files."""
+    digest: str = ""
+    """BLAKE3 of the manifest, which is over every other hash."""
 
 
 def list_checkpoints(root: Path) -> list[Found]:
@@ -222,7 +234,21 @@ def _moved(box: Box, by: tuple[int, ...]) -> Box:
 
 
 def _found(path: Path, step: int) -> Found:
-    return Found(path=path, step=step, problem=_problem(path, read_manifest))
+    pinned = os.path.lexists(path / PIN)
+    try:
+        manifest = read_manifest(path)
+    except CheckpointError as error:
+        return Found(path=path, step=step, problem=str(error), pinned=pinned)
+    loss = manifest.values.get(LOSS)
+    return Found(
+        path=path,
+        step=step,
+        problem=None,
+        pinned=pinned,
+        loss=float(loss) if isinstance(loss, int | float) else None,
+        num_bytes=sum(file.size for file in manifest.files),
+        digest=manifest.digest,
+    )
 
 
 def _problem(path: Path, check: Callable[[Path], Manifest]) -> str | None:

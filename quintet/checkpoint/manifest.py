@@ -130,6 +130,11 @@ class Manifest:
     values: Values
     """Plain values by name."""
 
+    @property
+    def digest(self) -> str:
+        """The BLAKE3 that the file begins with, 64 hex digits; it is over every other hash."""
+        return blake3(_body(self)).hexdigest()
+
 
 def directory_name(step: int) -> str:
     """`step-00000100` for 100."""
@@ -178,14 +183,18 @@ def dumps(manifest: Manifest) -> bytes:
     for name, value in manifest.values.items():
         check_value(value, name=name)
     _check(manifest)
-    body = b'{"format":%d,"step":%d,"files":%b,"tensors":%b,"values":%b}' % (
+    body = _body(manifest)
+    return _HEAD + blake3(body).hexdigest().encode() + _MIDDLE + body + _TAIL
+
+
+def _body(manifest: Manifest) -> bytes:
+    return b'{"format":%d,"step":%d,"files":%b,"tensors":%b,"values":%b}' % (
         FORMAT,
         manifest.step,
         msgspec.json.encode(manifest.files),
         msgspec.json.encode(manifest.tensors),
         json.dumps(manifest.values, separators=(",", ":"), allow_nan=False).encode(),
     )
-    return _HEAD + blake3(body).hexdigest().encode() + _MIDDLE + body + _TAIL
 
 
 def loads(data: bytes) -> Manifest:
