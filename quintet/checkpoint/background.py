@@ -167,7 +167,7 @@ class Saver:
             flight.copied.set()
 
     def _write(self, job: Job, company: Company, flight: _Flight) -> None:
-        with Threads() as threads:
+        with Threads(num_ranks=company.size, beside_training=flight.thread is not None) as threads:
             path = write(job, self.root, company=company, threads=threads, read_back=True)
         if company.rank == 0:
             flight.num_bytes = sum(file.stat().st_size for file in path.iterdir())

@@ -4,7 +4,7 @@ The bytes of a float differ in kind: exponents of neighbours are alike, mantissa
 the bits s eeeeeeee mmmmmmm llllllllllllllll (bf16 lacks the last 16), a block's stored form is
 
     length of each plane's stored form (4 bytes, little-endian, each)  |  plane 0: the bytes eeeeeeee of all elements
-    |  plane 1: the bytes mmmmmmms  |  plane 2 (fp32 only): the low 16 bits, little-endian
+    |  plane 1: the bytes smmmmmmm  |  plane 2 (fp32 only): the low 16 bits, little-endian
 
 A plane whose length is that of its elements is stored as it is, any other as one zstd frame. A sample's entropy decides whether zstd is
 tried. It is told to look for long matches only, in few places, for what is to be gained is Huffman coding of exponents: on normal numbers
@@ -43,8 +43,9 @@ def encode(block: Bytes, dtype: str) -> list[Bytes]:
     return [lengths, *stored]
 
 
-def decode(stored: Bytes, numel: int, dtype: str) -> Bytes:
-    """A stored form -> the bytes of its `numel` elements. Raises CheckpointError for a form that `encode` does not make."""
+def decode(stored: Bytes, numel: int, dtype: str, out: Bytes | None = None) -> Bytes:
+    """A stored form -> the bytes of its `numel` elements, in `out` if given. Raises CheckpointError for a form that `encode` does not
+    make."""
     sizes = [numel, numel, 2 * numel][: PLANES[dtype]]
     head = 4 * len(sizes)
     lengths = stored[:head].view("<u4").tolist() if stored.size >= head else []
@@ -52,7 +53,7 @@ def decode(stored: Bytes, numel: int, dtype: str) -> Bytes:
         raise CheckpointError("a block's planes do not have the lengths that it says; use another checkpoint")
     ends = np.cumsum([head, *lengths]).tolist()
     planes = [_spread(stored[a:b], size) for a, b, size in zip(ends, ends[1:], sizes, strict=False)]
-    return _merge(planes, dtype)
+    return _merge(planes, dtype, out)
 
 
 def rounded(block: Bytes) -> Bytes:
@@ -67,25 +68,34 @@ def rounded(block: Bytes) -> Bytes:
 
 
 def _split(block: Bytes, dtype: str) -> list[Bytes]:
-    words = block.view("<u2")
-    high = words[1::2] if dtype == "float32" else words
-    turned = high << 1
-    turned |= high >> 15
-    parts = turned.view(np.uint8)
-    planes = [parts[1::2].copy(), parts[::2].copy()]
-    return [*planes, words[::2].copy().view(np.uint8)] if dtype == "float32" else planes
+    bits = block.view("<u4" if dtype == "float32" else "<u2")
+    first = 16 if dtype == "float32" else 0
+
+    def byte(shift: int) -> Bytes:
+        plane = np.empty(bits.size, np.uint8)
+        np.right_shift(bits, shift, out=plane, casting="unsafe")
+        return plane
+
+    exponents, mantissas, signs = byte(first + 7), byte(first), byte(first + 8)
+    mantissas &= 0x7F
+    signs &= 0x80
+    mantissas |= signs
+    return [exponents, mantissas, *([block.view("<u2")[::2].copy().view(np.uint8)] if first else [])]
 
 
-def _merge(planes: list[Bytes], dtype: str) -> Bytes:
-    numel = planes[0].size
-    turned = np.empty(numel, "<u2")
-    turned.view(np.uint8)[1::2], turned.view(np.uint8)[::2] = planes[:2]
-    high = turned >> 1
-    high |= turned << 15
+def _merge(planes: list[Bytes], dtype: str, out: Bytes | None) -> Bytes:
+    high, rest = planes[0].astype("<u2"), planes[1].astype("<u2")
+    high <<= 7
+    high |= rest & 0x7F
+    rest &= 0x80
+    rest <<= 8
     if dtype != "float32":
-        return high.view(np.uint8)
-    words = np.empty(2 * numel, "<u2")
-    words[1::2], words[::2] = high, planes[2].view("<u2")
+        words = np.empty(high.size, "<u2") if out is None else out.view("<u2")
+        np.bitwise_or(high, rest, out=words)
+        return words.view(np.uint8)
+    words = np.empty(2 * high.size, "<u2") if out is None else out.view("<u2")
+    np.bitwise_or(high, rest, out=words[1::2])
+    words[::2] = planes[2].view("<u2")
     return words.view(np.uint8)
 
 

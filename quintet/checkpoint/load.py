@@ -16,9 +16,9 @@ import torch
 from quintet.checkpoint import codec as codecs
 from quintet.checkpoint.agreement import Company
 from quintet.checkpoint.durable import failure, open_regular
-from quintet.checkpoint.manifest import BLOCK, NAME, Manifest, Piece, Tensor, loads, step_of
+from quintet.checkpoint.manifest import BLOCK, ITEM_SIZE, NAME, Manifest, Piece, Tensor, loads, step_of
 from quintet.checkpoint.pieces import Box, Pieces, boxes_here, dtype_name, meet, run_of_boxes, tensors_of, within
-from quintet.checkpoint.store import Block, DataFiles, Threads, fill, verify_data, verify_file
+from quintet.checkpoint.store import Block, DataFiles, Threads, fill, flat_memory, verify_data, verify_file
 from quintet.errors import CheckpointError, did_you_mean
 
 _LOG = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ def load(state: Mapping[str, Any], directory: Path, *, strict: bool = True) -> d
     Returns all plain values of the checkpoint. Only blocks that hold something of what is wanted are read, and each is verified before it
     is used. No tensor is touched before names, shapes and dtypes have been compared. Raises CheckpointError, on all ranks, for a checkpoint
     of another model (a name of `state` that is missing, another shape or dtype, and, if `strict`, a tensor of the checkpoint that `state`
-    does not name), and for damage: then some tensors may have been filled, with what is whole, and all are to be filled from another one.
+    does not name), and for damage: then some tensors hold what is not to be used, and all are to be filled from another checkpoint.
     """
     tensors = tensors_of(state)
     company = Company(doing=f"loading {directory}")
@@ -153,7 +153,7 @@ def load(state: Mapping[str, Any], directory: Path, *, strict: bool = True) -> d
         manifest = read_manifest(directory)
         _check_fit(directory, manifest, tensors, values=state.keys() - tensors.keys(), strict=strict)
         values.update(manifest.values)
-        with Threads() as threads, DataFiles(directory) as files:
+        with Threads(num_ranks=company.size) as threads, DataFiles(directory) as files:
             for stage in _stages(manifest, tensors):
                 _read(stage, files, threads)
 
@@ -204,29 +204,62 @@ def _read(readings: list[_Reading], files: DataFiles, threads: Threads) -> None:
     readings = sorted(readings, key=lambda reading: (reading.piece.file, reading.piece.offset))
     files.open(reading.piece.file for reading in readings)
     rows = threads.in_order(lambda reading: (reading, files.blocks(reading.piece)), readings)
-    jobs = ((reading, block) for reading, blocks in rows for block in blocks)
-    for _ in threads.in_order(lambda job: _read_block(*job, files), jobs):
+    jobs = (job for reading, blocks in rows for block in blocks if (job := _job(reading, block)))
+
+    def soon() -> Iterator[_Job]:
+        for job in jobs:
+            files.will_read(job.reading.piece, job.block)
+            yield job
+
+    for _ in threads.in_order(lambda job: job.run(files), soon()):
         pass
 
 
-def _read_block(reading: _Reading, block: Block, files: DataFiles) -> None:
-    piece = reading.piece
-    begin = block.number * BLOCK
-    runs = [_moved(box, piece.offsets) for box in run_of_boxes(piece.sizes, begin, min(begin + BLOCK, piece.numel))]
-    hits = [(wish, shared) for wish in reading.wishes for run in runs if (shared := meet(wish.box, run))]
-    if not hits:
-        return
-    data = files.elements(piece, block, reading.dtype)
-    found: dict[bool, torch.Tensor] = {}
-    for rounds in {wish.rounds for wish, _ in hits}:
-        values = torch.from_numpy(codecs.rounded(data) if rounds else data)
-        found[rounds] = values.view(torch.bfloat16 if rounds else getattr(torch, reading.dtype))
-    for wish, shared in hits:
-        values = found[wish.rounds]
-        for offsets, sizes in runs:
-            part, values = values[: math.prod(sizes)].view(sizes), values[math.prod(sizes) :]
-            if meet((offsets, sizes), shared) == shared:
-                fill(within(shared, wish.box[0], wish.tensor), within(shared, offsets, part))
+def _job(reading: _Reading, block: Block) -> _Job | None:
+    """What is to be done with a block, or None where nothing of it is wanted."""
+    piece, begin = reading.piece, block.number * BLOCK
+    end = min(begin + BLOCK, piece.numel)
+    runs = [_moved(box, piece.offsets) for box in run_of_boxes(piece.sizes, begin, end)]
+    hits = [(wish, run, shared) for wish in reading.wishes for run in runs if (shared := meet(wish.box, run))]
+    return _Job(reading, block, (begin, end), runs, hits) if hits else None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A block of elements `begin` to `end` of a piece, the boxes that it consists of, and of them what each wish wants."""
+
+    reading: _Reading
+    block: Block
+    range: tuple[int, int]
+    runs: list[Box]
+    hits: list[tuple[_Wish, Box, Box]]
+
+    def run(self, files: DataFiles) -> None:
+        """Read, verify, decode and fill."""
+        memory, dtype = self._in_place(), self.reading.dtype
+        data = files.elements(self.reading.piece, self.block, dtype, memory)
+        parts = {False: self._parts(torch.from_numpy(data).view(getattr(torch, dtype)))}
+        if any(wish.rounds for wish, _, _ in self.hits):
+            parts[True] = self._parts(torch.from_numpy(codecs.rounded(data)).view(torch.bfloat16))
+        for wish, run, shared in self.hits:
+            if memory is None or wish.rounds or wish.box != self._box:
+                fill(within(shared, wish.box[0], wish.tensor), within(shared, run[0], parts[wish.rounds][run]))
+
+    @property
+    def _box(self) -> Box:
+        return self.reading.piece.offsets, self.reading.piece.sizes
+
+    def _in_place(self) -> codecs.Bytes | None:
+        """The memory of the one who wants the whole piece as it is: there the block can be put at once."""
+        wishes = [wish for wish in self.reading.wishes if wish.box == self._box and not wish.rounds]
+        memory = flat_memory(wishes[0].tensor) if len(wishes) == 1 else None
+        size = ITEM_SIZE[self.reading.dtype]
+        return None if memory is None else memory[self.range[0] * size : self.range[1] * size]
+
+    def _parts(self, values: torch.Tensor) -> dict[Box, torch.Tensor]:
+        """The block's elements [numel] -> by the boxes that it consists of."""
+        lengths = [math.prod(sizes) for _, sizes in self.runs]
+        return {run: part.view(run[1]) for run, part in zip(self.runs, values.split(lengths), strict=True)}
 
 
 def _moved(box: Box, by: tuple[int, ...]) -> Box:

@@ -66,7 +66,7 @@ def save(
     company = Company(doing=f"saving {root / directory_name(step)}")
     company.share(lambda: check(state, step, extras or {}))
     job = Job(step=step, state=state, plan=make_plan(state, rounded or {}, company), extras=extras or {}, codec=codec)
-    with Threads() as threads:
+    with Threads(num_ranks=company.size) as threads:
         return write(job, root, company=company, threads=threads)
 
 

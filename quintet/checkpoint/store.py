@@ -29,34 +29,39 @@ from quintet.errors import CheckpointError
 A = TypeVar("A")
 B = TypeVar("B")
 
-_AHEAD = 3
-"""Blocks of a thread that wait for the one who takes them."""
+_AHEAD = 4
+"""Blocks of a thread that wait for it, or for the one who takes them."""
 _SMALL = 4096
 """Elements of a piece below which coding gains nothing worth its lengths."""
 _ROW = np.dtype([("length", "<u8"), ("digest", "u1", 32)])
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
-class Threads:
-    """A few threads for blocks, or none: then the caller does the work."""
+_RANKS_OF_A_NODE = 8
+"""Ranks that are supposed to share a node's cores, where there are so many."""
 
-    def __init__(self, count: int | None = None) -> None:
-        """count: by default half of the cores that this process may use, 8 at most."""
-        self.count = min(len(os.sched_getaffinity(0)) // 2, 8) if count is None else count
-        self._pool = ThreadPoolExecutor(self.count, thread_name_prefix="blocks") if self.count else None
+
+class Threads:
+    """A few threads for blocks."""
+
+    def __init__(self, *, num_ranks: int = 1, beside_training: bool = False) -> None:
+        """As many as the process has cores, shared out among the ranks of a node; half of them beside training."""
+        cores = len(os.sched_getaffinity(0)) // (2 if beside_training else 1)
+        self.count = min(max(cores // min(num_ranks, _RANKS_OF_A_NODE), 1), 16)
+        self._pool = ThreadPoolExecutor(self.count, thread_name_prefix="blocks")
 
     def __enter__(self) -> Threads:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        self._pool.shutdown(cancel_futures=True)
+
+    def start(self, work: Callable[[], B]) -> Future[B]:
+        """Begin some work that is not of blocks."""
+        return self._pool.submit(work)
 
     def in_order(self, work: Callable[[A], B], jobs: Iterable[A]) -> Iterator[B]:
         """`work` of each job, in order; only a few are done ahead of what is taken."""
-        if self._pool is None:
-            yield from map(work, jobs)
-            return
         pending: deque[Future[B]] = deque()
         for job in jobs:
             pending.append(self._pool.submit(work, job))
@@ -172,24 +177,35 @@ class DataFiles:
         digests = (row.tobytes() for row in table["digest"])
         return [Block(i, ends[i], ends[i + 1] - ends[i], digest) for i, digest in enumerate(digests)]
 
-    def stored(self, piece: Piece, block: Block) -> Bytes:
-        """The stored bytes of a block."""
-        stored = self._read(piece.file, block.offset, block.length)
+    def soon(self, jobs: Iterable[tuple[Piece, Block]]) -> Iterator[tuple[Piece, Block]]:
+        """The jobs, each of whose blocks the system begins to read when it is taken."""
+        for piece, block in jobs:
+            self.will_read(piece, block)
+            yield piece, block
+
+    def will_read(self, piece: Piece, block: Block) -> None:
+        """Let the system begin to read a block, as far as it can do that."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._fds[piece.file], block.offset, block.length, os.POSIX_FADV_WILLNEED)
+
+    def stored(self, piece: Piece, block: Block, out: Bytes | None = None) -> Bytes:
+        """The stored bytes of a block, in `out` if given."""
+        stored = self._read(piece.file, block.offset, block.length, out)
         if blake3(stored.data).digest() != block.digest:
             raise self._damaged(piece.file)
         return stored
 
-    def elements(self, piece: Piece, block: Block, dtype: str) -> Bytes:
-        """The bytes of a block's elements."""
+    def elements(self, piece: Piece, block: Block, dtype: str, out: Bytes | None = None) -> Bytes:
+        """The bytes of a block's elements, in `out` if given (which may hold anything after an error)."""
         numel = min(BLOCK, piece.numel - block.number * BLOCK)
-        stored = self.stored(piece, block)
-        data = codecs.decode(stored, numel, dtype) if piece.codec == "planes" else stored
-        if data.size != numel * ITEM_SIZE[dtype]:
+        if piece.codec == "planes":
+            return codecs.decode(self.stored(piece, block), numel, dtype, out)
+        if block.length != numel * ITEM_SIZE[dtype]:
             raise self._damaged(piece.file)
-        return data
+        return self.stored(piece, block, out)
 
-    def _read(self, name: str, offset: int, length: int) -> Bytes:
-        data = np.empty(length, np.uint8)
+    def _read(self, name: str, offset: int, length: int, out: Bytes | None = None) -> Bytes:
+        data = np.empty(length, np.uint8) if out is None else out
         view = data.data
         while len(view):
             count = os.preadv(self._fds[name], [view], offset)
@@ -212,7 +228,7 @@ def verify_data(
         files.open({piece.file for piece in pieces})
         rows = threads.in_order(lambda piece: (piece, files.blocks(piece)), pieces)
         jobs = ((piece, block) for piece, blocks in rows for block in blocks)
-        for size in threads.in_order(lambda job: files.stored(*job).size + ROW, jobs):
+        for size in threads.in_order(lambda job: files.stored(*job).size + ROW, files.soon(jobs)):
             on_bytes(size)
 
 
@@ -228,6 +244,14 @@ def bytes_of(tensor: Tensor) -> memoryview:
     """The elements of a tensor row by row, as bytes: its own memory where that is contiguous on the host, else a copy."""
     plain = tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
     return plain.reshape(-1).view(torch.uint8).numpy().data
+
+
+def flat_memory(tensor: Tensor) -> Bytes | None:
+    """The memory of a tensor as bytes, row by row; None where it does not lie on the host like that."""
+    if not tensor.is_cpu or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+        return None
+    memory: Bytes = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return memory
 
 
 def fill(target: Tensor, values: Tensor) -> None:
