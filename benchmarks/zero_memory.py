@@ -31,7 +31,7 @@ from startup import circumstances, headline, write_json
 from torch import Tensor
 
 import quintet.parallel.parallelize as recipe
-from quintet.cost import memory
+from quintet.cost import memory, shard
 from quintet.cost.activations import FP32, element_bytes
 from quintet.cost.flops import parameters
 from quintet.cost.shard import held, num_shards
@@ -104,8 +104,8 @@ def a_run(layout: Layout, *, hidden: int, layers: int, precision: str = "fp32", 
 
 def close_buckets_at(numel: int) -> None:
     """Buckets in the proportion to this small model that training's own have to a large one."""
-    recipe.ShardedParameters = functools.partial(ShardedParameters, bucket_numel=numel)  # type: ignore[misc, assignment]
-    memory.BUCKET_NUMEL = numel
+    recipe.ShardedParameters = functools.partial(ShardedParameters, closed_at=numel)  # type: ignore[misc, assignment]
+    shard.BUCKET_NUMEL = numel
 
 
 def work(run: Run) -> dict[str, Any]:
@@ -118,6 +118,7 @@ def work(run: Run) -> dict[str, Any]:
 
     def step(number: int) -> None:
         run_step(built, batch, settings=SETTINGS, train=train, document_mask=False, step=number)
+        built.parameters.finish_gathering()
 
     step(1)
     measured = _held(built)

@@ -135,10 +135,14 @@ def read_extra(directory: Path, name: str) -> str:
     return _content(directory / name).decode()
 
 
-def load(state: Mapping[str, Any], directory: Path, *, strict: bool = True) -> dict[str, Any]:
-    """Fill the tensors of `state` in place from a checkpoint; all ranks of the default process group, where there is one, call it together.
+def load(
+    state: Mapping[str, Any], directory: Path, *, strict: bool = True, elsewhere: Callable[[str], bool] = lambda name: False
+) -> dict[str, Any]:
+    """Fill the tensors of `state` in place from a checkpoint; all ranks of the default process group, where there is one, call it
+    together.
 
     state: tensors by name, of any device, whole or a rank's Pieces; and names of plain values, with anything in their place.
+    elsewhere: whether a tensor of the checkpoint that `state` does not name is another rank's to load.
 
     Returns all plain values of the checkpoint. Only blocks that hold something of what is wanted are read, and each is verified before it
     is used. No tensor is touched before names, shapes and dtypes have been compared. Raises CheckpointError, on all ranks, for a checkpoint
@@ -151,7 +155,8 @@ def load(state: Mapping[str, Any], directory: Path, *, strict: bool = True) -> d
 
     def fill_all() -> None:
         manifest = read_manifest(directory)
-        _check_fit(directory, manifest, tensors, values=state.keys() - tensors.keys(), strict=strict)
+        foreign = {name for name in manifest.tensors.keys() - tensors.keys() if not strict or elsewhere(name)}
+        _check_fit(directory, manifest, tensors, values=state.keys() - tensors.keys(), foreign=foreign)
         values.update(manifest.values)
         with Threads(num_ranks=company.size) as threads, DataFiles(directory) as files:
             for stage in _stages(manifest, tensors):
@@ -318,14 +323,14 @@ def _check_files(directory: Path, manifest: Manifest) -> None:
 
 
 def _check_fit(
-    directory: Path, manifest: Manifest, tensors: Mapping[str, torch.Tensor | Pieces], *, values: Iterable[str], strict: bool
+    directory: Path, manifest: Manifest, tensors: Mapping[str, torch.Tensor | Pieces], *, values: Iterable[str], foreign: set[str]
 ) -> None:
     saved = manifest.tensors
     here = {name: str(Tensor(dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape), pieces=())) for name, tensor in tensors.items()}
     different = [f"{name} ({saved[name]} there, {here[name]} here)" for name in here if name in saved and str(saved[name]) != here[name]]
     absent = [name for name in here if name not in saved] + [name for name in values if name not in manifest.values]
     missing = [name + did_you_mean(name, saved.keys() - here.keys()) for name in sorted(absent)[:_LISTED]] + sorted(absent)[_LISTED:]
-    unexpected = sorted(saved.keys() - here.keys()) if strict else []
+    unexpected = sorted(saved.keys() - here.keys() - foreign)
     lines = [
         f"{label}: {_enumerate(names)}"
         for label, names in (

@@ -22,15 +22,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
 from quintet.cost.activations import FP32, Device, block_bytes, element_bytes, outside_bytes, tokens_of
+from quintet.cost.balance import part_at
 from quintet.cost.ring_comm import ring_payload, ring_width
-from quintet.cost.shard import Held, held, num_shards
+from quintet.cost.shard import Held, bucket_numel, held, num_shards
 from quintet.spec.layout import Layout
 from quintet.spec.model import Model
 from quintet.spec.run import Precision, Train
-from quintet.spec.stage import stage_of
 
-BUCKET_NUMEL = 25_000_000
-"""Gradients that ZeRO reduces together below stage 3. It and the next are those of `parallel.zero`, which needs torch."""
 OPEN_BUCKETS = 3
 """Buckets whose gradients are whole at one time: one that fills, and those whose reduction is under way."""
 
@@ -71,15 +69,15 @@ def step_memory(
     sequence_length: int,
     device: Device = "cpu",
     layout: Layout | None = None,
-    stage: int = 0,
+    place: int = 0,
     moments: Precision = "fp32",
 ) -> Memory:
-    """Bytes of a step with micro-batches of `train.micro_batch` sequences of `sequence_length` tokens, on each rank of pipeline stage
-    `stage` of a legal `layout` (default: one device); `moments` is the type that the optimizer keeps them in."""
+    """Bytes of a step with micro-batches of `train.micro_batch` sequences of `sequence_length` tokens, on each rank at place `place` of
+    the pipeline of a legal `layout` (default: one device); `moments` is the type that the optimizer keeps them in."""
     layout = layout or Layout()
-    part, size, weights = stage_of(model, layout, stage), element_bytes(train), held(model, layout, stage=stage)
+    part, size, weights = part_at(model, layout, place), element_bytes(train), held(model, layout, place=place)
     whole, shard = sum(weights.total.values()), _shard_of([weights.total], layout)
-    modules = model.num_mtp_modules if part.mtp else 0
+    modules = model.num_mtp_modules if part.last else 0
     num_dense = sum(layer < model.num_dense_layers for layer in part.layers)
     num_blocks = {False: num_dense, True: len(part.layers) - num_dense + modules}
 
@@ -87,7 +85,7 @@ def step_memory(
         return block_bytes(model, policy, layout, moe=moe, sequence_length=sequence_length, device=device)
 
     recomputed = (block(moe, replace(train, recompute="none")) - block(moe, train) for moe, num in num_blocks.items() if num)
-    outside = outside_bytes(model, train, layout, sequence_length=sequence_length, losses=part.head * (1 + modules), modules=modules)
+    outside = outside_bytes(model, train, layout, sequence_length=sequence_length, losses=part.last * (1 + modules), modules=modules)
     return Memory(
         weights=size * (shard if layout.zero == 3 else whole),
         gradients=FP32 * (shard if layout.zero >= 2 else whole),
@@ -96,7 +94,7 @@ def step_memory(
         gathered=_gathered(weights, layout, size=size),
         activations=sum(num * block(moe, train) for moe, num in num_blocks.items()) + outside,
         recomputation=max(recomputed, default=0),
-        logits=_logits(model, train, layout, sequence_length=sequence_length, modules=modules) if part.head else 0,
+        logits=_logits(model, train, layout, sequence_length=sequence_length, modules=modules) if part.last else 0,
         messages=_messages(model, train, layout, sequence_length=sequence_length),
     )
 
@@ -106,8 +104,8 @@ def largest_rank(
 ) -> Memory:
     """The `step_memory` of the pipeline stage that needs most."""
     stages = (
-        step_memory(model, train, sequence_length=sequence_length, device=device, layout=layout, stage=stage, moments=moments)
-        for stage in range(layout.pp)
+        step_memory(model, train, sequence_length=sequence_length, device=device, layout=layout, place=place, moments=moments)
+        for place in range(layout.pp)
     )
     return max(stages, key=lambda memory: memory.total)
 
@@ -124,7 +122,7 @@ def _gathered(weights: Held, layout: Layout, *, size: int) -> int:
     units = [_shared_out(unit, layout) for unit in weights.units]
     root, largest = _shared_out(weights.root, layout), max(units, default=0)
     if layout.zero == 2:
-        buckets = min(OPEN_BUCKETS * max(BUCKET_NUMEL, largest), sum(units) + root)
+        buckets = min(OPEN_BUCKETS * max(bucket_numel(sum(weights.total.values())), largest), sum(units) + root)
         return FP32 * buckets
     # Embedding and head stay whole through a step; of the layers, one is at work and the next one is on its way.
     return size * (root + min(2 * largest, sum(units))) + FP32 * min(OPEN_BUCKETS * largest, sum(units) + root)

@@ -20,12 +20,11 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from quintet.cost.memory import BUCKET_NUMEL
-from quintet.cost.shard import num_shards
+from quintet.cost.shard import bucket_numel, num_holders, num_shards
 from quintet.cost.tensor_comm import FP32
 from quintet.spec.layout import Layout
 from quintet.spec.model import Model
-from quintet.spec.placement import local_box, placement
+from quintet.spec.placement import holders, local_box
 
 ALIGNMENT = 64
 """Elements that the place of every parameter in its bucket is a multiple of; `parallel` has the same, and needs torch."""
@@ -47,8 +46,9 @@ class BucketSize:
     """At stage 3: whether its weights stay whole through a step, as those outside of layers do."""
 
 
-def bucket_sizes(model: Model, layout: Layout, *, bucket_numel: int = BUCKET_NUMEL) -> list[BucketSize]:
-    """The buckets of every rank, in the order in which backward fills them."""
+def bucket_sizes(model: Model, layout: Layout, *, closed_at: int | None = None) -> list[BucketSize]:
+    """The buckets of every rank, in the order in which backward fills them; below stage 3 `closed_at` so many elements (see
+    `cost.shard.bucket_numel`)."""
     open_buckets: dict[tuple[str, bool], list[int]] = {}
     closed: list[BucketSize] = []
     by_unit = layout.zero == 3
@@ -59,26 +59,19 @@ def bucket_sizes(model: Model, layout: Layout, *, bucket_numel: int = BUCKET_NUM
         closed.append(BucketSize(holders=kind, numel=_up(padded, num_shards(layout, kind) * ALIGNMENT), mtp=mtp, root=root))
 
     backward = list(_parameters(model))[::-1]
+    closed_at = closed_at or bucket_numel(sum(math.prod(local_box(name, shape, layout, 0).sizes) for name, shape in backward))
     if by_unit:
         backward.sort(key=lambda parameter: _unit(parameter[0], by_unit=True) == "root")
     for unit, parameters in itertools.groupby(backward, lambda parameter: _unit(parameter[0], by_unit=by_unit)):
         for name, shape in parameters:
             numel = math.prod(local_box(name, shape, layout, 0).sizes)
-            open_buckets.setdefault((holders(name, layout), name.startswith("mtp.")), []).append(numel)
+            open_buckets.setdefault((holders(name, layout, model), name.startswith("mtp.")), []).append(numel)
         for key, held in list(open_buckets.items()):
-            if by_unit or sum(held) >= bucket_numel:
+            if by_unit or sum(held) >= closed_at:
                 close(key, root=unit == "root")
     for key in list(open_buckets):
         close(key, root=True)
     return closed
-
-
-def holders(name: str, layout: Layout) -> str:
-    """Which of `spec.layout.HOLDERS` hold the same values of a parameter."""
-    split = {axis for axis in placement(name) if layout.degree(axis) > 1}
-    if "ep" in split:
-        return "expert_split" if "expert_tp" in split else "expert"
-    return "tp_split" if split else "replicated"
 
 
 def gradient_bytes(buckets: list[BucketSize], layout: Layout, *, micro_batches: int) -> Counter[str]:
@@ -104,8 +97,7 @@ def weight_bytes(buckets: list[BucketSize], layout: Layout, *, micro_batches: in
 
 def num_replicas(layout: Layout, holders: str) -> int:
     """Ranks whose shards of a weight with these holders are equal: the size of the group `holders`.replicate."""
-    same = layout.expert_dp if holders.startswith("expert") else layout.num_replicas
-    return same * (1 if holders.endswith("split") else layout.tp) // num_shards(layout, holders)
+    return num_holders(layout, holders) // num_shards(layout, holders)
 
 
 def _unit(name: str, *, by_unit: bool) -> str:

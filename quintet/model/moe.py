@@ -41,24 +41,30 @@ class Experts(nn.Module):
 
     def forward(self, rows: Tensor, gates: Tensor, ends: Tensor) -> Tensor:
         """rows [N, D], gates [N], ends [E] (row where each expert's part stops) -> [N, D], each row times its gate."""
-        gate_up = grouped_matmul(rows, self.w13.flatten(1, 2), ends)
+        gate_up = grouped_matmul(rows, self.w13, ends)
         return grouped_matmul(self.kernels.scaled_swiglu(gate_up, gates), self.w2, ends)
 
 
 class Dispatch(Protocol):
     """The seam that expert parallelism replaces: bring rows to their experts, compute, bring the sums back. `experts` holds this rank's
-    experts only, all of them where it is alone."""
+    experts only, all of them where it is alone; `shared` needs no rows of others, and may run while rows travel."""
 
-    def __call__(self, x: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor, Tensor]:
-        """x [T, D] -> the gated sum of each token's experts [T, D], and how many of these tokens went to each expert [E]."""
+    def __call__(
+        self, x: Tensor, routing: Routing, experts: Experts, shared: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x [T, D] -> the gated sum of each token's experts, plus what `shared` makes of it [T, D], and how many of these tokens went to
+        each expert [E]."""
         ...
 
 
-def local_dispatch(x: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor, Tensor]:
+def local_dispatch(
+    x: Tensor, routing: Routing, experts: Experts, shared: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """All experts are here: sort, compute, add up."""
     permutation = sort_by_expert(routing.experts, experts.w2.shape[0], spare=routing.dropped is not None)
     rows = experts(spread(x, permutation), spread_gates(routing.gates, permutation), permutation.ends)
-    return collect(rows, permutation), permutation.load
+    out = collect(rows, permutation)
+    return out if shared is None else out + shared(x), permutation.load
 
 
 class MixtureOfExperts(nn.Module):
@@ -85,9 +91,7 @@ class MixtureOfExperts(nn.Module):
         routing = self.router(tokens)
         if self.model.capacity_factor is not None:
             routing = within_capacity(routing, x.shape[0], self.model.capacity_factor, ahead=self.ahead)
-        out, load = self.dispatch(tokens, routing, self.experts)
-        if self.shared is not None:
-            out = out + self.shared(tokens)
+        out, load = self.dispatch(tokens, routing, self.experts, self.shared)
         balance = sequence_balance_loss(routing.scores, x.shape[0], self.model.num_experts_per_token, whole_count=self.whole_count)
         dropped = torch.zeros_like(load) if routing.dropped is None else routing.dropped
         return out.view_as(x), MoEStatistics(load=load + dropped, dropped=dropped, balance_loss=balance)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -24,6 +25,7 @@ from quintet.parallel.bucket import Bucket
 from quintet.spec import parse
 from quintet.spec.placement import Box
 from quintet.spec.run import Run
+from quintet.spec.stage import Part
 from quintet.train.build import Built
 from quintet.train.directory import CHECKPOINTS, RECIPE, TOKENIZER
 
@@ -76,6 +78,14 @@ def tensors(built: Built) -> dict[str, Tensor | Pieces]:
     return {f"model.{name}": model[f"model.{name}"] for name in built.model.state_dict()} | optimizer
 
 
+def _is_elsewhere(built: Built, name: str) -> bool:
+    """Whether a tensor of a checkpoint belongs to a pipeline stage that is not on this rank."""
+    if built.pipeline is None:
+        return False
+    parameter = re.sub(r"model\.|optimizer\.[a-z_]+\.", "", name, count=1)
+    return parameter != name and not Part(tuple(built.pipeline.stages.values())).holds(parameter)
+
+
 def _of_shard(bucket: Bucket, kind: str, shard: Tensor) -> dict[str, Tensor | Pieces]:
     """What a tensor like the bucket's master holds of each of its parameters, which may be nothing."""
     runs = {part.piece.name: [(part.begin, part.end, part.values)] for part in bucket.parts(shard)}
@@ -102,6 +112,7 @@ def boxes_of(box: Box, runs: list[tuple[int, int, Tensor]]) -> list[tuple[tuple[
 def gather(built: Built, data: Mapping[str, int], position: Position, *, loss: float | None = None) -> dict[str, Any]:
     """Everything to be saved, by name: live tensors, and plain values; `data` is the loader's state, `loss` the mean held-out loss where
     it was evaluated at this step."""
+    built.parameters.finish_gathering()  # those of other ranks may still be on their way
     state: dict[str, Any] = {**tensors(built), "random.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["random.cuda"] = torch.cuda.get_rng_state()
@@ -143,7 +154,9 @@ def restore(directory: Path, built: Built) -> tuple[Position, dict[str, int]]:
     state: dict[str, Any] = {**tensors(built), "random.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["random.cuda"] = torch.cuda.get_rng_state()
-    values = load(state | {"position": None, "optimizer_steps": None, "data": None}, directory)
+    values = load(
+        state | {"position": None, "optimizer_steps": None, "data": None}, directory, elsewhere=lambda name: _is_elsewhere(built, name)
+    )
     try:
         position = msgspec.convert(values["position"], Position)
         data = msgspec.convert(values["data"], dict[str, int])

@@ -23,7 +23,7 @@ from quintet.cost.flops import flops_per_token
 from quintet.data.loader import Loader
 from quintet.data.prepare import Prepared, open_prepared
 from quintet.data.tokenizer import Tokenizer
-from quintet.errors import DONE, INTERRUPTED, UsageError
+from quintet.errors import DONE, INTERRUPTED
 from quintet.model.generate import generate
 from quintet.monitor.meter import Meter
 from quintet.monitor.metrics import Message, Record, Saved, truncate_after
@@ -38,6 +38,7 @@ from quintet.spec.run import Run
 from quintet.train import device as machine
 from quintet.train import directory, state
 from quintet.train.build import build
+from quintet.train.foresee import require_microbatches
 from quintet.train.held_out import held_out_loss
 from quintet.train.state import Position
 from quintet.train.step import StepResult, run_step
@@ -53,7 +54,7 @@ def train(run: Run, *, sinks: Sink, ranks: Ranks | None = None) -> int:
     NumericsError.
     """
     ranks = ranks or Ranks(make_mesh(run.layout), None)
-    refuse_pipelines(run)
+    require_microbatches(run)
     prepared = open_prepared(run.data, run.model.vocab_size)
     ranks.agree("prepared data", prepared.fingerprint)
     device = machine.prepare(run.train)
@@ -73,7 +74,7 @@ def resume(where: Path, *, sinks: Sink, ranks: Ranks | None = None, layout: Layo
     saved = parse.read(where / directory.RECIPE)
     run = replace(saved, layout=layout or saved.layout)
     ranks = ranks or Ranks(make_mesh(run.layout), None)
-    refuse_pipelines(run)
+    require_microbatches(run)
     prepared = open_prepared(run.data, run.model.vocab_size, recipe=where / directory.RECIPE)
     ranks.agree("prepared data", prepared.fingerprint)
     device = machine.prepare(run.train)
@@ -99,12 +100,6 @@ def resume(where: Path, *, sinks: Sink, ranks: Ranks | None = None, layout: Layo
         for text in (*told, f"resumed from {found}" if found else "no checkpoint was written yet: beginning anew"):
             sinks.write(Message(text=text))
         return session.loop(position)
-
-
-def refuse_pipelines(run: Run) -> None:
-    """Raise UsageError where the layout has pipeline stages, which this version does not run."""
-    if run.layout.pp > 1:
-        raise UsageError(f"layout.pp is {run.layout.pp}, but training in pipeline stages is not there yet; set layout.pp to 1")
 
 
 def _newest(root: Path, report: Callable[[str], None], *, verify_content: bool) -> Path | None:
@@ -236,7 +231,13 @@ class _Session:
         length = self.stretch.phase.sequence_length
         with _during(f"the evaluation of step {position.step}"):
             found = held_out_loss(
-                self.built.model, self.prepared, self.run, sequence_length=length, step=position.step, mesh=self.ranks.mesh
+                self.built.model,
+                self.prepared,
+                self.run,
+                sequence_length=length,
+                step=position.step,
+                mesh=self.ranks.mesh,
+                pipeline=self.built.pipeline,
             )
         self.held_out, self.held_out_step = fmean(found.losses.values()), position.step
         self.sinks.write(found)
@@ -262,7 +263,7 @@ class _Session:
         if not self.ranks.is_lead:
             return
         layout, samples = self.run.layout, list[tuple[str, str]]()
-        if layout.tp == layout.cp == layout.ep == 1 and layout.zero < 3:  # else no rank has the whole model
+        if layout.tp == layout.cp == layout.ep == layout.pp == 1 and layout.zero < 3:  # else no rank has the whole model
             samples = [(prompt, self._sample(prompt)) for prompt in self.run.monitor.prompts]
         try:
             told = f"report: {write_report(self.where, recipe_toml=parse.dumps(self.run), samples=samples)}"

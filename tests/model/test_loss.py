@@ -46,10 +46,10 @@ def test_balance_and_load_come_from_every_mixture_of_experts_those_of_mtp_module
     net = build(SMALL)  # 2 of 3 layers are mixtures of experts, and the MTP module's block
     inputs, labels = padded_rows([10, 10])
     loss, output = loss_of(net, inputs, labels), net(inputs, targets=targets_by_depth(labels, 1))
-    assert loss.load.shape == (3, SMALL.num_routed_experts) == (len([*net.moe_layers()]), 8)
+    assert loss.load.shape == (3, SMALL.num_routed_experts) == (len(net.moe_layers()), 8)
     assert loss.load.sum(1).tolist() == [2 * LENGTH * SMALL.num_experts_per_token] * 3
-    assert loss.load.tolist() == [layer.load.tolist() for layer in output.moe]
-    assert loss.balance.item() == pytest.approx(sum(layer.balance_loss.item() for layer in output.moe) / 2)
+    assert loss.load.tolist() == [layer.load.tolist() for layer in output.moe.values()]
+    assert loss.balance.item() == pytest.approx(sum(layer.balance_loss.item() for layer in output.moe.values()) / 2)
 
 
 def test_a_dense_model_has_no_load_and_no_balance_loss() -> None:

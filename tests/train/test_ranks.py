@@ -99,6 +99,7 @@ LAYOUTS = [
     (Layout(dp=2, zero=3), "bf16"),
     (Layout(cp=2, ep=2), "fp32"),
     (Layout(dp=2, tp=2, zero=2), "bf16"),
+    (Layout(pp=2, dp=2, ep=2, zero=1, schedule="zb1p"), "fp32"),
 ]
 
 

@@ -1,0 +1,177 @@
+"""The stages of a model that lie on this rank, as work that a pipeline runs.
+
+A stage keeps of each micro-batch, from forward to backward, its input and autograd's edge of its output, not the output itself: that is
+freed as soon as it has left. Every rank of a pipeline reads the micro-batches for itself, so tokens, labels and documents need no
+messages; what travels is [B, S, D] of this rank's tokens, in the precision that training has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from quintet.cost.balance import part_at
+from quintet.model.loss import Loss, Weights, share_of_loss
+from quintet.model.transformer import Transformer
+from quintet.ops.deferred import WeightGradients, putting_off
+from quintet.parallel.pipeline import Pipeline, Turns
+from quintet.parallel.recorder import Recorder
+from quintet.parallel.zero import ShardedParameters
+from quintet.schedule import build, check, fewest_microbatches, forward_only
+from quintet.schedule.lower import Program, add_transfers
+from quintet.spec.layout import Layout
+from quintet.spec.stage import Stage
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """This rank's part of some sequences: inputs [B, S], targets [M+1, B, S] (see model.loss), document_ids [B, S] or None."""
+
+    inputs: Tensor
+    targets: Tensor
+    document_ids: Tensor | None
+
+    def empty(self) -> MicroBatch:
+        """The same without sequences."""
+        return MicroBatch(self.inputs[:0], self.targets[:, :0], None if self.document_ids is None else self.document_ids[:0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What all micro-batches of a step have in common; see `model.loss.training_loss`."""
+
+    positions: Tensor
+    weights: Weights
+    num_targets: Sequence[int]
+    num_sequences: int
+    chunk: int
+
+
+@dataclass
+class Kept:
+    """Of a micro-batch between forward and backward."""
+
+    x: Tensor | None
+    edges: list[GradientEdge]
+    total: bool
+    """Whether the last edge is that of the stage's share of the loss."""
+
+
+@dataclass
+class ModelStage:
+    """One stage of the model, through the micro-batches of a step."""
+
+    model: Transformer
+    stage: Stage
+    parameters: ShardedParameters
+    micro_batches: Sequence[MicroBatch]
+    context: Context
+    losses: list[Loss]
+    """Gets this stage's share of each micro-batch's loss."""
+    tokens_per_rank: int
+    """Tokens of a sequence that a rank holds between products that tp splits."""
+    kept: dict[int, Kept] = field(default_factory=dict)
+    later: dict[int, WeightGradients] = field(default_factory=dict)
+
+    def room(self, microbatch: int) -> Tensor:
+        """[B, s, D] in the weights' type and on their device."""
+        like = next(self.model.parameters())
+        return like.new_empty(self.micro_batches[microbatch].inputs.shape[0], self.tokens_per_rank, self.model.model.hidden_size)
+
+    def forward(self, microbatch: int, x: Tensor | None) -> Turns[Tensor | None]:
+        """x [B, s, D], None at the first stage -> the same, None at the last; without gradients wanted nothing is kept."""
+        model, stage, at, context = self.model, self.stage, self.micro_batches[microbatch], self.context
+        if x is not None and torch.is_grad_enabled():
+            x.requires_grad_()
+        turn = model.turn(at.inputs, context.positions)
+        x_or_tokens: Tensor = model.embed(at.inputs) if x is None else x
+        y, moe = model.through(x_or_tokens, stage.layers, turn, at.document_ids)
+        hidden: tuple[Tensor, ...] = ()
+        if stage.last:
+            hidden, more = model.finish(y, at.targets if context.weights.mtp else None, turn, at.document_ids)
+            moe |= more
+        loss = share_of_loss(
+            model,
+            hidden,
+            moe,
+            at.targets,
+            weights=context.weights,
+            num_targets=context.num_targets,
+            num_sequences=context.num_sequences,
+            chunk=context.chunk,
+        )
+        self.losses.append(loss)
+        if torch.is_grad_enabled():
+            edges = [] if stage.last else [get_gradient_edge(y)]
+            if loss.total.requires_grad:
+                edges.append(get_gradient_edge(loss.total))
+            self.kept[microbatch] = Kept(x, edges, total=loss.total.requires_grad)
+        return None if stage.last else y.detach()
+        yield
+
+    def backward(self, microbatch: int, gradient: Tensor | None, *, put_off: bool) -> Turns[Tensor | None]:
+        """gradient [B, s, D] of the stage's output, None at the last stage -> that of its input, None at the first."""
+        kept = self.kept.pop(microbatch)
+        one = [torch.ones((), device=self.context.positions.device)] if kept.total else []
+        gradients = one if gradient is None else [gradient, *one]
+        if put_off:
+            self.later[microbatch] = WeightGradients()
+        with putting_off(self.later[microbatch]) if put_off else nullcontext():
+            torch.autograd.backward(kept.edges, gradients)
+        return None if kept.x is None else kept.x.grad
+        yield
+
+    def weights(self, microbatch: int) -> None:
+        """What `backward` put off."""
+        self.later.pop(microbatch).run(self.parameters.take)
+
+
+class ModelPipeline:
+    """This rank's stages of a model, and the schedules that they run by."""
+
+    def __init__(self, model: Transformer, parameters: ShardedParameters, recorder: Recorder | None = None) -> None:
+        mesh = parameters.mesh
+        self.model, self.parameters, self.mesh, self.layout = model, parameters, mesh, mesh.layout
+        self.recorder = recorder or Recorder(mesh.rank, mesh["pp"].ranks)
+        self.stages = dict(
+            zip(mesh.layout.stages_at(mesh.at.pp), part_at(model.model, mesh.layout, mesh.at.pp).stages, strict=True)
+        )
+
+    def train(self, micro_batches: Sequence[MicroBatch], context: Context) -> list[Loss]:
+        """Forward and backward of a step's micro-batches, as many as `Layout.num_microbatches` says -> this rank's shares of the losses."""
+        return self._run(program(self.layout, len(micro_batches)), micro_batches, context)
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[MicroBatch], context: Context) -> list[Loss]:
+        """Forward alone, of any number of micro-batches."""
+        fewest = fewest_microbatches(self.layout.pipeline, self.layout.pp)
+        missing = max(fewest - len(micro_batches), 0)
+        missing += (len(micro_batches) + missing) % 2 if self.layout.arrangement == "mirror" else 0
+        micro_batches = [*micro_batches, *[micro_batches[0].empty()] * missing]
+        return self._run(program(self.layout, len(micro_batches), evaluation=True), micro_batches, context)
+
+    def _run(self, program: Program, micro_batches: Sequence[MicroBatch], context: Context) -> list[Loss]:
+        losses: list[Loss] = []
+        tokens_per_rank = micro_batches[0].inputs.shape[1] // self.layout.tp
+        works = {
+            number: ModelStage(self.model, stage, self.parameters, micro_batches, context, losses, tokens_per_rank)
+            for number, stage in self.stages.items()
+        }
+        Pipeline(self.mesh["pp"], works, self.recorder).run(program)
+        return losses
+
+
+@lru_cache
+def program(layout: Layout, num_microbatches: int, *, evaluation: bool = False) -> Program:
+    """The layout's schedule for so many micro-batches, checked and lowered. Raises SpecError where they are too few."""
+    schedule = build(layout.pipeline, layout.pp, num_microbatches, chunks=layout.chunks)
+    assert [layout.stages_at(place) for place in range(layout.pp)] == [
+        tuple(sorted(stage for _, stage in held)) for held in schedule.stages
+    ], layout
+    return add_transfers(forward_only(schedule)) if evaluation else check(schedule).program
