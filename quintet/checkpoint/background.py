@@ -14,7 +14,7 @@ import copy
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from quintet.checkpoint.agreement import Company
 from quintet.checkpoint.manifest import directory_name
-from quintet.checkpoint.pieces import Box, Pieces, tensors_of
+from quintet.checkpoint.pieces import Box, Pieces, tensors_of, values_of
 from quintet.checkpoint.plan import Plan, make_plan
 from quintet.checkpoint.retention import prune
 from quintet.checkpoint.save import Job, check, held, write
@@ -93,7 +93,8 @@ class Saver:
         company.share(lambda: check(state, step, extras)) if self._plan is None else check(state, step, extras)
         self._plan = self._plan or make_plan(state, rounded, company)
         flight = _Flight(step, begin)
-        job = Job(step=step, state=state, plan=self._plan, extras=extras, codec=self.settings.codec)
+        values = copy.deepcopy(values_of(state))
+        job = Job(step=step, tensors=tensors_of(state), values=values, plan=self._plan, extras=extras, codec=self.settings.codec)
         if wait or not self.settings.background:
             self._write(job, company, flight)
             flight.end = time.perf_counter()
@@ -199,11 +200,10 @@ class _Copies:
 
     def __init__(self, job: Job, buffers: dict[tuple[str, Box], Tensor]) -> None:
         self._job, self._buffers = job, buffers
-        self._values = {name: copy.deepcopy(value) for name, value in job.state.items() if name not in tensors_of(job.state)}
         self._later: list[tuple[Tensor, Tensor, int]] = []
         for item in job.plan.items:
             for name in (item.name, *([item.twin] if item.twin else [])):
-                source = held(job.state, name, item).detach()
+                source = held(job.tensors[name], item).detach()
                 target = self._buffer(name, item.box, source)
                 if source.is_cpu:
                     self._later.append((source, target, source._version))
@@ -224,10 +224,8 @@ class _Copies:
         boxes: dict[str, list[tuple[tuple[int, ...], Tensor]]] = {}
         for (name, box), target in self._buffers.items():
             boxes.setdefault(name, []).append((box[0], target))
-        tensors = tensors_of(self._job.state)
-        state: dict[str, Any] = {name: Pieces(t.shape, boxes.get(name, []), dtype=t.dtype) for name, t in tensors.items()}
-        job = self._job
-        return Job(step=job.step, state=state | self._values, plan=job.plan, extras=job.extras, codec=job.codec)
+        copied = {name: Pieces(t.shape, boxes.get(name, []), dtype=t.dtype) for name, t in self._job.tensors.items()}
+        return replace(self._job, tensors=copied)
 
 
 def _copy(source: Tensor, target: Tensor) -> None:

@@ -166,6 +166,38 @@ def load(
     return values
 
 
+class Stored(Mapping[str, torch.Tensor]):
+    """The tensors of a checkpoint, each read when it is asked for; only the last one is kept. Raises CheckpointError, as `load` does.
+
+    names: the mapping's own names -> the checkpoint's; by default all under their own.
+    """
+
+    def __init__(self, directory: Path, names: Mapping[str, str] | None = None) -> None:
+        self.manifest = read_manifest(directory)
+        self._directory = directory
+        self._names = names if names is not None else {name: name for name in self.manifest.tensors}
+        self._last: dict[str, torch.Tensor] = {}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        stored = self._names[name]
+        if name not in self._last:
+            self._last = {}  # before there are two
+            tensor = torch.empty(self.shape(name), dtype=getattr(torch, self.manifest.tensors[stored].dtype))
+            load({stored: tensor}, self._directory, strict=False)
+            self._last = {name: tensor}
+        return self._last[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, without reading it."""
+        return self.manifest.tensors[self._names[name]].shape
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 @dataclass(frozen=True)
 class _Wish:
     """A box of a tensor that a piece shall fill, and whether its elements are rounded on the way."""

@@ -38,6 +38,11 @@ def tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor | Pieces]:
     return {name: value for name, value in state.items() if isinstance(value, Tensor | Pieces)}
 
 
+def values_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a state is a plain value."""
+    return {name: value for name, value in state.items() if not isinstance(value, Tensor | Pieces)}
+
+
 def meet(one: Box, two: Box) -> Box | None:
     """The box that two boxes of one tensor share, or None."""
     begins = tuple(map(max, one[0], two[0]))

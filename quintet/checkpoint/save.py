@@ -31,12 +31,13 @@ from quintet.checkpoint.manifest import (
     Manifest,
     Piece,
     Tensor,
+    Values,
     check_file_name,
     check_value,
     directory_name,
     dumps,
 )
-from quintet.checkpoint.pieces import Pieces, boxes_here, dtype_name, meet, within
+from quintet.checkpoint.pieces import Pieces, boxes_here, dtype_name, meet, tensors_of, values_of, within
 from quintet.checkpoint.plan import Item, Plan, make_plan
 from quintet.checkpoint.store import Source, Threads, drop_from_cache, is_rounding, verify_data, write_pieces
 from quintet.errors import CheckpointError
@@ -65,7 +66,8 @@ def save(
     """
     company = Company(doing=f"saving {root / directory_name(step)}")
     company.share(lambda: check(state, step, extras or {}))
-    job = Job(step=step, state=state, plan=make_plan(state, rounded or {}, company), extras=extras or {}, codec=codec)
+    plan = make_plan(state, rounded or {}, company)
+    job = Job(step=step, tensors=tensors_of(state), values=values_of(state), plan=plan, extras=extras or {}, codec=codec)
     with Threads(num_ranks=company.size) as threads:
         return write(job, root, company=company, threads=threads)
 
@@ -75,7 +77,8 @@ class Job:
     """What one save writes."""
 
     step: int
-    state: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor | Pieces]
+    values: Values
     plan: Plan
     extras: Mapping[str, str]
     codec: Codec
@@ -116,20 +119,20 @@ def _write_share(path: Path, job: Job, threads: Threads, *, read_back: bool) -> 
 def _sources(job: Job, threads: Threads) -> Iterator[Source]:
     """What this rank's items store: the twin of an item only where it is not its rounding."""
     for item in job.plan.items:
-        tensor = held(job.state, item.name, item)
+        tensor = held(job.tensors[item.name], item)
         yield Source(item.name, item.box, tensor)
         if item.twin is not None:
-            twin = held(job.state, item.twin, item)
+            twin = held(job.tensors[item.twin], item)
             if not is_rounding(tensor, twin, threads):
                 yield Source(item.twin, item.box, twin)
 
 
-def held(state: Mapping[str, Any], name: str, item: Item) -> torch.Tensor:
-    """The view of an item's box in what the state holds of a tensor."""
-    for offsets, tensor in boxes_here(state[name]).items():
+def held(value: torch.Tensor | Pieces, item: Item) -> torch.Tensor:
+    """The view of an item's box in what is here of a tensor."""
+    for offsets, tensor in boxes_here(value).items():
         if meet((offsets, tuple(tensor.shape)), item.box) == item.box:
             return within(item.box, offsets, tensor)
-    raise AssertionError((name, item))
+    raise AssertionError(item)
 
 
 def check(state: Mapping[str, Any], step: int, extras: Mapping[str, str]) -> None:
@@ -183,8 +186,7 @@ class _Attempt:
             name: Tensor(dtype=whole.dtype, shape=whole.shape, pieces=tuple(pieces.get(name, ())), rounded_from=whole.rounded_from)
             for name, whole in self.job.plan.tensors.items()
         }
-        values = {name: value for name, value in self.job.state.items() if not isinstance(value, torch.Tensor | Pieces)}
-        return Manifest(step=self.job.step, files=tuple(files), tensors=tensors, values=values)
+        return Manifest(step=self.job.step, files=tuple(files), tensors=tensors, values=self.job.values)
 
     def _is_saved(self, whole: Manifest) -> bool:
         """Whether the final directory holds just this; another content is an error, a damaged one is moved aside."""
