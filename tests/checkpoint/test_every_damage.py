@@ -19,7 +19,7 @@ from quintet.errors import CheckpointError
 from tests.checkpoint.states import same_bits
 from tests.ranks import on_ranks
 
-TRIALS = 3000
+TRIALS = 2000
 Files = dict[str, bytes]
 
 
