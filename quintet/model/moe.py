@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from quintet.model.crossing import Steps, straight
 from quintet.model.layers import FeedForward
 from quintet.model.router import Ahead, NothingAhead, Router, Routing, sequence_balance_loss, within_capacity
 from quintet.ops.grouped_matmul import grouped_matmul
@@ -47,24 +48,24 @@ class Experts(nn.Module):
 
 class Dispatch(Protocol):
     """The seam that expert parallelism replaces: bring rows to their experts, compute, bring the sums back. `experts` holds this rank's
-    experts only, all of them where it is alone; `shared` needs no rows of others, and may run while rows travel."""
+    experts only, all of them where it is alone."""
 
     def __call__(
-        self, x: Tensor, routing: Routing, experts: Experts, shared: Callable[[Tensor], Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """x [T, D] -> the gated sum of each token's experts, plus what `shared` makes of it [T, D], and how many of these tokens went to
-        each expert [E]."""
+        self, x: Tensor, routing: Routing, experts: Experts, beside: Callable[[], tuple[Tensor, ...]]
+    ) -> Steps[tuple[Tensor, tuple[Tensor, ...], Tensor]]:
+        """x [T, D] -> the gated sum of each token's experts [T, D], what `beside` returns, which is computed while rows are under way, and
+        how many of these tokens went to each expert [E]."""
         ...
 
 
 def local_dispatch(
-    x: Tensor, routing: Routing, experts: Experts, shared: Callable[[Tensor], Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
-    """All experts are here: sort, compute, add up."""
+    x: Tensor, routing: Routing, experts: Experts, beside: Callable[[], tuple[Tensor, ...]]
+) -> Steps[tuple[Tensor, tuple[Tensor, ...], Tensor]]:
+    """All experts are here: sort, compute, add up. Nothing is sent, so nothing is set aside."""
+    yield from ()
     permutation = sort_by_expert(routing.experts, experts.w2.shape[0], spare=routing.dropped is not None)
     rows = experts(spread(x, permutation), spread_gates(routing.gates, permutation), permutation.ends)
-    out = collect(rows, permutation)
-    return out if shared is None else out + shared(x), permutation.load
+    return collect(rows, permutation), beside(), permutation.load
 
 
 class MixtureOfExperts(nn.Module):
@@ -87,12 +88,21 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, MoEStatistics]:
         """x [B, S, D] -> [B, S, D] and the layer's statistics."""
+        return straight(self.steps(x))
+
+    def steps(self, x: Tensor) -> Steps[tuple[Tensor, MoEStatistics]]:
+        """`forward`, which can be set aside where experts exchange rows."""
         tokens = x.flatten(0, 1)
         routing = self.router(tokens)
         if self.model.capacity_factor is not None:
             routing = within_capacity(routing, x.shape[0], self.model.capacity_factor, ahead=self.ahead)
-        out, load = self.dispatch(tokens, routing, self.experts, self.shared)
-        balance = sequence_balance_loss(routing.scores, x.shape[0], self.model.num_experts_per_token, whole_count=self.whole_count)
+
+        def beside() -> tuple[Tensor, ...]:
+            balance = sequence_balance_loss(routing.scores, x.shape[0], self.model.num_experts_per_token, whole_count=self.whole_count)
+            return (balance,) if self.shared is None else (balance, self.shared(tokens))
+
+        out, (balance, *shared), load = yield from self.dispatch(tokens, routing, self.experts, beside)
+        for term in shared:
+            out = out + term
         dropped = torch.zeros_like(load) if routing.dropped is None else routing.dropped
         return out.view_as(x), MoEStatistics(load=load + dropped, dropped=dropped, balance_loss=balance)
-

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from quintet.model.attention import LatentAttention, LatentCache
 from quintet.model.block import Block
+from quintet.model.crossing import Steps, begin, carrying, straight
 from quintet.model.layers import RMSNorm
 from quintet.model.moe import MixtureOfExperts, MoEStatistics
 from quintet.model.mtp import MtpModule
@@ -87,6 +88,8 @@ class Transformer(nn.Module):
             self.head = Head(model.vocab_size, model.hidden_size)
         self.mtp = nn.ModuleList(MtpModule(model, kernels=kernels) for _ in range(model.num_mtp_modules))
         self.recompute_blocks = False
+        self.in_steps = False
+        """Whether `through` and `finish` can be set aside within blocks, which then are not called as modules."""
         self.head_loss: HeadLoss = local_head_loss
 
     @property
@@ -102,8 +105,8 @@ class Transformer(nn.Module):
         With targets [M+1, B, S] the MTP modules run too: module k reads the tokens that depth k - 1 predicts.
         """
         turn = self.turn(inputs, positions)
-        x, moe = self.through(self.embed(inputs), range(self.model.num_layers), turn, document_ids)
-        hidden, more = self.finish(x, targets, turn, document_ids)
+        x, moe = straight(self.through(self.embed(inputs), range(self.model.num_layers), turn, document_ids))
+        hidden, more = straight(self.finish(x, targets, turn, document_ids))
         return Output(hidden=hidden[0], mtp=hidden[1:], moe=moe | more)
 
     def turn(self, inputs: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -112,36 +115,41 @@ class Transformer(nn.Module):
 
     def through(
         self, x: Tensor, layers: Iterable[int], turn: tuple[Tensor, Tensor], document_ids: Tensor | None
-    ) -> tuple[Tensor, dict[int, MoEStatistics]]:
+    ) -> Steps[tuple[Tensor, dict[int, MoEStatistics]]]:
         """x [B, S, D] through some layers -> [B, S, D], and the statistics of each MoE layer by its number among these."""
         found: dict[int, MoEStatistics] = {}
         for layer in layers:
-            x, statistics = self._run(self.layers.get_submodule(str(layer)), x, turn, document_ids)
+            x, statistics = yield from self._run(self.layers.get_submodule(str(layer)), x, turn, document_ids)
             if statistics is not None:
                 found[layer - self.model.num_dense_layers] = statistics
         return x, found
 
     def finish(
         self, x: Tensor, targets: Tensor | None, turn: tuple[Tensor, Tensor], document_ids: Tensor | None
-    ) -> tuple[tuple[Tensor, ...], dict[int, MoEStatistics]]:
+    ) -> Steps[tuple[tuple[Tensor, ...], dict[int, MoEStatistics]]]:
         """x [B, S, D] behind the last layer -> hidden states [B, S, D] ready for the head: the main model's and, with targets
         [M+1, B, S], those of each MTP module; and the modules' statistics."""
-        hidden, found = [self.norm(x)], dict[int, MoEStatistics]()
+        hidden: tuple[Tensor, ...] = (self.norm(x),)
+        found: dict[int, MoEStatistics] = {}
         # Each depth continues from the normalised states of the one before, as the inference of the published weights does.
         for depth, module in enumerate(self.mtp if targets is not None else ()):
             assert targets is not None and isinstance(module, MtpModule)
             embedded = self.embed(targets[depth].clamp(min=0))
-            x, statistics = self._run(module, hidden[-1], embedded, turn, document_ids)
-            hidden.append(module.norm(x))
+            begun = begin(self._run(module, hidden[-1], embedded, turn, document_ids))
+            (x, statistics), hidden = yield from carrying(begun, hidden)
+            hidden += (module.norm(x),)
             assert statistics is not None
             found[self.model.num_moe_layers + depth] = statistics
-        return tuple(hidden), found
+        return hidden, found
 
-    def _run(self, part: nn.Module, *arguments: object) -> tuple[Tensor, MoEStatistics | None]:
-        """Run a block or MTP module, keeping only its inputs for backward if whole blocks are recomputed."""
+    def _run(self, part: Tensor | nn.Module, *arguments: Any) -> Steps[tuple[Tensor, MoEStatistics | None]]:
+        """Run a block or MTP module, keeping only its inputs for backward if whole blocks are recomputed: then it is not set aside."""
+        assert isinstance(part, Block | MtpModule)
         found: tuple[Tensor, MoEStatistics | None]
         if self.recompute_blocks and torch.is_grad_enabled():
             found = checkpoint(part, *arguments, use_reentrant=False, preserve_rng_state=False)
+        elif self.in_steps:
+            found = yield from part.steps(*arguments)
         else:
             found = part(*arguments)
         return found

@@ -15,11 +15,11 @@ halves runs while the message travels.
     forward     start_dispatch .. finish_dispatch    compute    start_combine .. finish_combine
     backward    finish_dispatch's starts the message back, start_dispatch's waits for it; likewise for combine
 
-A `Flight` is what lies between two halves. In autograd's graph it is one edge, `token`, a tensor without elements. Here, the shared experts
-are computed between the halves of dispatch, and since autograd runs nodes in the reverse order of their making, their backward, too, is
-computed while the gradients of rows are under way. Who overlaps one micro-batch with another (DualPipe) cuts the graph at flights:
-`flight.cut()` is the same flight for what follows, whose backward ends with a gradient at its own `token`, the message then being on its
-way; `flight.token.backward(cut.token.grad)` goes on with what came before, and begins by waiting.
+A `Flight` is what lies between two halves. In autograd's graph it is one edge, `token`, a tensor without elements. What is computed beside
+dispatch (the shared experts) stands between its halves, and since autograd runs nodes in the reverse order of their making, its backward,
+too, is computed while the gradients of rows are under way. Who overlaps one micro-batch with another (parallel.stages) puts another token
+in the flight's place (see model.crossing): backward up to it leaves the message on its way, and backward from the flight's own token goes
+on with what came before, and begins by waiting.
 
 With `expert_tp` > 1 the ranks of tp each hold a part of every expert's inner width. Each sends its own tokens only, and rows are gathered
 from these ranks where they arrived, as the sums are scattered to them before they go back: what crosses ep stays the same, and tp lies
@@ -40,6 +40,7 @@ from torch import Tensor
 
 from quintet.cost.expert_comm import row_bytes, up
 from quintet.cost.tensor_comm import FP32
+from quintet.model.crossing import Steps
 from quintet.model.moe import Experts
 from quintet.model.router import Routing
 from quintet.model.transformer import Transformer
@@ -123,10 +124,6 @@ class Flight:
     token: Tensor
     back: _Back
 
-    def cut(self) -> Flight:
-        """The same flight with a token of its own, at which the graph of what follows begins."""
-        return replace(self, token=self.token.detach().requires_grad_(self.token.requires_grad))
-
 
 @dataclass(frozen=True)
 class Arrived:
@@ -147,15 +144,16 @@ class AllToAllDispatch:
     hidden_size: int
 
     def __call__(
-        self, x: Tensor, routing: Routing, experts: Experts, shared: Callable[[Tensor], Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """As Dispatch says: x [T, D] of this rank -> [T, D] and load [E]. `shared` runs while rows travel to their experts."""
+        self, x: Tensor, routing: Routing, experts: Experts, beside: Callable[[], tuple[Tensor, ...]]
+    ) -> Steps[tuple[Tensor, tuple[Tensor, ...], Tensor]]:
+        """As Dispatch says: x [T, D] of this rank -> [T, D] and load [E]. `beside` runs while rows travel to their experts."""
         route = self.prepare(routing.experts)
         flight = self.start_dispatch(x, routing, route)
-        beside = None if shared is None else shared(x)
-        arrived = self.finish_dispatch(flight)
-        out = self.finish_combine(self.start_combine(self.compute(arrived, experts), arrived.copies, route))
-        return out if beside is None else out + beside, route.load
+        token, *others = yield flight.token, *beside()
+        arrived = self.finish_dispatch(replace(flight, token=token))
+        flight = self.start_combine(self.compute(arrived, experts), arrived.copies, route)
+        token, *others = yield flight.token, *others
+        return self.finish_combine(replace(flight, token=token)), tuple(others), route.load
 
     def prepare(self, experts: Tensor) -> Route:
         """experts [T, K] (E where dropped) -> Route: ranks tell each other two numbers, which the host then reads once."""

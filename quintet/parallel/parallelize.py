@@ -24,6 +24,7 @@ def parallelize(model: Transformer, mesh: Mesh, train: Train, *, device: torch.d
     then ZeRO's buckets, which bring the parameters (0 until they are filled) to `device` in the precision that training has."""
     if mesh.layout.pp > 1:
         model.keep(part_at(model.model, mesh.layout, mesh.at.pp).holds)
+        model.in_steps = True
     apply_tensor(model, mesh)
     apply_expert(model, mesh)
     if mesh["cp"].size > 1:

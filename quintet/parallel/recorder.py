@@ -1,8 +1,8 @@
 """The flight recorder of a pipeline: what each rank did last and what it waits for, always on, told when something hangs.
 
-Every rank notes each op as it begins, in memory. A thread tells the others now and then, through the store, so that what a rank did
-last is known even where it can no longer speak. When a wait fails, the error names the op, the rank that did not send, and every rank's
-last op.
+Every rank notes each op as it begins, and when the last row's ops computed, in memory. A thread tells the others now and then, through
+the store, so that what a rank did last is known even where it can no longer speak. When a wait fails, the error names the op, the rank
+that did not send, and every rank's last op.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from quintet.errors import RankError
+from quintet.schedule.op import Work
 
 TELL_SECONDS = 1.0
 """How often a rank tells the others where it is, if it has moved on."""
@@ -34,10 +35,20 @@ class Recorder:
         self.rank, self.ranks, self.store, self.clock = rank, tuple(ranks), store, clock
         self.steps: deque[tuple[float, int, object]] = deque(maxlen=KEPT)
         """(seconds, place in the row, step), newest last."""
+        self.times: list[tuple[Work, float, float]] = []
+        """Of the last row, when each op's computation began and ended, in seconds of `clock`; on CUDA: when it had been launched."""
         self.waits_for = ""
-        self._told = 0.0
-        self._done = threading.Event()
-        self._thread: threading.Thread | None = None
+
+    def begin_row(self) -> None:
+        """A row begins."""
+        self.times = []
+
+    @contextmanager
+    def computing(self, work: Work) -> Iterator[None]:
+        """An op computes, its input being there."""
+        begun = self.clock()
+        yield
+        self.times.append((work, begun, self.clock()))
 
     def begin(self, step: object, position: int) -> None:
         """A step begins."""
@@ -82,24 +93,27 @@ class Recorder:
         with suppress(RuntimeError):
             self.store.set(f"step-{self.rank}", json.dumps(f"at {step} (step {position} of its row){waits}"))
 
-    def start(self) -> None:
-        """Begin to tell, in a thread of its own."""
-        if self.store is not None and self._thread is None:
-            self._thread = threading.Thread(target=self._keep_telling, daemon=True)
-            self._thread.start()
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Tell now and then, in a thread of its own, if there is somebody to tell."""
+        done = threading.Event()
 
-    def stop(self) -> None:
-        """Stop telling."""
-        self._done.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        def keep_telling() -> None:
+            told = 0.0
+            while not done.wait(TELL_SECONDS):
+                if self.steps and self.steps[-1][0] != told:
+                    told = self.steps[-1][0]
+                    self.tell()
 
-    def _keep_telling(self) -> None:
-        while not self._done.wait(TELL_SECONDS):
-            if self.steps and self.steps[-1][0] != self._told:
-                self._told = self.steps[-1][0]
-                self.tell()
+        thread = threading.Thread(target=keep_telling, daemon=True)
+        if self.store is not None:
+            thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            if self.store is not None:
+                thread.join()
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from quintet.cost.balance import part_at
+from quintet.model.crossing import Aside, Crossing, Steps, begin
 from quintet.model.loss import Loss, Weights, share_of_loss
 from quintet.model.transformer import Transformer
 from quintet.ops.deferred import WeightGradients, putting_off
@@ -53,14 +54,27 @@ class Context:
     chunk: int
 
 
-@dataclass
+@dataclass(frozen=True)
+class Segment:
+    """A part of a stage's graph that was cut off: the edges of its outputs, and the leaves in their place at which the next part begins."""
+
+    edges: list[GradientEdge]
+    leaves: list[Tensor]
+
+    def gradients(self) -> list[Tensor]:
+        """What backward left at the leaves."""
+        return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self.leaves]
+
+
+@dataclass(frozen=True)
 class Kept:
-    """Of a micro-batch between forward and backward."""
+    """Of a micro-batch between forward and backward: the stage's input, the parts that were cut off, and the edges of the last one, that
+    of the output (not at the last stage) and that of the stage's share of the loss (if it has one)."""
 
     x: Tensor | None
+    segments: list[Segment]
     edges: list[GradientEdge]
-    total: bool
-    """Whether the last edge is that of the stage's share of the loss."""
+    has_loss: bool
 
 
 @dataclass
@@ -86,15 +100,51 @@ class ModelStage:
 
     def forward(self, microbatch: int, x: Tensor | None) -> Turns[Tensor | None]:
         """x [B, s, D], None at the first stage -> the same, None at the last; without gradients wanted nothing is kept."""
-        model, stage, at, context = self.model, self.stage, self.micro_batches[microbatch], self.context
-        if x is not None and torch.is_grad_enabled():
+        training = torch.is_grad_enabled()
+        if x is not None and training:
             x.requires_grad_()
+        segments: list[Segment] = []
+        begun = begin(self._steps(self.micro_batches[microbatch], x))
+        while isinstance(begun, Aside):
+            crossing = begun.crossing
+            if training:
+                crossing, segment = cut(crossing)
+                segments.append(segment)
+            yield
+            begun = begun.resume(crossing)
+        y, loss = begun.result
+        self.losses.append(replace(loss, total=loss.total.detach()))
+        if training:
+            has_loss = loss.total.requires_grad
+            edges = [get_gradient_edge(out) for out, here in ((y, not self.stage.last), (loss.total, has_loss)) if here]
+            self.kept[microbatch] = Kept(x, segments, edges, has_loss)
+        return None if self.stage.last else y.detach()
+
+    def backward(self, microbatch: int, gradient: Tensor | None, *, put_off: bool) -> Turns[Tensor | None]:
+        """gradient [B, s, D] of the stage's output, None at the last stage -> that of its input, None at the first."""
+        kept = self.kept.pop(microbatch)
+        one = [torch.ones((), device=self.context.positions.device)] if kept.has_loss else []
+        if put_off:
+            self.later[microbatch] = WeightGradients()
+        self._backward(microbatch, kept.edges, one if gradient is None else [gradient, *one])
+        while kept.segments:
+            yield
+            segment = kept.segments.pop()
+            self._backward(microbatch, segment.edges, segment.gradients())
+        return None if kept.x is None else kept.x.grad
+
+    def weights(self, microbatch: int) -> None:
+        """What `backward` put off."""
+        self.later.pop(microbatch).run(self.parameters.take)
+
+    def _steps(self, at: MicroBatch, x: Tensor | None) -> Steps[tuple[Tensor, Loss]]:
+        """The stage's output (of the last stage: behind the last layer) and share of the loss."""
+        model, stage, context = self.model, self.stage, self.context
         turn = model.turn(at.inputs, context.positions)
-        x_or_tokens: Tensor = model.embed(at.inputs) if x is None else x
-        y, moe = model.through(x_or_tokens, stage.layers, turn, at.document_ids)
+        y, moe = yield from model.through(model.embed(at.inputs) if x is None else x, stage.layers, turn, at.document_ids)
         hidden: tuple[Tensor, ...] = ()
         if stage.last:
-            hidden, more = model.finish(y, at.targets if context.weights.mtp else None, turn, at.document_ids)
+            hidden, more = yield from model.finish(y, at.targets if context.weights.mtp else None, turn, at.document_ids)
             moe |= more
         loss = share_of_loss(
             model,
@@ -106,30 +156,19 @@ class ModelStage:
             num_sequences=context.num_sequences,
             chunk=context.chunk,
         )
-        self.losses.append(loss)
-        if torch.is_grad_enabled():
-            edges = [] if stage.last else [get_gradient_edge(y)]
-            if loss.total.requires_grad:
-                edges.append(get_gradient_edge(loss.total))
-            self.kept[microbatch] = Kept(x, edges, total=loss.total.requires_grad)
-        return None if stage.last else y.detach()
-        yield
+        return y, loss
 
-    def backward(self, microbatch: int, gradient: Tensor | None, *, put_off: bool) -> Turns[Tensor | None]:
-        """gradient [B, s, D] of the stage's output, None at the last stage -> that of its input, None at the first."""
-        kept = self.kept.pop(microbatch)
-        one = [torch.ones((), device=self.context.positions.device)] if kept.total else []
-        gradients = one if gradient is None else [gradient, *one]
-        if put_off:
-            self.later[microbatch] = WeightGradients()
-        with putting_off(self.later[microbatch]) if put_off else nullcontext():
-            torch.autograd.backward(kept.edges, gradients)
-        return None if kept.x is None else kept.x.grad
-        yield
+    def _backward(self, microbatch: int, edges: list[GradientEdge], gradients: list[Tensor]) -> None:
+        later = self.later.get(microbatch)
+        with nullcontext() if later is None else putting_off(later):
+            torch.autograd.backward(edges, gradients)
 
-    def weights(self, microbatch: int) -> None:
-        """What `backward` put off."""
-        self.later.pop(microbatch).run(self.parameters.take)
+
+def cut(crossing: Crossing) -> tuple[Crossing, Segment]:
+    """What lives on beyond a crossing -> the same, with a graph of its own, and where that was cut off."""
+    leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in crossing]
+    pairs = [(tensor, leaf) for tensor, leaf in zip(crossing, leaves, strict=True) if leaf.requires_grad]
+    return tuple(leaves), Segment([get_gradient_edge(tensor) for tensor, _ in pairs], [leaf for _, leaf in pairs])
 
 
 class ModelPipeline:

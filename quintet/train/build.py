@@ -13,6 +13,7 @@ from quintet.ops.pointwise import REFERENCE, Kernels, can_compile, fused
 from quintet.parallel.bucket import Piece
 from quintet.parallel.mesh import Mesh
 from quintet.parallel.parallelize import parallelize
+from quintet.parallel.recorder import Recorder
 from quintet.parallel.stages import ModelPipeline
 from quintet.parallel.zero import ShardedParameters
 from quintet.spec.run import Run
@@ -41,9 +42,16 @@ class Built:
 
 
 def build(
-    run: Run, mesh: Mesh, device: torch.device, *, on_message: Callable[[str], None], weights: Mapping[str, Tensor] | None = None
+    run: Run,
+    mesh: Mesh,
+    device: torch.device,
+    *,
+    on_message: Callable[[str], None],
+    weights: Mapping[str, Tensor] | None = None,
+    recorder: Recorder | None = None,
 ) -> Built:
-    """The model of the recipe with random weights, or with the global `weights` by name, and an optimizer without history."""
+    """The model of the recipe with random weights, or with the global `weights` by name, and an optimizer without history. `recorder`
+    notes what a pipeline does."""
     with torch.device("meta"):
         model = Transformer(run.model, kernels=kernels(run, device, on_message=on_message))
     parameters = parallelize(model, mesh, run.train, device=device)
@@ -59,7 +67,7 @@ def build(
         for name, buffer in model.named_buffers():
             if weights is not None:
                 buffer.copy_(weights[name])
-    pipeline = ModelPipeline(model, parameters) if mesh.layout.pp > 1 else None
+    pipeline = ModelPipeline(model, parameters, recorder) if mesh.layout.pp > 1 else None
     return Built(model, parameters, AdamW(parameters, run.optimizer), pipeline)
 
 

@@ -30,6 +30,7 @@ from quintet.monitor.metrics import Message, Record, Saved, truncate_after
 from quintet.monitor.report import write_report
 from quintet.monitor.sinks import Sink
 from quintet.parallel.mesh import make_mesh
+from quintet.parallel.recorder import Recorder
 from quintet.parallel.rendezvous import Ranks
 from quintet.spec import parse
 from quintet.spec.curriculum import PhaseCurves, Settings, Stretch, curriculum
@@ -120,7 +121,8 @@ class _Session:
 
     def __init__(self, run: Run, where: Path, prepared: Prepared, sinks: Sink, *, device: torch.device, ranks: Ranks) -> None:
         self.run, self.where, self.prepared, self.sinks, self.device, self.ranks = run, where, prepared, sinks, device, ranks
-        self.built = build(run, ranks.mesh, device, on_message=lambda text: sinks.write(Message(text=text)))
+        self.recorder = Recorder(ranks.mesh.rank, ranks.mesh["pp"].ranks, ranks.store)
+        self.built = build(run, ranks.mesh, device, on_message=lambda text: sinks.write(Message(text=text)), recorder=self.recorder)
         self.saver = state.saver(where, run, seconds=ranks.seconds)
         self.held_out, self.held_out_step = math.nan, -1
         self.stretches = curriculum(run)
@@ -144,7 +146,8 @@ class _Session:
 
     def loop(self, position: Position) -> int:
         """Train from `position` to the end or to a signal."""
-        with _stop_signals() as stop, self._saves_finished():
+        told = self.recorder.telling() if self.built.pipeline else nullcontext()
+        with _stop_signals() as stop, told, self._saves_finished():
             clock = _Clock(self.device, position.tokens)
             while position.step < self.num_steps:
                 if self.curves.is_over(position.phase_steps, position.phase_tokens):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from quintet.model.crossing import Crossing, Steps
 from quintet.model.moe import Experts, MixtureOfExperts
 from quintet.model.router import Routing, sequence_balance_loss
 from quintet.ops.permute import ROW_ALIGNMENT
@@ -113,8 +115,11 @@ def test_another_dispatch_takes_its_place_in_the_seam() -> None:
     model = like_small(num_shared_experts=0)
     layer = mixture(model)
 
-    def dispatch(x: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor, Tensor]:
-        return 2 * x, torch.full((experts.w2.shape[0],), routing.experts.numel())
+    def dispatch(
+        x: Tensor, routing: Routing, experts: Experts, beside: Callable[[], Crossing]
+    ) -> Steps[tuple[Tensor, Crossing, Tensor]]:
+        x, *others = yield x, *beside()
+        return 2 * x, tuple(others), torch.full((experts.w2.shape[0],), routing.experts.numel())
 
     layer.dispatch = dispatch
     x = torch.randn(2, 3, model.hidden_size)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from quintet.cost.expert_comm import expert_bytes, mean_rows, ranks_per_token
+from quintet.model.crossing import straight
 from quintet.parallel import expert
-from quintet.parallel.expert import AllToAllDispatch, apply_expert
+from quintet.parallel.expert import AllToAllDispatch, Flight, apply_expert
 from quintet.parallel.mesh import make_mesh
 from quintet.spec.layout import Layout
 from tests.model.build import build
@@ -104,6 +105,11 @@ def test_a_token_goes_to_as_many_ranks_as_random_choices_say(ranks: int) -> None
     assert ranks_per_token(model, Layout(dp=ranks, ep=ranks)) == pytest.approx(found, rel=0.02)
 
 
+def with_own_token(flight: Flight) -> Flight:
+    """The same message, at which a graph of its own begins."""
+    return replace(flight, token=flight.token.detach().requires_grad_())
+
+
 @pytest.mark.parametrize("layout", [Layout(dp=2, ep=2), Layout(dp=2, tp=2, ep=2, expert_tp=2)], ids=str)
 def test_a_graph_cut_at_the_flights_yields_the_gradients_of_the_whole(layout: Layout) -> None:
     """Piece by piece, as a pipeline runs them: each backward ends with a message on its way, and the next one waits for it."""
@@ -123,16 +129,16 @@ def test_a_graph_cut_at_the_flights_yields_the_gradients_of_the_whole(layout: La
             return own, [own, *layer.experts.parameters(), layer.router.weight]
 
         own, wanted = leaf()
-        out, _ = dispatch(own, layer.router(own), layer.experts)
+        out, *_ = straight(dispatch(own, layer.router(own), layer.experts, lambda: ()))
         expected = torch.autograd.grad(out.square().sum(), wanted)
 
         own, wanted = leaf()
         routing = layer.router(own)
         route = dispatch.prepare(routing.experts)
         there = dispatch.start_dispatch(own, routing, route)
-        arrived = dispatch.finish_dispatch(begin := there.cut())
+        arrived = dispatch.finish_dispatch(begin := with_own_token(there))
         back = dispatch.start_combine(dispatch.compute(arrived, layer.experts), arrived.copies, route)
-        found = dispatch.finish_combine(end := back.cut())
+        found = dispatch.finish_combine(end := with_own_token(back))
         assert torch.equal(found, out)
         for parameter in wanted:
             parameter.grad = None
