@@ -19,6 +19,7 @@ COMMANDS = {
     "resume": "continue a run from its newest checkpoint",
     "generate": "continue a prompt with a trained model",
     "evaluate": "measure the loss on held-out documents",
+    "checkpoint": "list, inspect, compare, verify, keep and rewrite checkpoints",
     "export": "write a checkpoint as a Hugging Face model",
     "import": "make a run of a Hugging Face model",
     "info": "describe a recipe, a run or a Hugging Face model",
