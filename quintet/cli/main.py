@@ -15,6 +15,7 @@ from quintet.errors import KEYBOARD_INTERRUPT, QuintetError, UsageError, did_you
 
 COMMANDS = {
     "prepare": "turn the text of a recipe into token shards, once",
+    "data": "say which quality rules a document passes, and why",
     "train": "train a model as a recipe says",
     "resume": "continue a run from its newest checkpoint",
     "generate": "continue a prompt with a trained model",

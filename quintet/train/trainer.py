@@ -138,8 +138,9 @@ class _Session:
         """Make the loader and the curves of a phase; the loader stands at the beginning of the data."""
         self.stretch: Stretch = self.stretches[phase]
         self.curves = PhaseCurves(self.stretch.phase)
-        length = self.stretch.phase.sequence_length
-        self.loader = Loader(self.prepared, self.run.data, sequence_length=length, seed=self.run.seed)
+        here = self.stretch.phase
+        length = here.sequence_length
+        self.loader = Loader(self.prepared, self.run.data, sequence_length=length, seed=self.run.seed, mixture=here.weights)
         # Without and with MTP, which does not run while its weight is 0.
         flops = (flops_per_token(self.run.model, sequence_length=length, mtp=mtp).total for mtp in (False, True))
         self.meters = tuple(Meter(flops_per_token=count, peak_flops=self.peak_flops) for count in flops)
