@@ -1,0 +1,195 @@
+"""Bytes on each rank of a pipeline at the peak of a step: states, activations in flight, logits, messages, and the margins around them.
+
+`cost.memory` counts a step of Quintet's own models on its runtime; this adds what a plan needs beyond it: every rank of a pipeline with as
+many micro-batches in flight as its schedule keeps, fp8, devices' own overhead, and transformers other than Quintet's.
+
+Elements that a layer keeps of a token for backward, with fused attention and without recomputation (t = tp, D hidden, F inner width, h heads
+of qk width q and value width v, g key-value heads, K experts per token):
+
+    attention    D/t norm's input, D/t its output, (h q + g (q + v))/t, h v/t attention's output, and log-sum-exp
+    latent       D/t, D/t, latents twice, h (2 q + v)/t, h v/t twice (`cost.activations`)
+    feed-forward D/t, D/t, gate, up and product: 3 F/t, or 2 F/t without a gate
+    experts      K/t (D + 3 F_e): gathered inputs, gate and up, product
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import lru_cache
+
+from quintet.plan.block_time import Policy
+from quintet.plan.setup import Setup
+from quintet.plan.stages import Part, policy_of, ranks_of
+from quintet.plan.step_time import weights_of
+from quintet.schedule import build
+from quintet.schedule.check import in_flight
+
+BF16, FP32, INDEX = 2, 4, 8
+FRAMEWORK_BYTES = 2.5e9
+"""CUDA's context, NCCL's buffers, workspaces of products; assumed."""
+FRAGMENTATION = 0.04
+"""Of what comes and goes: activations, logits, messages; assumed."""
+IMBALANCE = 0.10
+"""How many more rows than the mean an expert-parallel rank receives, once balanced by bias; assumed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankMemory:
+    """Bytes of a rank of the pipeline, by part."""
+
+    weights: float
+    gradients: float
+    master_weights: float
+    moments: float
+    gathered: float
+    """ZeRO 3's whole weights of the layers at work."""
+    activations: float
+    recomputation: float
+    """What one layer holds besides while it is computed again."""
+    logits: float
+    messages: float
+    imbalance: float
+    """Rows beyond the mean at the experts of this rank."""
+    fragmentation: float
+    framework: float
+
+    @property
+    def total(self) -> float:
+        """Sum of the parts."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    @property
+    def margins(self) -> float:
+        """What is set aside rather than counted."""
+        return self.imbalance + self.fragmentation + self.framework
+
+
+def rank_memory(setup: Setup, parts: tuple[Part, ...]) -> tuple[RankMemory, ...]:
+    """Of each rank of the pipeline, first to last."""
+    held = ranks_of(setup.schedule, setup.layout.pp, len(parts))
+    peaks = peaks_in_flight(setup.schedule, setup.layout.pp, setup.num_microbatches, setup.chunks)
+    return tuple(_of_rank(setup, [parts[stage] for stage in stages], peaks[rank]) for rank, stages in enumerate(held))
+
+
+def _of_rank(setup: Setup, held: list[Part], in_flight: float) -> RankMemory:
+    layout, a = setup.layout, setup.architecture
+    common, experts = (sum(weights_of(setup, part)[i] for part in held) for i in (0, 1))
+    shared = _sharded(setup, common, experts)
+    whole = common + experts
+    policy = policy_of(setup)
+    kept, moe_rows = 0.0, 0.0
+    for part in held:
+        layers = {False: part.num_dense + (0 if a.num_experts else part.num_mtp), True: part.num_moe + (part.num_mtp if a.num_experts else 0)}
+        for moe, num in layers.items():
+            if num:
+                kept += num * block_bytes(setup, policy, moe=moe)
+        moe_rows += layers[True] * _routed_bytes(setup, policy)
+    ends = sum(_end_bytes(setup, part) for part in held)
+    share = in_flight / len(held)  # of each of the rank's stages
+    activations = share * kept + ends * (share if layout.pp > 1 else 1)
+    full = max((_full_bytes(setup, policy, moe=moe) - block_bytes(setup, policy, moe=moe) for moe in _kinds(held)), default=0.0)
+    logits = max((_logits_bytes(setup) for part in held if part.head), default=0.0)
+    messages = _message_bytes(setup)
+    largest = max((sum(a.block_weights(moe=moe)) for moe in _kinds(held)), default=0) / layout.tp
+    return RankMemory(
+        weights=BF16 * (shared if layout.zero == 3 else whole),
+        gradients=setup.gradient_bytes * (shared if layout.zero >= 2 else whole),
+        master_weights=FP32 * (shared if layout.zero else whole),
+        moments=2 * setup.moments_bytes * (shared if layout.zero else whole),
+        gathered=2 * (BF16 + FP32) * largest if layout.zero == 3 else 0.0,
+        activations=activations,
+        recomputation=max(0.0, full),
+        logits=logits,
+        messages=messages,
+        imbalance=IMBALANCE * share * moe_rows if layout.ep > 1 and setup.recompute != "full" else 0.0,
+        fragmentation=FRAGMENTATION * (activations + logits + messages),
+        framework=FRAMEWORK_BYTES,
+    )
+
+
+def _kinds(held: list[Part]) -> list[bool]:
+    return [moe for moe in (False, True) if any(part.num_moe if moe else part.num_dense for part in held)]
+
+
+def _sharded(setup: Setup, common: float, experts: float) -> float:
+    """Weights of which a rank holds the optimizer's state."""
+    layout = setup.layout
+    if not layout.zero:
+        return common + experts
+    if layout.zero_ranks is None:
+        return common / layout.num_replicas + experts / setup.expert_replicas
+    return common / layout.zero_ranks + experts / max(1, layout.zero_ranks * setup.expert_replicas // layout.num_replicas)
+
+
+@lru_cache(maxsize=4096)
+def peaks_in_flight(schedule: str, num_ranks: int, num_microbatches: int, chunks: int) -> tuple[float, ...]:
+    """Per rank, the most stage activations that are kept at once, counted in the schedule itself."""
+    if num_ranks == 1:
+        return (1.0,)
+    m = min(num_microbatches, 4 * num_ranks)  # the peak does not grow once the pipeline has been full
+    if schedule == "gpipe":
+        return (float(num_microbatches),) * num_ranks
+    return tuple(float(peak) for peak in in_flight(build(schedule, num_ranks, m + m % 2, chunks=chunks)))
+
+
+def block_bytes(setup: Setup, policy: Policy, *, moe: bool) -> float:
+    """What a layer keeps of a micro-batch from forward for backward."""
+    a, tokens, tp = setup.architecture, policy.tokens, policy.tp
+    kept = _full_bytes(setup, policy, moe=moe)
+    if policy.recompute == "full":
+        return kept + policy.recompute_share * (BF16 * tokens * a.hidden_size / tp - kept)
+    if policy.recompute == "selective":
+        again = 2 * a.hidden_size / tp  # the norms' outputs
+        if a.kv_lora_rank is not None:
+            again += (a.q_lora_rank or 0) + a.kv_lora_rank + a.num_heads * (2 * a.qk_head_dim + a.v_head_dim) / tp
+        kept -= BF16 * tokens * again
+    return kept
+
+
+def _full_bytes(setup: Setup, policy: Policy, *, moe: bool) -> float:
+    """The same without recomputation."""
+    a, tokens, tp, cp = setup.architecture, policy.tokens, policy.tp, policy.cp
+    heads, width = a.num_heads / tp, a.hidden_size / tp
+    if a.kv_lora_rank is None:
+        attention = 2 * width + heads * (a.qk_head_dim + a.v_head_dim) + a.num_kv_heads / tp * (a.qk_head_dim + a.v_head_dim)
+    else:
+        latents = 2 * ((a.q_lora_rank or 0) + a.kv_lora_rank) + a.qk_rope_head_dim
+        attention = 2 * width + latents + heads * (2 * a.qk_head_dim + 3 * a.v_head_dim)
+    inner = (3 if a.gated else 2) * (a.shared_ffn_size if moe else a.ffn_size) / tp
+    low = 0.0 if setup.precision in ("bf16", "fp32") else 1.0  # inputs of low-precision products are kept as they were cast
+    saved = low * (2 * width + heads * a.v_head_dim + inner / 3)
+    return tokens * (BF16 * (attention + 2 * width + inner) - saved + FP32 * (heads + 2 / tp)) + (_routed_bytes(setup, policy) if moe else 0)
+
+
+def _routed_bytes(setup: Setup, policy: Policy) -> float:
+    """What the routed experts of one layer keep: rows, gate, up and product."""
+    a = setup.architecture
+    if not a.num_experts:
+        return 0.0
+    rows = policy.tokens * policy.expert_tp / policy.tp * a.experts_per_token
+    inner = (3 if a.gated else 2) * a.expert_ffn_size / policy.expert_tp
+    low = 0.0 if setup.precision in ("bf16", "fp32") else 1.0
+    return rows * (BF16 * (a.hidden_size + inner) - low * (a.hidden_size + inner / 3) + FP32 + 2 * INDEX)
+
+
+def _end_bytes(setup: Setup, part: Part) -> float:
+    """Of losses and MTP modules."""
+    a, tokens = setup.architecture, setup.tokens
+    losses, width = (1 if part.head else 0) + part.num_mtp, a.hidden_size
+    return losses * tokens * width * BF16 * (1 + 1 / setup.layout.tp) + part.num_mtp * 4 * tokens * width * BF16 / setup.layout.tp
+
+
+def _logits_bytes(setup: Setup) -> float:
+    """Logits in bf16 and fp32, and their gradient, of the tokens whose logits exist at a time."""
+    a = setup.architecture
+    tokens = min(setup.tokens, setup.loss_chunk or setup.tokens)
+    return tokens * a.vocab_size / setup.layout.tp * (BF16 + FP32 + BF16)
+
+
+def _message_bytes(setup: Setup) -> float:
+    """The largest message and what it becomes."""
+    a, layout = setup.architecture, setup.layout
+    gathered = BF16 * setup.tokens * a.hidden_size if layout.tp > 1 else 0.0
+    rows = setup.tokens * layout.expert_tp / layout.tp * a.experts_per_token if layout.ep > 1 else 0.0
+    between = BF16 * 2 * setup.tokens / layout.tp * a.hidden_size if layout.pp > 1 else 0.0
+    return max(gathered, 2 * BF16 * rows * a.hidden_size) + between

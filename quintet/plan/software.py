@@ -1,0 +1,67 @@
+"""How well a training system uses a device and hides its messages: the planner's fitted scalars, all of them, and where they come from.
+
+Everything else that the planner computes with is counted from the spec or is a published component figure (`spec.cluster`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from quintet.errors import UsageError, did_you_mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class Software:
+    """A generation of a training system. Times are seconds, shares lie between 0 and 1."""
+
+    name: str
+    pace: float = 1.0
+    """Seconds of all work on the device, divided by what the curves below say. One figure per generation, fitted to a few dense runs."""
+    low_pace: float = 1.0
+    """The same on top for fp8 and nvfp4 steps: what casting and scaling cost beyond the bytes counted."""
+    cores: float = 1.0
+    """Share of the device's cores that is left to computation while kernels move tokens: 112 of 132 in DeepSeek's trace."""
+    all_to_all: float = 1.0
+    """Share of the links' long-message rate that all-to-alls reach beside computation."""
+    grouped: float = 1.0
+    """Share of a single product's rate that a grouped product of the same shapes reaches, beyond what its tiles explain."""
+    memory: float = 0.80
+    """Share of the memory's bandwidth that element-wise kernels reach."""
+    moved: float = 1.0
+    """Bytes that element-wise kernels move, as a factor on those of fully fused ones."""
+    ramp: float = 256
+    """Bytes of a row or column that a core loads before it multiplies at full rate: an inner length of 128 in bf16, of 256 in fp8."""
+    casts: float = 1.0
+    """The same of casts to fp8 and nvfp4."""
+    launch: float = 5e-6
+    """Seconds of the host per kernel; what launching a layer takes longer than running it shows. 0 with CUDA graphs."""
+    waits_for_host: bool = True
+    """Whether routing without dropped tokens makes the host wait for the device in every mixture of experts, so that launching shows."""
+    kernels_per_expert: float = 0.0
+    """Kernels that each local expert adds to a forward, and twice to a backward, where grouped products are not one kernel."""
+    tp_hidden: float = 0.5
+    """Share of tensor-parallel messages that runs beside products."""
+    p2p_hidden: float = 0.8
+    """Share of an interleaved pipeline's messages that runs beside computation while it is full."""
+    ep_hidden: float = 0.0
+    """Share of all-to-alls that runs beside computation outside of DualPipe, whose overlap is simulated."""
+    zero_hidden: float = 0.9
+    """Share of a backward (and for weights, of a forward) beside which ZeRO's messages run."""
+    once_per_node: bool = False
+    """Whether a token is sent once per node, and forwarded there (DeepEP, HybridEP), or once per expert."""
+    low_gather: bool = False
+    """Whether tp gathers fp8 where products take it (Transformer Engine)."""
+    low_dispatch: bool = False
+    """Whether dispatch sends fp8."""
+    straggle: float = 0.003
+    """Share by which a step gets longer whenever devices double beyond one domain of fast links."""
+
+
+GENERATIONS: dict[str, Software] = {"plain": Software(name="plain")}
+
+
+def generation(name: str) -> Software:
+    """The generation of this name. Raises UsageError."""
+    if name not in GENERATIONS:
+        raise UsageError(f"no software {name!r}{did_you_mean(name, GENERATIONS)}; known: {', '.join(GENERATIONS)}")
+    return GENERATIONS[name]
