@@ -7,7 +7,7 @@ one; its operations are those of `cost.flops` (tested).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Literal
 
@@ -157,6 +157,13 @@ class Architecture:
         module = (moe if self.num_experts else dense) + head + 2 * self.projection[0].weights
         layers = self.num_moe_layers * moe + (self.num_layers - self.num_moe_layers) * dense
         return 3 * (layers + head + (self.num_mtp_modules * module if mtp else 0))
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
+
+    def __hash__(self) -> int:  # kept, because searches look these up many times
+        return self._hash
 
 
 def of_model(model: Model) -> Architecture:

@@ -23,6 +23,7 @@ from quintet.plan.stages import Part, policy_of, ranks_of
 from quintet.plan.step_time import weights_of
 from quintet.schedule import build
 from quintet.schedule.check import in_flight
+from quintet.schedule.classic import rounds
 
 BF16, FP32, INDEX = 2, 4, 8
 FRAMEWORK_BYTES = 2.5e9
@@ -68,47 +69,53 @@ def rank_memory(setup: Setup, parts: tuple[Part, ...]) -> tuple[RankMemory, ...]
     """Of each rank of the pipeline, first to last."""
     held = ranks_of(setup.schedule, setup.layout.pp, len(parts))
     peaks = peaks_in_flight(setup.schedule, setup.layout.pp, setup.num_microbatches, setup.chunks)
-    return tuple(_of_rank(setup, [parts[stage] for stage in stages], peaks[rank]) for rank, stages in enumerate(held))
-
-
-def _of_rank(setup: Setup, held: list[Part], in_flight: float) -> RankMemory:
-    layout, a = setup.layout, setup.architecture
-    common, experts = (sum(weights_of(setup, part)[i] for part in held) for i in (0, 1))
-    shared = _sharded(setup, common, experts)
-    whole = common + experts
     policy = policy_of(setup)
-    kept, moe_rows = 0.0, 0.0
-    for part in held:
-        layers = {False: part.num_dense + (0 if a.num_experts else part.num_mtp), True: part.num_moe + (part.num_mtp if a.num_experts else 0)}
-        for moe, num in layers.items():
-            if num:
-                kept += num * block_bytes(setup, policy, moe=moe)
-        moe_rows += layers[True] * _routed_bytes(setup, policy)
-    ends = sum(_end_bytes(setup, part) for part in held)
+    kinds = {moe: _block(setup, policy, moe=moe) for moe in (False, True)}
+    routed, messages = _routed_bytes(setup, policy), _message_bytes(setup)
+    known: dict[tuple[float, tuple[Part, ...]], RankMemory] = {}
+    found = []
+    for rank, stages in enumerate(held):
+        key = (peaks[rank], tuple(parts[stage] for stage in stages))
+        if key not in known:
+            known[key] = _of_rank(setup, key[1], in_flight=key[0], kinds=kinds, routed=routed, messages=messages)
+        found.append(known[key])
+    return tuple(found)
+
+
+def _block(setup: Setup, policy: Policy, *, moe: bool) -> tuple[float, float]:
+    """What a layer keeps, and what it holds besides while it is computed again."""
+    kept = block_bytes(setup, policy, moe=moe)
+    return kept, _full_bytes(setup, policy, moe=moe) - kept
+
+
+def _of_rank(
+    setup: Setup, held: tuple[Part, ...], *, in_flight: float, kinds: dict[bool, tuple[float, float]], routed: float, messages: float
+) -> RankMemory:
+    layout, a = setup.layout, setup.architecture
+    common, experts = (sum(both) for both in zip(*(weights_of(setup, part) for part in held), strict=True))
+    shared, whole = _sharded(setup, common, experts), common + experts
+    modules = sum(part.num_mtp for part in held)
+    num_moe = sum(part.num_moe for part in held) + (modules if a.num_experts else 0)
+    num_dense = sum(part.num_dense for part in held) + (0 if a.num_experts else modules)
     share = in_flight / len(held)  # of each of the rank's stages
-    activations = share * kept + ends * (share if layout.pp > 1 else 1)
-    full = max((_full_bytes(setup, policy, moe=moe) - block_bytes(setup, policy, moe=moe) for moe in _kinds(held)), default=0.0)
-    logits = max((_logits_bytes(setup) for part in held if part.head), default=0.0)
-    messages = _message_bytes(setup)
-    largest = max((sum(a.block_weights(moe=moe)) for moe in _kinds(held)), default=0) / layout.tp
+    kept = num_dense * kinds[False][0] + num_moe * kinds[True][0] + sum(_end_bytes(setup, part) for part in held)
+    present = [moe for moe, num in ((False, num_dense), (True, num_moe)) if num]
+    logits = _logits_bytes(setup) if any(part.head for part in held) else 0.0
+    largest = max((sum(a.block_weights(moe=moe)) for moe in present), default=0) / layout.tp / (layout.ep if num_moe else 1)
     return RankMemory(
         weights=BF16 * (shared if layout.zero == 3 else whole),
         gradients=setup.gradient_bytes * (shared if layout.zero >= 2 else whole),
         master_weights=FP32 * (shared if layout.zero else whole),
         moments=2 * setup.moments_bytes * (shared if layout.zero else whole),
         gathered=2 * (BF16 + FP32) * largest if layout.zero == 3 else 0.0,
-        activations=activations,
-        recomputation=max(0.0, full),
+        activations=share * kept,
+        recomputation=max((kinds[moe][1] for moe in present), default=0.0),
         logits=logits,
         messages=messages,
-        imbalance=IMBALANCE * share * moe_rows if layout.ep > 1 and setup.recompute != "full" else 0.0,
-        fragmentation=FRAGMENTATION * (activations + logits + messages),
+        imbalance=IMBALANCE * share * num_moe * routed if layout.ep > 1 and setup.recompute != "full" else 0.0,
+        fragmentation=FRAGMENTATION * (share * kept + logits + messages),
         framework=FRAMEWORK_BYTES,
     )
-
-
-def _kinds(held: list[Part]) -> list[bool]:
-    return [moe for moe in (False, True) if any(part.num_moe if moe else part.num_dense for part in held)]
 
 
 def _sharded(setup: Setup, common: float, experts: float) -> float:
@@ -121,15 +128,22 @@ def _sharded(setup: Setup, common: float, experts: float) -> float:
     return common / layout.zero_ranks + experts / max(1, layout.zero_ranks * setup.expert_replicas // layout.num_replicas)
 
 
-@lru_cache(maxsize=4096)
 def peaks_in_flight(schedule: str, num_ranks: int, num_microbatches: int, chunks: int) -> tuple[float, ...]:
     """Per rank, the most stage activations that are kept at once, counted in the schedule itself."""
     if num_ranks == 1:
         return (1.0,)
-    m = min(num_microbatches, 4 * num_ranks)  # the peak does not grow once the pipeline has been full
     if schedule == "gpipe":
         return (float(num_microbatches),) * num_ranks
-    return tuple(float(peak) for peak in in_flight(build(schedule, num_ranks, m + m % 2, chunks=chunks)))
+    # The peak does not grow any more once the pipeline has been full; interleaved schedules fill it with a first round, of P or a few more.
+    m = num_microbatches + num_microbatches % 2
+    if m > 2 * num_ranks:
+        m = 2 * (len(rounds(num_ranks, m)[0]) if schedule.startswith("interleaved") else num_ranks)
+    return _counted_peaks(schedule, num_ranks, m, chunks)
+
+
+@lru_cache(maxsize=4096)
+def _counted_peaks(schedule: str, num_ranks: int, num_microbatches: int, chunks: int) -> tuple[float, ...]:
+    return tuple(float(peak) for peak in in_flight(build(schedule, num_ranks, num_microbatches, chunks=chunks)))
 
 
 def block_bytes(setup: Setup, policy: Policy, *, moe: bool) -> float:

@@ -107,12 +107,18 @@ def pair_seconds(forward: float, backward_input: float, weight: float, all_to_al
     return overlapped(Costs(layer=layer, layers=num_layers, all_to_all_bandwidth=1.0), num_layers=num_layers)
 
 
-@lru_cache(maxsize=4096)
 def pairs_per_microbatch(schedule: str, num_ranks: int, num_microbatches: int) -> float:
-    """Overlapped pairs of a rank in the mean, as a share of its forwards."""
+    """Overlapped pairs of a rank in the mean, as a share of its forwards: all but a number that does not depend on the micro-batches."""
     if num_microbatches < 2 * num_ranks:
         return 0.0
-    table = build(schedule, num_ranks, num_microbatches).table
+    return 1 - _alone(schedule, num_ranks) / num_microbatches
+
+
+@lru_cache(maxsize=1024)
+def _alone(schedule: str, num_ranks: int) -> float:
+    """Micro-batches of a rank's share whose forward has no partner, in the mean over the ranks."""
+    m = 2 * num_ranks
+    table = build(schedule, num_ranks, m).table
     pairs = sum(work.kind == "FB" for row in table for work in row)
     forwards = sum(op.kind == "F" for row in table for work in row for op in work.ops)
-    return pairs / forwards
+    return m * (1 - pairs / forwards)

@@ -17,7 +17,7 @@ from quintet.cost.architecture import Architecture
 from quintet.errors import SpecError, UsageError
 from quintet.plan.memory import rank_memory
 from quintet.plan.setup import Precision, Setup
-from quintet.plan.software import Software
+from quintet.plan.software import Software, generation
 from quintet.plan.step_time import step_time
 from quintet.spec.cluster import CATALOGUE, Cluster
 from quintet.spec.layout import Layout
@@ -62,8 +62,11 @@ class Published:
     cluster: Cluster
     tokens_per_second: float
     """Per device."""
-    family: str
-    """Generation of the software: source and release."""
+
+    @property
+    def family(self) -> str:
+        """Generation of the software."""
+        return self.setup.software.name
 
     @property
     def moe(self) -> bool:
@@ -75,7 +78,7 @@ class NotDescribed(Exception):
     """The row does not say enough, or says what the planner does not model."""
 
 
-def read(path: Path, *, software: Software) -> tuple[list[Published], list[tuple[Row, str]]]:
+def read(path: Path) -> tuple[list[Published], list[tuple[Row, str]]]:
     """The runs of a table and, for each row that is left out, the reason. Raises UsageError for a file that is no such table."""
     try:
         with path.open(newline="") as file:
@@ -88,15 +91,15 @@ def read(path: Path, *, software: Software) -> tuple[list[Published], list[tuple
     found, left_out = [], []
     for row in rows:
         try:
-            found.append(published(row, software=software))
+            found.append(published(row))
         except (NotDescribed, SpecError) as reason:
             left_out.append((row, str(reason)))
     return found, left_out
 
 
-def published(row: Row, *, software: Software) -> Published:
+def published(row: Row) -> Published:
     """One row. Raises NotDescribed, or SpecError where it breaks a rule."""
-    architecture = _architecture(row)
+    architecture, cluster, name = _architecture(row), _cluster(row), family(row)
     layout, schedule, chunks = _layout(row)
     sequence = _whole(row, "seq")
     batch = _number(row, "global_batch") or (_number(row, "micro_batch") or 0) * layout.dp
@@ -122,15 +125,15 @@ def published(row: Row, *, software: Software) -> Published:
         recompute=_recompute(row["recompute"].lower()),
         mtp=_mtp(row, architecture, sequence),
         gradient_bytes=2 if re.search("NVIDIA", row["source"]) else 4,  # their recipes reduce gradients in bf16
-        software=_traits(software, notes),
+        software=_traits(generation(name, device=cluster.gpu.name), notes),
         megatron="DeepSeek" not in row["source"],
     )
     speed = _tokens_per_second(row, setup, int(batch))
     if "DeepSeek" in row["source"]:  # the report tells what was recomputed, and a second paper times the same run
         setup = replace(setup, recompute="selective")
     elif not row["recompute"]:
-        setup = _fitting(setup, _cluster(row), some_layers="MaxText" not in row["overlap_notes"])
-    return Published(row=row, setup=setup, cluster=_cluster(row), tokens_per_second=speed, family=family(row))
+        setup = _fitting(setup, cluster, some_layers="MaxText" not in row["overlap_notes"])
+    return Published(row=row, setup=setup, cluster=cluster, tokens_per_second=speed)
 
 
 def _fitting(setup: Setup, cluster: Cluster, *, some_layers: bool) -> Setup:
@@ -158,7 +161,7 @@ def _traits(software: Software, notes: str) -> Software:
     if "token-drop" in notes or "maxtext" in notes:
         software = replace(software, waits_for_host=False)
     # DeepEP came into NVIDIA's recipes for V3-like models in the middle of 2025.
-    if re.search(r"hybridep|deepep|deepseek \"|arxiv 2412.19437|bridge|dgxc-benchmarking v25\.(0[7-9]|1)", notes):
+    if re.search(r"hybridep|deepep|dgxc-benchmarking v25\.(0[7-9]|1)", notes):
         software = replace(software, once_per_node=True)
     return software
 
@@ -174,8 +177,7 @@ FAMILIES = (
     (r"llm-foundry.*\|A100", "llm-foundry a100"),
     (r"llm-foundry", "llm-foundry h100"),
     (r"Zero Bubble", "zero-bubble"),
-    (r"SimuMax", "megatron b200"),
-    (r"nanotron", "nanotron"),
+    (r"SimuMax", "megatron b200 blackwell"),
     (r"torchtitan", "torchtitan"),
     (r"AutoModel", "automodel"),
     (r"long-sequence", "nemo 24"),

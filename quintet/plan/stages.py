@@ -160,6 +160,19 @@ class StageTime:
         return self.forward + self.input + self.weight + 2 * self.all_to_all + self.all_to_all_again
 
 
+def least_seconds(setup: Setup, found: Blocks) -> float:
+    """What no schedule can beat: the work of all layers, shared evenly by the pipeline's ranks, without any message between experts."""
+    a = setup.architecture
+    num_moe = a.num_moe_layers + (setup.num_mtp if a.num_experts else 0)
+    counted = (
+        (found.dense, a.num_layers - a.num_moe_layers + setup.num_mtp * (not a.num_experts)),
+        (found.moe, num_moe),
+        (found.head, 1 + setup.num_mtp),
+    )
+    work = sum(n * (time.compute_forward + time.compute_input + time.compute_weight) for time, n in counted)
+    return setup.num_microbatches * work / setup.layout.pp
+
+
 def stage_time(part: Part, found: Blocks, *, moe: bool) -> StageTime:
     """The sum over a stage's blocks; MTP modules are blocks like the last ones, each with logits of its own."""
     module = found.moe if moe else found.dense

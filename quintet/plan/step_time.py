@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
+from quintet.cost.architecture import Architecture
 from quintet.plan.pipeline_time import PipelineTime, pipeline_time
 from quintet.plan.rates import gather_seconds, send_seconds
 from quintet.plan.setup import SIZE, Setup
@@ -59,7 +61,8 @@ def step_time(setup: Setup, cluster: Cluster) -> Timed:
     layout, a = setup.layout, setup.architecture
     stages_per_rank = _stages_per_rank(setup)
     cut = parts(setup, found, num_stages=layout.pp * stages_per_rank)
-    stages = tuple(stage_time(part, found, moe=bool(a.num_experts)) for part in cut)
+    times = {part: stage_time(part, found, moe=bool(a.num_experts)) for part in set(cut)}
+    stages = tuple(times[part] for part in cut)
     stride = layout.num_ranks // layout.pp
     hop = send_seconds(cluster, setup.tokens / layout.tp * a.hidden_size * 2, stride=stride) if layout.pp > 1 else 0.0
     pipeline = pipeline_time(
@@ -93,23 +96,23 @@ def _stages_per_rank(setup: Setup) -> int:
 
 def weights_of(setup: Setup, part: Part) -> tuple[float, float]:
     """Weights that a rank of a stage holds: those that its replicas share, and of its routed experts."""
-    a, layout = setup.architecture, setup.layout
+    layout = setup.layout
+    return _weights(setup.architecture, part, layout.tp, layout.ep * layout.expert_tp)
+
+
+@lru_cache(maxsize=50_000)
+def _weights(a: Architecture, part: Part, tp: int, expert_ways: int) -> tuple[float, float]:
     common, experts = 0.0, 0.0
     for moe, num in ((False, part.num_dense), (True, part.num_moe), (bool(a.num_experts), part.num_mtp)):
         shared, routed = a.block_weights(moe=moe) if num else (0, 0)
-        common += num * _per_rank(setup, shared, moe=moe)
-        experts += num * routed / layout.ep / layout.expert_tp
+        # tp leaves norms, routers and down-projections of latents whole.
+        whole = 2 * a.hidden_size + sum(p.weights for p in (*a.attention, *(a.router if moe else ())) if p.split == "tokens")
+        common += num * (whole + (shared - whole) / tp)
+        experts += num * routed / expert_ways
     common += part.num_mtp * a.projection[0].weights
-    vocabulary = a.vocab_size * a.hidden_size / layout.tp
+    vocabulary = a.vocab_size * a.hidden_size / tp
     common += vocabulary * ((part.embedding or part.num_mtp > 0) + (part.head and not a.tie_embeddings))
     return common, experts
-
-
-def _per_rank(setup: Setup, weights: int, *, moe: bool) -> float:
-    """Weights of a layer that tp leaves to a rank: norms, routers and down-projections of latents stay whole."""
-    a, tp = setup.architecture, setup.layout.tp
-    whole = 2 * a.hidden_size + sum(p.weights for p in (*a.attention, *(a.router if moe else ())) if p.split == "tokens")
-    return whole + (weights - whole) / tp
 
 
 def _zero_seconds(setup: Setup, cluster: Cluster, cut: tuple[Part, ...], stages: tuple[StageTime, ...]) -> tuple[float, float]:
@@ -141,10 +144,7 @@ def _zero_seconds(setup: Setup, cluster: Cluster, cut: tuple[Part, ...], stages:
 def _optimizer_seconds(setup: Setup, cluster: Cluster, cut: tuple[Part, ...]) -> float:
     layout = setup.layout
     bandwidth = cluster.gpu.memory_bandwidth * setup.software.memory
-    most = 0.0
-    for held in ranks_of(setup.schedule, layout.pp, len(cut)):
-        common, experts = (sum(weights_of(setup, cut[stage])[i] for stage in held) for i in (0, 1))
-        if layout.zero:
-            common, experts = common / layout.num_replicas, experts / setup.expert_replicas
-        most = max(most, common + experts)
+    shards = (layout.num_replicas, setup.expert_replicas) if layout.zero else (1, 1)
+    own = {part: sum(n / ways for n, ways in zip(weights_of(setup, part), shards, strict=True)) for part in set(cut)}
+    most = max(sum(own[cut[stage]] for stage in held) for held in ranks_of(setup.schedule, layout.pp, len(cut)))
     return most * (OPTIMIZER_BYTES + 4 * setup.moments_bytes) / bandwidth

@@ -12,6 +12,7 @@ import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,13 @@ class Cluster:
             cluster = _SCALED[name](cluster, factor)
         return cluster
 
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
+
+    def __hash__(self) -> int:  # kept, because searches look these up many times
+        return self._hash
+
 
 _SCALED = {
     "link": lambda c, f: replace(c, link=replace(c.link, bandwidth=c.link.bandwidth * f)),
@@ -204,7 +212,7 @@ def _gpu(
     return Gpu(
         name=name,
         peak=rates(bf16 / 2 * TERA, bf16 * TERA, fp8 * TERA, nvfp4 * TERA),  # fp32 is TF32, which products of fp32 matrices may use
-        reachable=rates(reach, reach, fp8_reach, fp8_reach * 0.85),
+        reachable=rates(reach, reach, fp8_reach, fp8_reach * 0.75),
         memory_bytes=gigabytes * GIGA,
         memory_bandwidth=terabytes_per_second * TERA,
         sustained=sustained,
@@ -216,7 +224,7 @@ def _gpu(
 
 
 _A100 = _gpu(
-    "A100", bf16=312, reach=0.869, gigabytes=85.9, terabytes_per_second=2.04, cores=108, attention=AMPERE, sustained=0.9, watts=400, dollars=1.5
+    "A100", bf16=312, reach=0.869, gigabytes=85.9, terabytes_per_second=2.04, cores=108, attention=AMPERE, sustained=0.85, watts=400, dollars=1.5
 )
 _H100 = _gpu(
     "H100",
@@ -228,7 +236,7 @@ _H100 = _gpu(
     terabytes_per_second=3.35,
     cores=132,
     attention=HOPPER,
-    sustained=0.9,
+    sustained=0.906,
     watts=700,
     dollars=2.5,
 )
@@ -243,7 +251,7 @@ _B200 = _gpu(
     terabytes_per_second=7.7,
     cores=148,
     attention=BLACKWELL,
-    sustained=0.75,
+    sustained=0.716,
     watts=1000,
     dollars=4.5,
 )
@@ -258,7 +266,7 @@ _GB200 = _gpu(
     terabytes_per_second=8.0,
     cores=152,
     attention=BLACKWELL,
-    sustained=0.75,
+    sustained=0.716,
     watts=1200,
     dollars=5.0,
 )
@@ -272,7 +280,7 @@ _MI300X = _gpu(
     terabytes_per_second=5.3,
     cores=304,
     attention=CDNA3,
-    sustained=0.9,
+    sustained=0.85,
     watts=750,
     dollars=2.2,
 )
