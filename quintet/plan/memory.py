@@ -93,6 +93,8 @@ def _of_rank(
 ) -> RankMemory:
     layout, a = setup.layout, setup.architecture
     common, experts = (sum(both) for both in zip(*(weights_of(setup, part) for part in held), strict=True))
+    if any(part.embedding for part in held) and any(part.num_mtp and not part.embedding for part in held):
+        common -= a.vocab_size * a.hidden_size / layout.tp  # an MTP module on the first stage's rank reads its embedding (V3, 3.2.3)
     shared, whole = _sharded(setup, common, experts), common + experts
     modules = sum(part.num_mtp for part in held)
     num_moe = sum(part.num_moe for part in held) + (modules if a.num_experts else 0)
@@ -156,34 +158,45 @@ def block_bytes(setup: Setup, policy: Policy, *, moe: bool) -> float:
         again = 2 * a.hidden_size / tp  # the norms' outputs
         if a.kv_lora_rank is not None:
             again += (a.q_lora_rank or 0) + a.kv_lora_rank + a.num_heads * (2 * a.qk_head_dim + a.v_head_dim) / tp
-        kept -= BF16 * tokens * again
+        kept -= (1 if _low(setup) else BF16) * tokens * 2 * a.hidden_size / tp + BF16 * tokens * (again - 2 * a.hidden_size / tp)
     return kept
 
 
+def _low(setup: Setup) -> bool:
+    """Whether inputs of products are kept as they were cast: a byte each (V3, 3.3.3)."""
+    return setup.precision in ("fp8", "nvfp4")
+
+
+def _inner_bytes(setup: Setup, inner: float) -> float:
+    """Of a feed-forward's gate, up and product; in fp8 selective recomputation keeps gate and up in fp8, and no product (V3, 3.2.3, 3.3.3)."""
+    wide = (2 if setup.architecture.gated else 1) * inner
+    if not _low(setup):
+        return BF16 * (wide + inner)
+    return wide if setup.recompute == "selective" else BF16 * wide + inner
+
+
 def _full_bytes(setup: Setup, policy: Policy, *, moe: bool) -> float:
-    """The same without recomputation."""
-    a, tokens, tp, cp = setup.architecture, policy.tokens, policy.tp, policy.cp
+    """What is kept without recomputation."""
+    a, tokens, tp = setup.architecture, policy.tokens, policy.tp
+    low = _low(setup)
     heads, width = a.num_heads / tp, a.hidden_size / tp
+    cast = 1 if low else BF16
     if a.kv_lora_rank is None:
-        attention = 2 * width + heads * (a.qk_head_dim + a.v_head_dim) + a.num_kv_heads / tp * (a.qk_head_dim + a.v_head_dim)
+        kept = BF16 * (heads * a.qk_head_dim + a.num_kv_heads / tp * (a.qk_head_dim + a.v_head_dim)) + cast * heads * a.v_head_dim
     else:
         latents = 2 * ((a.q_lora_rank or 0) + a.kv_lora_rank) + a.qk_rope_head_dim
-        attention = 2 * width + latents + heads * (2 * a.qk_head_dim + 3 * a.v_head_dim)
-    inner = (3 if a.gated else 2) * (a.shared_ffn_size if moe else a.ffn_size) / tp
-    low = 0.0 if setup.precision in ("bf16", "fp32") else 1.0  # inputs of low-precision products are kept as they were cast
-    saved = low * (2 * width + heads * a.v_head_dim + inner / 3)
-    return tokens * (BF16 * (attention + 2 * width + inner) - saved + FP32 * (heads + 2 / tp)) + (_routed_bytes(setup, policy) if moe else 0)
+        outputs = 1 if low else 2  # our attention's output is kept a second time, as its kernel laid it out
+        kept = BF16 * (latents + heads * (2 * a.qk_head_dim + a.v_head_dim * (1 + outputs)))
+    kept += 2 * (BF16 + cast) * width + _inner_bytes(setup, (a.shared_ffn_size if moe else a.ffn_size) / tp) + FP32 * (heads + 2 / tp)
+    return tokens * kept + (_routed_bytes(setup, policy) if moe else 0)
 
 
 def _routed_bytes(setup: Setup, policy: Policy) -> float:
     """What the routed experts of one layer keep: rows, gate, up and product."""
     a = setup.architecture
-    if not a.num_experts:
-        return 0.0
     rows = policy.tokens * policy.expert_tp / policy.tp * a.experts_per_token
-    inner = (3 if a.gated else 2) * a.expert_ffn_size / policy.expert_tp
-    low = 0.0 if setup.precision in ("bf16", "fp32") else 1.0
-    return rows * (BF16 * (a.hidden_size + inner) - low * (a.hidden_size + inner / 3) + FP32 + 2 * INDEX)
+    row = (1 if _low(setup) else BF16) * a.hidden_size + _inner_bytes(setup, a.expert_ffn_size / policy.expert_tp)
+    return rows * (row + FP32 + 2 * INDEX)
 
 
 def _end_bytes(setup: Setup, part: Part) -> float:

@@ -100,6 +100,7 @@ GENERATIONS: dict[str, Software] = {
             0.94,
             cores=112 / 132,
             all_to_all=0.75,
+            tp_hidden=0.0,  # its communication cores are busy with all-to-alls
             launch=0.0,
             waits_for_host=False,
             once_per_node=True,

@@ -123,8 +123,9 @@ def _zero_seconds(setup: Setup, cluster: Cluster, cut: tuple[Part, ...], stages:
     for mine in {ranks[0], ranks[-1]}:
         common = sum(weights_of(setup, cut[stage])[0] for stage in mine)
         experts = sum(weights_of(setup, cut[stage])[1] for stage in mine)
-        backward = hidden * sum(stages[s].input + stages[s].weight + stages[s].all_to_all for s in mine)
-        forward = hidden * sum(stages[s].forward + stages[s].all_to_all for s in mine)
+        # All-to-alls take the same cards: only what they leave of the work hides anything.
+        backward = hidden * max(0.0, sum(stages[s].input + stages[s].weight - stages[s].all_to_all for s in mine))
+        forward = hidden * max(0.0, sum(stages[s].forward - stages[s].all_to_all for s in mine))
         replicas = setup.expert_replicas
         groups = ((common, layout.num_replicas, layout.tp), (experts, replicas, layout.num_replicas * layout.tp // replicas))
         reduce = sum(gather_seconds(cluster, setup.gradient_bytes * n, ranks=ranks, stride=stride) for n, ranks, stride in groups)
