@@ -209,14 +209,13 @@ def _attention(a: Architecture, policy: Policy, cluster: Cluster) -> tuple[float
 
 
 def _moved(a: Architecture, policy: Policy, cluster: Cluster, software: Software, *, moe: bool) -> tuple[float, float]:
-    """Seconds of norms, residuals, rotary embedding, activations, routing and casts, by the bytes that fused kernels read and write."""
+    """Seconds of norms, residuals, rotary embedding, activations and routing, by the bytes that fused kernels read and write."""
     width, tp, tokens = a.hidden_size, policy.tp, policy.tokens
     inner = a.shared_ffn_size if moe else a.ffn_size
     gate = 3 if a.gated else 2
     heads = a.num_heads * a.qk_head_dim + a.num_kv_heads * a.qk_head_dim
     forward = (10 * width + 2 * heads + gate * inner) / tp
     backward = (12 * width + 2 * heads + (gate + gate - 1) * inner) / tp
-    cast = (2 * width + a.num_heads * a.v_head_dim + inner) / tp
     if a.kv_lora_rank is not None:
         latents = (a.q_lora_rank or 0) + a.kv_lora_rank
         forward, backward = forward + 2 * latents + heads / tp, backward + 3 * latents + heads / tp
@@ -225,12 +224,9 @@ def _moved(a: Architecture, policy: Policy, cluster: Cluster, software: Software
         routed = 4 * width + gate * a.expert_ffn_size / policy.expert_tp
         forward += rows * routed + 4 * a.num_experts / tp
         backward += rows * (4 * width + (2 * gate - 1) * a.expert_ffn_size / policy.expert_tp) + 4 * a.num_experts / tp
-        cast += rows * (width + a.expert_ffn_size / policy.expert_tp)
     size = 4 if policy.precision == "fp32" else 2
-    # A cast reads bf16 and writes two copies of fp8, one of them transposed for the weight's gradient; backward casts gradients alike.
-    casts = 0.0 if policy.precision in ("bf16", "fp32") else 4.0 * cast * software.casts / software.moved
     bandwidth = cluster.gpu.memory_bandwidth * software.memory / software.moved
-    return tokens * (size * forward + casts) / bandwidth, tokens * (size * backward + 1.5 * casts) / bandwidth
+    return tokens * size * forward / bandwidth, tokens * size * backward / bandwidth
 
 
 def _tensor(a: Architecture, policy: Policy, cluster: Cluster, software: Software, *, moe: bool) -> tuple[float, float]:

@@ -34,7 +34,7 @@ FORMULAS = {
     "plus filling each tile ({ramp:.0f} bytes); not below bytes / memory bandwidth (plan/rates.py)",
     "block.grouped": "the same for {local} local experts with {rows:.4g} rows each",
     "block.attention": "2 x S/2 x H x (q + v) operations per token / (bf16 peak x {attention:.3g} x S / (S + {attention_half:.0f}))",
-    "block.moved": "bytes of norms, residuals, rotary embedding, activations, routing and casts of {tokens} tokens, x {moved} for what is not "
+    "block.moved": "bytes of norms, residuals, rotary embedding, activations and routing of {tokens} tokens, x {moved} for what is not "
     "fused, / {memory_rate:.4g} B/s",
     "block.launch": "kernels x {launch:.2g} s of the host: where experts wait for counts all of it shows, elsewhere what exceeds the work",
     "block.again": "recompute {recompute}: what backward computes again",
