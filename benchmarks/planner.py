@@ -3,8 +3,8 @@
     python benchmarks/planner.py [--runs FILE.csv] [--fit] [--leave-one-out] [--json FILE]
 
 `published_runs.csv` holds 891 published runs with their sources; another file with the same columns is judged alike, with nothing fitted to
-it. The planner's scalars are fitted (`--fit`) to a few dense runs: of each dense model, per generation of software and low or bf16 precision,
-the one run on fewest devices from 64 on. These runs are left out of every table. No mixture of experts is among
+it. The planner's scalars are fitted (`--fit`) to a few dense runs: of each dense model, per generation of software and low or bf16
+precision, the one run on fewest devices from 64 on. These runs are left out of every table. No mixture of experts is among
 them. `--leave-one-out` fits again without each model in turn, and tells the error on that model.
 
 The naive baseline gives every run the median share of peak of all others on the same kind of device in the same precision.
@@ -29,7 +29,7 @@ from quintet.plan.memory import rank_memory
 from quintet.plan.published import Published, read
 from quintet.plan.rehearse import rehearse
 from quintet.plan.setup import of_run
-from quintet.plan.software import GENERATIONS, Software, generation
+from quintet.plan.software import GENERATIONS, generation
 from quintet.plan.step_time import step_time
 from quintet.spec import parse
 from quintet.spec.cluster import CATALOGUE, named
@@ -65,7 +65,11 @@ def main() -> None:
     print(f"{len(runs)} runs described, {len(chosen)} of them for calibration, {len(left_out)} left out:")
     for reason, number in Counter(reason for _, reason in left_out).most_common():
         print(f"  {number:4}  {reason}")
-    told: dict[str, Any] = {"runs": len(runs), "calibration": [_name(run) for run in chosen], "left_out": dict(Counter(r for _, r in left_out))}
+    told: dict[str, Any] = {
+        "runs": len(runs),
+        "calibration": [_name(run) for run in chosen],
+        "left_out": dict(Counter(r for _, r in left_out)),
+    }
     used = in_use()
     told["scalars"] = used
     if given.fit:
@@ -90,7 +94,9 @@ def in_use() -> dict[str, float]:
     """Every fitted scalar, as the package holds it."""
     plain = GENERATIONS["plain"]
     values = {name: float(getattr(plain, name)) for name in SHARED}
-    values |= {device: next(CATALOGUE[c].gpu.sustained for c in CATALOGUE if CATALOGUE[c].gpu.name in names) for device, names in DEVICES.items()}
+    values |= {
+        device: next(CATALOGUE[c].gpu.sustained for c in CATALOGUE if CATALOGUE[c].gpu.name in names) for device, names in DEVICES.items()
+    }
     for name, software in GENERATIONS.items():
         if name not in ("plain", "deepseek"):
             values[f"pace {name}"] = software.pace

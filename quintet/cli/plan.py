@@ -8,10 +8,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import tomli_w
-import tyro
 from rich.console import Console, Group, RenderableType
 from rich.rule import Rule
 from rich.table import Table
@@ -22,7 +21,7 @@ from quintet.monitor.units import count, duration
 from quintet.plan import explain, page, presets
 from quintet.plan.estimate import Estimate, bounds, cost, estimate, goodput, terms, utilization
 from quintet.plan.rehearse import rehearse
-from quintet.plan.search import POLICIES, Found, Goal, Space, allowed, nearest_possible, scaling, search
+from quintet.plan.search import Found, Goal, Space, allowed, nearest_possible, scaling, search
 from quintet.plan.setup import Precision, Setup, of_run
 from quintet.plan.software import generation
 from quintet.schedule import NAMES
@@ -134,7 +133,9 @@ def plan(given: Arguments, run: Run, cluster: Cluster) -> Planned:
     if run.layout.num_ranks == cluster.num_gpus:
         own = estimate(base, cluster)
     else:
-        notes.append(f"the recipe's layout ({run.layout}) takes {run.layout.num_ranks:,} devices, not {cluster.num_gpus:,}: only the search is shown")
+        notes.append(
+            f"the recipe's layout ({run.layout}) takes {run.layout.num_ranks:,} devices, not {cluster.num_gpus:,}: only the search is shown"
+        )
     space = Space() if given.schedule is None else Space(schedules=((given.schedule, base.chunks),))
     found = Found() if given.alone else search(base, cluster, model=run.model, space=space, top=given.top, goal=given.goal)
     nearest = []
@@ -164,7 +165,9 @@ def _setup(given: Arguments, run: Run, cluster: Cluster) -> Setup:
     batch = given.batch if given.batch is not None else int(Curve.parse(phase.batch).peak)
     precision: Precision = run.train.precision if given.precision == "recipe" else given.precision
     if given.schedule is not None and given.schedule not in NAMES:
-        raise UsageError(f"--schedule {given.schedule!r} is not a schedule{did_you_mean(given.schedule, NAMES)}; schedules: {', '.join(NAMES)}")
+        raise UsageError(
+            f"--schedule {given.schedule!r} is not a schedule{did_you_mean(given.schedule, NAMES)}; schedules: {', '.join(NAMES)}"
+        )
     fits = run.layout.num_ranks == cluster.num_gpus
     if not fits:  # the search chooses its own; nothing of the layout is judged
         run = _with_layout(run, Layout())
@@ -183,8 +186,10 @@ def _setup(given: Arguments, run: Run, cluster: Cluster) -> Setup:
     chosen = make(given.schedule)
     if layout.pp > 1 and not allowed(chosen):
         raise SpecError(
-            f"--schedule {given.schedule} cannot run {chosen.num_microbatches} micro-batches over layout.pp ({layout.pp}): DualPipe needs twice as many "
-            f"as stages, interleaved schedules as many, and every stage a layer; change --batch, --train.micro-batch, --layout.pp or --schedule"
+            f"--schedule {given.schedule} cannot run {chosen.num_microbatches} micro-batches over layout.pp "
+            f"({layout.pp}): DualPipe needs twice as many "
+            f"as stages, interleaved schedules as many, and every stage a layer; change --batch, "
+            f"--train.micro-batch, --layout.pp or --schedule"
         )
     return chosen
 
@@ -199,9 +204,7 @@ def _scaling(run: Run, planned: Planned, given: Arguments) -> page.Scaling:
     assert best is not None
     sizes = sorted({2**i for i in range(4, 15)} | {planned.cluster.num_gpus})
     space = Space(schedules=(("1f1b", 1), ("zbv", 2), ("dualpipev", 2)), micro_batch=(1,), zero=(1,))
-    weak, strong = (
-        scaling(best.setup, run.model, planned.cluster, sizes=sizes, weak=weak, space=space) for weak in (True, False)
-    )
+    weak, strong = (scaling(best.setup, run.model, planned.cluster, sizes=sizes, weak=weak, space=space) for weak in (True, False))
     return page.Scaling(weak=weak, strong=strong)
 
 
@@ -276,7 +279,10 @@ def report(planned: Planned, run: Run, given: Arguments, sizes: page.Scaling | N
         parts.append(_time_table(own))
     if planned.found.best:
         found = planned.found
-        title = f"best of {found.num_layouts:,} legal layouts by {given.goal} ({found.num_estimated:,} combinations, {found.num_too_large:,} too large)"
+        title = (
+            f"best of {found.num_layouts:,} legal layouts by {given.goal} ({found.num_estimated:,} combinations, "
+            f"{found.num_too_large:,} too large)"
+        )
         parts += [Rule(title, align="left", style="dim"), _best_table(planned, tokens=tokens)]
         if own is None:
             parts += [_summary(found.best[0], tokens=tokens), _memory_table(found.best[0]), _time_table(found.best[0])]
@@ -289,7 +295,8 @@ def report(planned: Planned, run: Run, given: Arguments, sizes: page.Scaling | N
     if sizes:
         parts += [Rule("scaling", align="left", style="dim"), _scaling_table(sizes)]
     parts.append(
-        "[dim]Estimates: docs/planner.md tells how well they hold. Formulas: --explain time, --explain memory. Rank i of the pipeline holds "
+        "[dim]Estimates: docs/planner.md tells how well they hold. Formulas: --explain time, --explain memory. Rank "
+        "i of the pipeline holds "
         "stages by cost, not by number.[/dim]"
     )
     return Group(*parts)
@@ -302,20 +309,35 @@ def _summary(found: Estimate, *, tokens: float) -> RenderableType:
     rows.add_column(style="dim", no_wrap=True)
     rows.add_column()
     fits = "[green]fits[/green]" if found.fits else "[bold red]does not fit[/bold red]"
-    rows.add_row("layout", f"{setup.layout}, {_schedule(setup)}{setup.num_microbatches} micro-batches of {setup.micro_batch}, recompute {setup.recompute}, {setup.precision}")
-    rows.add_row("memory", f"{found.fullest.total / GIGA:.1f} GB on the fullest rank of {found.cluster.gpu.memory_bytes / GIGA:.1f}: {fits}")
-    rows.add_row("step", f"{found.seconds:.2f} s for {setup.batch_sequences:,} x {setup.sequence_length:,} tokens: {found.tokens_per_second:,.0f} tokens/s per device")
+    rows.add_row(
+        "layout",
+        f"{setup.layout}, {_schedule(setup)}{setup.num_microbatches} micro-batches of {setup.micro_batch}, recompute "
+        f"{setup.recompute}, {setup.precision}",
+    )
+    rows.add_row(
+        "memory", f"{found.fullest.total / GIGA:.1f} GB on the fullest rank of {found.cluster.gpu.memory_bytes / GIGA:.1f}: {fits}"
+    )
+    rows.add_row(
+        "step",
+        f"{found.seconds:.2f} s for {setup.batch_sequences:,} x {setup.sequence_length:,} tokens: "
+        f"{found.tokens_per_second:,.0f} tokens/s per device",
+    )
     rows.add_row(
         "MFU",
-        f"{used.mfu_causal:.1%} causal, {used.mfu_full:.1%} whole attention, of bf16's peak (without MTP); {used.mfu_own:.1%} of its own precision's, with MTP",
+        f"{used.mfu_causal:.1%} causal, {used.mfu_full:.1%} whole attention, of bf16's peak (without MTP); "
+        f"{used.mfu_own:.1%} of its own precision's, with MTP",
     )
-    rows.add_row("bound by", ", ".join(f"{name} {seconds / found.seconds:.0%}" for name, seconds in sorted(bounds(found).items(), key=lambda x: -x[1])[:4]))
+    rows.add_row(
+        "bound by",
+        ", ".join(f"{name} {seconds / found.seconds:.0%}" for name, seconds in sorted(bounds(found).items(), key=lambda x: -x[1])[:4]),
+    )
     rows.add_row("bubble", f"{found.bubble:.1%}{_rehearsed(found)}")
     rows.add_row("per 1T tokens", f"{per_trillion.device_hours:,.0f} device-hours, {duration(per_trillion.seconds)}")
     rows.add_row(
         f"{count(tokens)} tokens",
         f"{duration(whole.seconds)}, {whole.device_hours:,.0f} device-hours, ${whole.dollars:,.0f}, {whole.megawatt_hours:,.0f} MWh "
-        f"(goodput {good.share:.1%}: a failure every {duration(good.seconds_between_failures)}, a checkpoint every {duration(good.checkpoint_every)})",
+        f"(goodput {good.share:.1%}: a failure every {duration(good.seconds_between_failures)}, a checkpoint every "
+        f"{duration(good.checkpoint_every)})",
     )
     return rows
 
@@ -326,7 +348,10 @@ def _rehearsed(found: Estimate) -> str:
     if setup.layout.pp == 1 or setup.layout.pp * setup.num_microbatches * 6 > MOST_SIMULATED:
         return ""
     simulation = rehearse(found)
-    return f" (pipeline {found.timed.pipeline.total:.2f} s by closed form, {simulation.makespan:.2f} s simulated, mean bubble {simulation.mean_bubble:.1%})"
+    return (
+        f" (pipeline {found.timed.pipeline.total:.2f} s by closed form, {simulation.makespan:.2f} s simulated, "
+        f"mean bubble {simulation.mean_bubble:.1%})"
+    )
 
 
 def _memory_table(found: Estimate) -> Table:
@@ -356,7 +381,9 @@ def _best_table(planned: Planned, *, tokens: float) -> Table:
     for index, one in enumerate(planned.found.best):
         hours = cost(one, tokens=tokens).device_hours
         name, policy = str(index + 1), f"{_schedule(one.setup)}micro-batch {one.setup.micro_batch}, recompute {one.setup.recompute}"
-        table.add_row(name, str(one.setup.layout), f"{one.seconds:.2f}", f"{one.fullest.total / GIGA:.1f}", f"{one.bubble:.1%}", f"{hours:,.0f}")
+        table.add_row(
+            name, str(one.setup.layout), f"{one.seconds:.2f}", f"{one.fullest.total / GIGA:.1f}", f"{one.bubble:.1%}", f"{hours:,.0f}"
+        )
         table.add_row("", f"[dim]{policy}\n{_trade(one, best)}[/dim]")
     return table
 
@@ -372,7 +399,9 @@ def _trade(one: Estimate, best: Estimate) -> str:
     if one is best:
         return f"bound by {one.bound}"
     slower, memory = one.seconds / best.seconds - 1, (one.fullest.total - best.fullest.total) / GIGA
-    name, mine, theirs = next(((n, a, b) for n, a, b in explain.compare(one, best) if n.startswith("time.") and n != "time.total"), ("", 0.0, 0.0))
+    name, mine, theirs = next(
+        ((n, a, b) for n, a, b in explain.compare(one, best) if n.startswith("time.") and n != "time.total"), ("", 0.0, 0.0)
+    )
     term = f", {name.partition('.')[2].replace('_', ' ')} {mine - theirs:+.2f} s" if name else ""
     return f"{slower:+.1%} time, {memory:+.1f} GB{term}"
 
@@ -380,7 +409,8 @@ def _trade(one: Estimate, best: Estimate) -> str:
 def _nearest_line(what: str, one: Estimate) -> str:
     setup = one.setup
     return (
-        f"{what}: {setup.layout} ({setup.layout.num_ranks:,} devices), {setup.schedule}, micro-batch {setup.micro_batch}, recompute {setup.recompute}: "
+        f"{what}: {setup.layout} ({setup.layout.num_ranks:,} devices), {setup.schedule}, micro-batch "
+        f"{setup.micro_batch}, recompute {setup.recompute}: "
         f"{one.seconds:.2f} s, {one.fullest.total / GIGA:.1f} GB"
     )
 
@@ -389,7 +419,10 @@ def _tightest(planned: Planned) -> str:
     one = planned.found.tightest
     if one is None:
         return ": no legal layout takes them"
-    return f"; the tightest needs {one.fullest.total / GIGA:.1f} GB of {planned.cluster.gpu.memory_bytes / GIGA:.1f}: {one.setup.layout}, recompute {one.setup.recompute}"
+    return (
+        f"; the tightest needs {one.fullest.total / GIGA:.1f} GB of "
+        f"{planned.cluster.gpu.memory_bytes / GIGA:.1f}: {one.setup.layout}, recompute {one.setup.recompute}"
+    )
 
 
 def _why_table(names: Sequence[str], planned: Planned) -> Table:
@@ -399,7 +432,9 @@ def _why_table(names: Sequence[str], planned: Planned) -> Table:
     table = _table("figure", *names, "difference")
     for name, first, second in explain.compare(one, other):
         scale = GIGA if name.startswith("memory") else 1.0
-        table.add_row(f"{name}, {'GB' if scale > 1 else 's'}", f"{first / scale:.3f}", f"{second / scale:.3f}", f"{(second - first) / scale:+.3f}")
+        table.add_row(
+            f"{name}, {'GB' if scale > 1 else 's'}", f"{first / scale:.3f}", f"{second / scale:.3f}", f"{(second - first) / scale:+.3f}"
+        )
     return table
 
 

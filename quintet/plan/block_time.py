@@ -1,4 +1,5 @@
-"""Seconds of one block of one micro-batch on a device, term by term: products, attention, moved bytes, launches, and each kind of message."""
+"""Seconds of one block of one micro-batch on a device, term by term: products, attention, moved bytes, launches, and each kind of
+message."""
 
 from __future__ import annotations
 
@@ -148,9 +149,18 @@ def rate(cluster: Cluster, precision: str, software: Software) -> float:
     return peak * share * gpu.sustained * software.cores
 
 
-def _three(rows: float, outputs: float, inputs: float, *, rate: float, cluster: Cluster, size: float, software: Software, count: int = 1) -> tuple[float, float, float]:
+def _three(
+    rows: float, outputs: float, inputs: float, *, rate: float, cluster: Cluster, size: float, software: Software, count: int = 1
+) -> tuple[float, float, float]:
     """Seconds of a product, of its input's gradient and of its weight's."""
-    more = {"rate": rate, "bandwidth": cluster.gpu.memory_bandwidth * software.memory, "cores": cluster.gpu.num_cores, "size": size, "count": count, "ramp": software.ramp}
+    more = {
+        "rate": rate,
+        "bandwidth": cluster.gpu.memory_bandwidth * software.memory,
+        "cores": cluster.gpu.num_cores,
+        "size": size,
+        "count": count,
+        "ramp": software.ramp,
+    }
     return (
         product_seconds(rows, outputs, inputs, **more),  # type: ignore[arg-type]
         product_seconds(rows, inputs, outputs, **more),  # type: ignore[arg-type]
@@ -168,7 +178,13 @@ def _products(
         outputs = p.outputs / tp if p.split == "columns" else p.outputs
         inputs = p.inputs / tp if p.split == "rows" else p.inputs
         f, i, w = _three(
-            rows, outputs, inputs, rate=rate(cluster, precision, software), cluster=cluster, size=max(1.0, SIZE[precision]), software=software
+            rows,
+            outputs,
+            inputs,
+            rate=rate(cluster, precision, software),
+            cluster=cluster,
+            size=max(1.0, SIZE[precision]),
+            software=software,
         )
         forward, backward, weight = forward + f, backward + i, weight + w
     return forward, backward, weight

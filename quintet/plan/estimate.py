@@ -169,16 +169,17 @@ def utilization(found: Estimate) -> Utilization:
 
 
 def goodput(found: Estimate) -> Goodput:
-    """With checkpoints as often as loses least, written by all ranks at once while the step waits, and half an interval lost per failure."""
+    """With checkpoints as often as loses least, written by all ranks at once while the step waits, and half an interval lost per
+    failure."""
     cluster, ranks = found.cluster, found.setup.layout.num_ranks
     between = YEAR / (cluster.failures_per_device_year * ranks) if cluster.failures_per_device_year else math.inf
     state = (STATE_BYTES - 2 * (4 - found.setup.moments_bytes)) * found.setup.architecture.parameters
     checkpoint = state / ranks / cluster.storage_bandwidth
     every = max(found.seconds, math.sqrt(2 * checkpoint * between)) if between < math.inf else math.inf
-    lost = (checkpoint / every if every < math.inf else 0.0) + (every / 2 + cluster.restart_seconds) / between if between < math.inf else 0.0
-    return Goodput(
-        seconds_between_failures=between, checkpoint_seconds=checkpoint, checkpoint_every=every, share=1 / (1 + lost)
+    lost = (
+        (checkpoint / every if every < math.inf else 0.0) + (every / 2 + cluster.restart_seconds) / between if between < math.inf else 0.0
     )
+    return Goodput(seconds_between_failures=between, checkpoint_seconds=checkpoint, checkpoint_every=every, share=1 / (1 + lost))
 
 
 def cost(found: Estimate, *, tokens: float) -> Cost:

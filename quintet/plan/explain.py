@@ -13,7 +13,8 @@ from quintet.plan.step_time import OPTIMIZER_BYTES, weights_of
 FORMULAS = {
     "time.forward": "M x seconds of the busiest rank's forward = {m} x sum over its layers of block.{{products, grouped, attention, moved, "
     "launch, tensor, ring}}; `block.*` holds those of one layer (plan/block_time.py)",
-    "time.input_gradient": "the same of the gradients of inputs: M = {m} x sum of block.{{products_input, grouped_input, attention_backward, "
+    "time.input_gradient": "the same of the gradients of inputs: M = {m} x sum of "
+    "block.{{products_input, grouped_input, attention_backward, "
     "moved_backward, launch_backward, again, tensor_backward, ring_backward}}",
     "time.weight_gradient": "M = {m} x sum over layers of block.{{products_weight, grouped_weight}}",
     "time.all_to_all": "M = {m} x layers with experts x 2 (dispatch + combine), and once more where recompute ({recompute}) repeats them; "
@@ -22,9 +23,11 @@ FORMULAS = {
     "overlapped); a pair takes {pair:.4g} s",
     "time.bubble": "the formula of {schedule} with P = {p}: {bubble_formula}, of the mean rank's F, B = I + W, W and pair F&B "
     "(plan/formulas.py)",
-    "time.p2p": "2 (P-1) = {hops} hops of the first and last micro-batch, and in an interleaved pipeline {p2p_shown:.0%} of 2 M v = {looped} "
+    "time.p2p": "2 (P-1) = {hops} hops of the first and last micro-batch, and in an interleaved pipeline "
+    "{p2p_shown:.0%} of 2 M v = {looped} "
     "messages of T/tp x D x 2 bytes = {message:.4g}",
-    "time.gradients": "ZeRO {zero}: {gradient_bytes} bytes x weights of the rank ({common:.4g} shared by {replicas} replicas, {experts:.4g} of "
+    "time.gradients": "ZeRO {zero}: {gradient_bytes} bytes x weights of the rank ({common:.4g} shared by {replicas} "
+    "replicas, {experts:.4g} of "
     "experts by {expert_replicas}), reduced over links that hold {near} of the group; minus {zero_hidden:.0%} of a backward",
     "time.weights": "ZeRO {zero}: 2 bytes x the same weights, gathered; minus {zero_hidden:.0%} of a forward",
     "time.optimizer": "(weights of the rank's shard) x ({optimizer_bytes} + 2 x 2 x {moments} bytes) / {memory_rate:.4g} B/s",
@@ -40,14 +43,16 @@ FORMULAS = {
     "block.again": "recompute {recompute}: what backward computes again",
     "block.tensor": "gathers and scatters of {tokens} tokens over tp = {tp}, {tp_shown:.0%} of them shown",
     "block.ring": "what a ring step's message takes longer than its attention, x (cp - 1), cp = {cp}",
-    "block.dispatch": "{tokens}/tp tokens to other domains {once}, D = {hidden}, at {network:.4g} B/s x {all_to_all}; inside one at {link:.4g} B/s",
+    "block.dispatch": "{tokens}/tp tokens to other domains {once}, D = {hidden}, at {network:.4g} B/s x "
+    "{all_to_all}; inside one at {link:.4g} B/s",
     "block.combine": "the same way back, in bf16",
     "memory.weights": "2 bytes x {weights:.6g} weights of the fullest rank{shard3}",
     "memory.gradients": "{gradient_bytes} bytes x {weights:.6g}, a share of it from ZeRO 2 on",
     "memory.master_weights": "4 bytes x weights, of which ZeRO keeps one in {replicas} (experts: one in {expert_replicas})",
     "memory.moments": "2 x {moments} bytes x the same share",
     "memory.gathered": "ZeRO 3: whole weights and gradients of two layers",
-    "memory.activations": "{in_flight:.3g} micro-batches of the rank's share in flight, counted in the schedule {schedule}, x {layers} layers x "
+    "memory.activations": "{in_flight:.3g} micro-batches of the rank's share in flight, counted in the schedule "
+    "{schedule}, x {layers} layers x "
     "{layer_bytes:.4g} bytes that a layer keeps under recompute {recompute} (plan/memory.py, cost/activations.py), and what losses keep",
     "memory.recomputation": "what one layer holds besides while backward computes it again",
     "memory.logits": "logits in bf16 and fp32 and their gradient, of the tokens of a loss chunk, vocabulary / tp",

@@ -58,9 +58,7 @@ BUBBLES = {
 """Schedule -> its bubble's formula."""
 
 
-def bubble_seconds(
-    name: str, *, num_ranks: int, chunks: int, forward: float, backward_input: float, weight: float, pair: float
-) -> float:
+def bubble_seconds(name: str, *, num_ranks: int, chunks: int, forward: float, backward_input: float, weight: float, pair: float) -> float:
     """Seconds that a rank idles in a step by the formula of the schedule `name`, one of BUBBLES."""
     p, f, w = num_ranks, forward, weight
     b = backward_input + w

@@ -3,8 +3,8 @@
 `cost.memory` counts a step of Quintet's own models on its runtime; this adds what a plan needs beyond it: every rank of a pipeline with as
 many micro-batches in flight as its schedule keeps, fp8, devices' own overhead, and transformers other than Quintet's.
 
-Elements that a layer keeps of a token for backward, with fused attention and without recomputation (t = tp, D hidden, F inner width, h heads
-of qk width q and value width v, g key-value heads, K experts per token):
+Elements that a layer keeps of a token for backward, with fused attention and without recomputation (t = tp, D hidden, F inner width, h
+heads of qk width q and value width v, g key-value heads, K experts per token):
 
     attention    D/t norm's input, D/t its output, (h q + g (q + v))/t, h v/t attention's output, and log-sum-exp
     latent       D/t, D/t, latents twice, h (2 q + v)/t, h v/t twice (`cost.activations`)
@@ -168,7 +168,8 @@ def _low(setup: Setup) -> bool:
 
 
 def _inner_bytes(setup: Setup, inner: float) -> float:
-    """Of a feed-forward's gate, up and product; in fp8 selective recomputation keeps gate and up in fp8, and no product (V3, 3.2.3, 3.3.3)."""
+    """Of a feed-forward's gate, up and product; in fp8 selective recomputation keeps gate and up in fp8, and no product (V3, 3.2.3,
+    3.3.3)."""
     wide = (2 if setup.architecture.gated else 1) * inner
     if not _low(setup):
         return BF16 * (wide + inner)

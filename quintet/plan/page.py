@@ -38,7 +38,8 @@ class Scaling:
 def page(chosen: Estimate, others: Sequence[Estimate], *, title: str, scaling: Scaling | None, notes: Sequence[str] = ()) -> str:
     """`chosen` in full, beside the other candidates."""
     parts = [
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style><h1>{escape(title)}</h1>',
+        f'<!doctype html><html lang="en"><meta '
+        f'charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style><h1>{escape(title)}</h1>',
         _summary(chosen),
         *(f"<p>{escape(note)}</p>" for note in notes),
         "<h2>Candidates</h2>",
@@ -60,25 +61,48 @@ def page(chosen: Estimate, others: Sequence[Estimate], *, title: str, scaling: S
 def _summary(found: Estimate) -> str:
     used, good, per_trillion = utilization(found), goodput(found), cost(found, tokens=1e12)
     rows = [
-        ("layout", f"{found.setup.layout}, {found.setup.schedule}, micro-batch {found.setup.micro_batch}, recompute {found.setup.recompute}"),
+        (
+            "layout",
+            f"{found.setup.layout}, {found.setup.schedule}, micro-batch {found.setup.micro_batch}, recompute {found.setup.recompute}",
+        ),
         ("step", f"{found.seconds:.3f} s, {found.tokens_per_second:,.0f} tokens/s per device"),
         ("MFU", f"{used.mfu_causal:.1%} causal, {used.mfu_full:.1%} full attention, against bf16; {used.mfu_own:.1%} against its own peak"),
-        ("memory", f"{found.fullest.total / GIGA:.1f} GB of {found.cluster.gpu.memory_bytes / GIGA:.1f}: {'fits' if found.fits else 'does not fit'}"),
+        (
+            "memory",
+            f"{found.fullest.total / GIGA:.1f} GB of {found.cluster.gpu.memory_bytes / GIGA:.1f}: "
+            f"{'fits' if found.fits else 'does not fit'}",
+        ),
         ("bubble", f"{found.bubble:.1%}"),
         ("bound by", found.bound),
-        ("goodput", f"{good.share:.1%}; a failure every {good.seconds_between_failures / 3600:,.1f} h, a checkpoint every {good.checkpoint_every:,.0f} s"),
+        (
+            "goodput",
+            f"{good.share:.1%}; a failure every {good.seconds_between_failures / 3600:,.1f} h, a checkpoint every "
+            f"{good.checkpoint_every:,.0f} s",
+        ),
         (
             "per trillion tokens",
             f"{per_trillion.device_hours:,.0f} device-hours, ${per_trillion.dollars:,.0f}, {per_trillion.megawatt_hours:,.0f} MWh",
         ),
     ]
-    return "<table>" + "".join(f"<tr><td>{escape(name)}</td><td style='text-align:left'>{escape(text)}</td></tr>" for name, text in rows) + "</table>"
+    return (
+        "<table>"
+        + "".join(f"<tr><td>{escape(name)}</td><td style='text-align:left'>{escape(text)}</td></tr>" for name, text in rows)
+        + "</table>"
+    )
 
 
 def _candidates(found: Sequence[Estimate]) -> str:
-    head = "<tr><th>layout</th><th>schedule</th><th>micro-batch</th><th>recompute</th><th>step</th><th>memory</th><th>bubble</th><th>bound by</th></tr>"
+    head = (
+        "<tr><th>layout</th><th>schedule</th><th>micro-batch</th><th>recompute</th><th>step</th><th>memory</th><th>bubble</th><th>bound by</th></tr>"""
+        "        "<tr><th>layout</th><th>schedule</th><th>micro-batch</th><th>recompute</th><th>step</th><th>memory</th><th>bubble</th><th>bound by</th></tr>""
+        "    head = "
+        ""<tr><th>layout</th><th>schedule</th><th>micro-batch</th><th>recompute</th><th>step</th><th>memory</th><th>bubble</th><th>bound by</th></tr>"
+    )
     rows = [
-        f"<tr><td>{escape(str(one.setup.layout))}</td><td>{one.setup.schedule}{' x' + str(one.setup.chunks) if one.setup.chunks > 1 else ''}</td>"
+        f"<tr><td>{escape(str(one.setup.layout))}</td><td>{one.setup.schedule}{' x' + str(one.setup.chunks) if one.setup.chunks > 1 else ''}</td>"""
+        f"        f"<tr><td>{escape(str(one.setup.layout))}</td><td>{one.setup.schedule}{' x' + str(one.setup.chunks) if one.setup.chunks > 1 else ''}</td>""
+        f"        "
+        f"f"<tr><td>{escape(str(one.setup.layout))}</td><td>{one.setup.schedule}{' x' + str(one.setup.chunks) if one.setup.chunks > 1 else ''}</td>"
         f"<td>{one.setup.micro_batch}</td><td>{one.setup.recompute}</td><td>{one.seconds:.3f} s</td>"
         f"<td>{one.fullest.total / GIGA:.1f} GB</td><td>{one.bubble:.1%}</td><td>{escape(one.bound)}</td></tr>"
         for one in found
@@ -103,11 +127,21 @@ def _terms(found: Estimate) -> str:
 
 
 def _assumptions(software: Software, found: Estimate) -> str:
-    rows = [(f"software {software.name}: {field.name}", str(getattr(software, field.name))) for field in fields(software) if field.name != "name"]
+    rows = [
+        (f"software {software.name}: {field.name}", str(getattr(software, field.name)))
+        for field in fields(software)
+        if field.name != "name"
+    ]
     gpu = found.cluster.gpu
     rows += [
-        (f"{gpu.name}: peak in bf16", f"{gpu.peak.bf16 / 1e12:,.0f} TFLOP/s, reachable {gpu.reachable.bf16:.1%}, sustained {gpu.sustained:.1%} of that"),
-        (f"{gpu.name}: link and network", f"{found.cluster.link.effective / GIGA:.0f} and {found.cluster.network.effective / GIGA:.0f} GB/s per device"),
+        (
+            f"{gpu.name}: peak in bf16",
+            f"{gpu.peak.bf16 / 1e12:,.0f} TFLOP/s, reachable {gpu.reachable.bf16:.1%}, sustained {gpu.sustained:.1%} of that",
+        ),
+        (
+            f"{gpu.name}: link and network",
+            f"{found.cluster.link.effective / GIGA:.0f} and {found.cluster.network.effective / GIGA:.0f} GB/s per device",
+        ),
         ("domain of fast links", f"{found.cluster.domain} devices"),
         ("failures", f"{found.cluster.failures_per_device_year} per device and year"),
         ("rent", f"${gpu.dollars_per_hour} per device-hour (assumed)"),
@@ -149,7 +183,10 @@ def memory_bars(found: Estimate) -> str:
             x += width
         body.append(_text(x + 4, y + 12, f"{rank.total / GIGA:.1f}"))
     bottom = 44 + row * len(found.memory)
-    body.append(f'<line x1="{left + capacity * scale:.1f}" x2="{left + capacity * scale:.1f}" y1="38" y2="{bottom}" stroke="#c33" stroke-dasharray="4 3"/>')
+    body.append(
+        f'<line x1="{left + capacity * scale:.1f}" x2="{left + capacity * scale:.1f}" y1="38" y2="{bottom}" '
+        f'stroke="#c33" stroke-dasharray="4 3"/>'
+    )
     x = 4.0
     for index, name in enumerate(names):
         at = 4 if x < WIDTH - 120 else 20
@@ -219,7 +256,9 @@ def roofline(found: Estimate) -> str:
     body.append(f'<polyline fill="none" stroke="#3f9b5f" stroke-width="2" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in corners)}"/>')
     for index, (name, intensity) in enumerate(points):
         x, y = at(intensity, min(peak, intensity * gpu.memory_bandwidth))
-        body.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="#e08a3c"><title>{name}: {intensity:.0f} operations per byte</title></circle>')
+        body.append(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="#e08a3c"><title>{name}: {intensity:.0f} operations per byte</title></circle>'
+        )
         body.append(_text(x - 4, y + 16 + 12 * (index % 4), name))
     return _svg(body)
 
@@ -241,6 +280,11 @@ def scaling_plot(scaling: Scaling) -> str:
         body.append(f'<polyline fill="none" stroke="{colour}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in placed)}"/>')
         for (x, y), (n, speed) in zip(placed, points[name], strict=True):
             body.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
-            body.append(_text(x + 6, y + (12 if name == "strong" else -6), f"{n:,}: {speed / 1e6:.2f}M" + (f" ({name})" if n == points[name][-1][0] else "")))
+            body.append(
+                _text(
+                    x + 6,
+                    y + (12 if name == "strong" else -6),
+                    f"{n:,}: {speed / 1e6:.2f}M" + (f" ({name})" if n == points[name][-1][0] else ""),
+                )
+            )
     return _svg(body)
-

@@ -74,7 +74,9 @@ def pipeline_time(
         weight=weight,
         pair=pair,
     )
-    own = {name: sum(getattr(stage, name) for stage in slowest) for name in ("forward", "input", "weight", "all_to_all", "all_to_all_again")}
+    own = {
+        name: sum(getattr(stage, name) for stage in slowest) for name in ("forward", "input", "weight", "all_to_all", "all_to_all_again")
+    }
     # On the way in and out every hop shows; while the pipeline is full, a loop's messages run beside its work as well as they can.
     looped = 2 * m * chunks * (1 - p2p_hidden) if schedule.startswith("interleaved") else 0.0
     shown = hop * (2 * (p - 1) + looped)

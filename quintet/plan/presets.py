@@ -67,7 +67,9 @@ def arithmetic(chosen: Preset) -> list[str]:
         return [f"{text} = {product:,} devices: as claimed"]
     lines = [f"{text} = {product:,} devices, not {chosen.devices:,}; planned on {product:,}"]
     if "SP4" in chosen.claim:
-        lines.append("sequence parallelism shares the ranks of tp, so SP4 beside TP8 is no degree of its own; as cp it would take four times as many")
+        lines.append(
+            "sequence parallelism shares the ranks of tp, so SP4 beside TP8 is no degree of its own; as cp it would take four times as many"
+        )
     return lines
 
 
@@ -81,15 +83,19 @@ def claims(found: Estimate) -> list[str]:
     shown = max(0.0, moved + step.overlap)
     low, high = CLAIMED_BUBBLE
     lines = [
-        f"{CLAIMED_MFU:.0%} MFU cannot hold: the best single product reaches {reachable:.1%} of the bf16 peak; estimated {used.mfu_causal:.1%} "
+        f"{CLAIMED_MFU:.0%} MFU cannot hold: the best single product reaches {reachable:.1%} of the bf16 peak; "
+        f"estimated {used.mfu_causal:.1%} "
         f"(causal) or {used.mfu_full:.1%} (whole attention matrix)"
     ]
     if found.setup.layout.pp > 1:
         stage = [sum(getattr(s, name) for s in found.timed.stages) / found.setup.layout.pp for name in ("forward", "input", "weight")]
-        plain = bubble_seconds("1f1b", num_ranks=found.setup.layout.pp, chunks=1, forward=stage[0], backward_input=stage[1], weight=stage[2], pair=0)
+        plain = bubble_seconds(
+            "1f1b", num_ranks=found.setup.layout.pp, chunks=1, forward=stage[0], backward_input=stage[1], weight=stage[2], pair=0
+        )
         verdict = "holds" if found.bubble <= high else "does not hold"
         lines.append(
-            f"a bubble of {low:.0%} to {high:.0%} {verdict} with {found.setup.schedule} and {found.setup.num_microbatches} micro-batches: estimated "
+            f"a bubble of {low:.0%} to {high:.0%} {verdict} with {found.setup.schedule} and "
+            f"{found.setup.num_microbatches} micro-batches: estimated "
             f"{found.bubble:.1%} (1F1B: {plain / (plain + found.setup.num_microbatches * sum(stage)):.1%})"
         )
     verdict = "holds" if shown / found.seconds <= CLAIMED_COMMUNICATION else "does not hold"

@@ -1,7 +1,7 @@
 """Published training runs, as a table of their columns, turned into setups: what the planner is held against.
 
-A row says what ran where; `read` leaves out what it cannot describe and says why. Shapes that the columns have no place for (widths of heads,
-shared experts, layers without experts) are those of the models' public configurations.
+A row says what ran where; `read` leaves out what it cannot describe and says why. Shapes that the columns have no place for (widths of
+heads, shared experts, layers without experts) are those of the models' public configurations.
 """
 
 from __future__ import annotations
@@ -32,9 +32,36 @@ SHAPES: tuple[tuple[str, Mapping[str, Any]], ...] = (
     (r"llama-?4-maverick", {"shared_ffn_size": 8192, "num_dense_layers": 24}),
     (r"llama-?4-scout", {"shared_ffn_size": 8192, "num_dense_layers": 0}),
     (r"qwen2-57b", {"shared_ffn_size": 20480, "ffn_size": 0, "num_dense_layers": 0}),
-    (r"deepseek-v3-16b|v2-lite|moonlight", dict(kv_lora_rank=512, qk_rope_head_dim=64, qk_head_dim=192, v_head_dim=128, shared_ffn_size=2816, num_dense_layers=1)),
-    (r"deepseek-v3", dict(q_lora_rank=1536, kv_lora_rank=512, qk_rope_head_dim=64, qk_head_dim=192, v_head_dim=128, shared_ffn_size=2048, num_dense_layers=3, groups_per_token=4, num_mtp_modules=1)),
-    (r"kimi-?k2", dict(q_lora_rank=1536, kv_lora_rank=512, qk_rope_head_dim=64, qk_head_dim=192, v_head_dim=128, shared_ffn_size=2048, num_dense_layers=1)),
+    (
+        r"deepseek-v3-16b|v2-lite|moonlight",
+        dict(kv_lora_rank=512, qk_rope_head_dim=64, qk_head_dim=192, v_head_dim=128, shared_ffn_size=2816, num_dense_layers=1),
+    ),
+    (
+        r"deepseek-v3",
+        dict(
+            q_lora_rank=1536,
+            kv_lora_rank=512,
+            qk_rope_head_dim=64,
+            qk_head_dim=192,
+            v_head_dim=128,
+            shared_ffn_size=2048,
+            num_dense_layers=3,
+            groups_per_token=4,
+            num_mtp_modules=1,
+        ),
+    ),
+    (
+        r"kimi-?k2",
+        dict(
+            q_lora_rank=1536,
+            kv_lora_rank=512,
+            qk_rope_head_dim=64,
+            qk_head_dim=192,
+            v_head_dim=128,
+            shared_ffn_size=2048,
+            num_dense_layers=1,
+        ),
+    ),
 )
 """Pattern of a model's name -> fields of its architecture that the columns do not hold. An empty one is not modelled."""
 
@@ -88,7 +115,8 @@ def read(path: Path) -> tuple[list[Published], list[tuple[Row, str]]]:
     missing = {"model", "gpu", "num_gpus", "hidden", "layers"} - set(rows[0] if rows else ())
     if missing:
         raise UsageError(f"{path} is no table of runs: its first line lacks {', '.join(sorted(missing))}")
-    found, left_out = [], []
+    found: list[Published] = []
+    left_out: list[tuple[Row, str]] = []
     for row in rows:
         try:
             found.append(published(row))
@@ -322,8 +350,7 @@ def _mtp(row: Row, a: Architecture, sequence: int) -> bool:
 
 def _tokens_per_second(row: Row, setup: Setup, batch: int) -> float:
     if speed := _number(row, "tokens_per_s_per_gpu"):
-        if setup.layout.num_ranks >= 1:
-            return speed
+        return speed
     if seconds := _number(row, "step_time_s"):
         return batch * setup.sequence_length / seconds / setup.layout.num_ranks
     if rate := _number(row, "tflops_per_gpu"):

@@ -12,8 +12,11 @@ TILES = ((128, 256), (256, 128), (128, 128))
 SMALL_TILE = 0.9
 """Rate of the smallest tile against the others."""
 
+
 @lru_cache(maxsize=200_000)
-def product_seconds(rows: float, outputs: float, inputs: float, *, rate: float, bandwidth: float, cores: int, size: float, ramp: float, count: int = 1) -> float:
+def product_seconds(
+    rows: float, outputs: float, inputs: float, *, rate: float, bandwidth: float, cores: int, size: float, ramp: float, count: int = 1
+) -> float:
     """Seconds of `count` products [rows, inputs] x [inputs, outputs] in one launch, with `rate` operations and `bandwidth` bytes per
     second at best, on `cores` cores, elements of `size` bytes: the larger of arithmetic and traffic.
 
@@ -57,7 +60,9 @@ def gather_seconds(cluster: Cluster, num_bytes: float, *, ranks: int, stride: in
     domains = math.ceil(ranks / near)
     seconds = num_bytes * (near - 1) / near / cluster.link.effective + _latency(cluster.link, near)
     if domains > 1:
-        seconds = max(seconds, num_bytes * (domains - 1) / domains / (near * cluster.network.effective)) + _latency(cluster.network, domains)
+        seconds = max(seconds, num_bytes * (domains - 1) / domains / (near * cluster.network.effective)) + _latency(
+            cluster.network, domains
+        )
     return seconds
 
 

@@ -65,12 +65,19 @@ class Found:
 
 
 def search(
-    base: Setup, cluster: Cluster, *, model: Model, space: Space | None = None, top: int = 5, goal: Goal = "time", progress: Callable[[int], None] | None = None
+    base: Setup,
+    cluster: Cluster,
+    *,
+    model: Model,
+    space: Space | None = None,
+    top: int = 5,
+    goal: Goal = "time",
+    progress: Callable[[int], None] | None = None,
 ) -> Found:
     """The best `top` setups that fit, of different layouts; `base` gives all that the search does not choose.
 
-    Of policies that differ only in recomputation, the first that fits is the fastest. A layout whose products alone take longer than the best
-    found so far by 30 % is passed over.
+    Of policies that differ only in recomputation, the first that fits is the fastest. A layout whose products alone take longer than the
+    best found so far by 30 % is passed over.
     """
     space, found = space or Space(), Found()
     best: dict[tuple[object, ...], Estimate] = {}
@@ -115,9 +122,7 @@ def layouts(model: Model, cluster: Cluster, base: Setup, space: Space) -> Iterat
                 for zero, split in itertools.product(space.zero, (1, tp) if tp > 1 and space.expert_tp else (1,)):
                     if zero >= 2 and pp > 1:  # each micro-batch would gather weights or reduce gradients again
                         continue
-                    layout = Layout(
-                        dp=dp, tp=tp, pp=pp, ep=ep, cp=cp, expert_tp=split, zero=zero, node_size=math.gcd(cluster.domain, n)
-                    )
+                    layout = Layout(dp=dp, tp=tp, pp=pp, ep=ep, cp=cp, expert_tp=split, zero=zero, node_size=math.gcd(cluster.domain, n))
                     if not broken_rules(layout, model, (length,)):
                         yield layout
 
@@ -203,7 +208,13 @@ def scaling(base: Setup, model: Model, cluster: Cluster, *, sizes: Iterable[int]
     for size in sizes:
         batch = max(1, round(per_device * size)) if weak else base.batch_sequences
         try:
-            best = search(replace(base, batch_sequences=batch, layout=Layout(), micro_batch=1), replace(cluster, num_gpus=size), model=model, space=space, top=1).best
+            best = search(
+                replace(base, batch_sequences=batch, layout=Layout(), micro_batch=1),
+                replace(cluster, num_gpus=size),
+                model=model,
+                space=space,
+                top=1,
+            ).best
         except SpecError:
             continue
         found += best

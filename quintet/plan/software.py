@@ -31,7 +31,7 @@ class Software:
     """Share of the memory's bandwidth that element-wise kernels reach."""
     moved: float = 1.71
     """Bytes that element-wise kernels move, as a factor on those of fully fused ones."""
-    ramp: float = 1.1e+03
+    ramp: float = 1.1e03
     """Bytes of a row or column that a core loads before it multiplies at full rate: an inner length of 128 in bf16, of 256 in fp8."""
     launch: float = 8e-6
     """Seconds of the host per kernel; what launching a layer takes longer than running it shows. 0 with CUDA graphs."""
@@ -106,8 +106,8 @@ GENERATIONS: dict[str, Software] = {
         ),
     )
 }
-"""By name. Paces are medians over few dense runs (`benchmarks/planner.py --fit`); DeepSeek's two figures, pace and all-to-alls, are from its
-published trace: 118.2 ms of work and 80.4 ms of all-to-alls in an overlapped pair of 4 + 4 layers, on 112 of 132 cores."""
+"""By name. Paces are medians over few dense runs (`benchmarks/planner.py --fit`); DeepSeek's two figures, pace and all-to-alls, are from
+its published trace: 118.2 ms of work and 80.4 ms of all-to-alls in an overlapped pair of 4 + 4 layers, on 112 of 132 cores."""
 
 
 def generation(name: str, *, device: str = "") -> Software:

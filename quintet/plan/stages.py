@@ -75,7 +75,9 @@ def parts(setup: Setup, found: Blocks, *, num_stages: int) -> tuple[Part, ...]:
     """Equally many layers per stage where they divide; or else a cut that keeps the busiest rank's work small."""
     a = setup.architecture
     if num_stages == 1:
-        return (Part(num_dense=a.num_layers - a.num_moe_layers, num_moe=a.num_moe_layers, num_mtp=setup.num_mtp, embedding=True, head=True),)
+        return (
+            Part(num_dense=a.num_layers - a.num_moe_layers, num_moe=a.num_moe_layers, num_mtp=setup.num_mtp, embedding=True, head=True),
+        )
     if a.num_layers % num_stages == 0:
         sizes = [a.num_layers // num_stages] * num_stages
     else:
@@ -91,9 +93,7 @@ def _part(setup: Setup, sizes: Sequence[int], stage: int) -> Part:
     dense = a.num_layers - a.num_moe_layers
     num_dense = max(0, min(end, dense) - begin)
     last = stage == len(sizes) - 1
-    return Part(
-        num_dense=num_dense, num_moe=end - begin - num_dense, num_mtp=setup.num_mtp if last else 0, embedding=stage == 0, head=last
-    )
+    return Part(num_dense=num_dense, num_moe=end - begin - num_dense, num_mtp=setup.num_mtp if last else 0, embedding=stage == 0, head=last)
 
 
 def _weight(time: BlockTime) -> float:

@@ -112,7 +112,9 @@ class Gpu:
             if not 0 < value < math.inf:
                 raise SpecError(f"gpu {self.name!r}: peak.{precision} ({value}) must be larger than 0 and finite, in operations per second")
             if share is None or not 0 < share <= 1:
-                raise SpecError(f"gpu {self.name!r}: reachable.{precision} ({share}) must lie above 0 and at most at 1: a share of the peak")
+                raise SpecError(
+                    f"gpu {self.name!r}: reachable.{precision} ({share}) must lie above 0 and at most at 1: a share of the peak"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +226,16 @@ def _gpu(
 
 
 _A100 = _gpu(
-    "A100", bf16=312, reach=0.869, gigabytes=85.9, terabytes_per_second=2.04, cores=108, attention=AMPERE, sustained=0.85, watts=400, dollars=1.5
+    "A100",
+    bf16=312,
+    reach=0.869,
+    gigabytes=85.9,
+    terabytes_per_second=2.04,
+    cores=108,
+    attention=AMPERE,
+    sustained=0.85,
+    watts=400,
+    dollars=1.5,
 )
 _H100 = _gpu(
     "H100",
@@ -355,7 +366,8 @@ def named(name: str, *, num_gpus: int) -> Cluster:
         cluster = CATALOGUE[key]
     else:
         raise UsageError(
-            f"no gpu {name!r} in the catalogue{did_you_mean(name.lower(), CATALOGUE)}; known: {', '.join(CATALOGUE)}; to define one, write a "
+            f"no gpu {name!r} in the catalogue{did_you_mean(name.lower(), CATALOGUE)}; known: "
+            f"{', '.join(CATALOGUE)}; to define one, write a "
             f"cluster.toml (`quintet plan --write-cluster cluster.toml --gpu h100` writes one to begin with) and give --gpu cluster.toml"
         )
     return replace(cluster, num_gpus=num_gpus)
