@@ -92,22 +92,24 @@ def _summary(found: Estimate) -> str:
 
 
 def _candidates(found: Sequence[Estimate]) -> str:
-    head = (
-        "<tr><th>layout</th><th>schedule</th><th>micro-batch</th><th>recompute</th><th>step</th><th>memory</th><th>bubble</th><th>bound by</th></tr>"""
-        "        "<tr><th>layout</th><th>schedule</th><th>micro-batch</th><th>recompute</th><th>step</th><th>memory</th><th>bubble</th><th>bound by</th></tr>""
-        "    head = "
-        ""<tr><th>layout</th><th>schedule</th><th>micro-batch</th><th>recompute</th><th>step</th><th>memory</th><th>bubble</th><th>bound by</th></tr>"
-    )
-    rows = [
-        f"<tr><td>{escape(str(one.setup.layout))}</td><td>{one.setup.schedule}{' x' + str(one.setup.chunks) if one.setup.chunks > 1 else ''}</td>"""
-        f"        f"<tr><td>{escape(str(one.setup.layout))}</td><td>{one.setup.schedule}{' x' + str(one.setup.chunks) if one.setup.chunks > 1 else ''}</td>""
-        f"        "
-        f"f"<tr><td>{escape(str(one.setup.layout))}</td><td>{one.setup.schedule}{' x' + str(one.setup.chunks) if one.setup.chunks > 1 else ''}</td>"
-        f"<td>{one.setup.micro_batch}</td><td>{one.setup.recompute}</td><td>{one.seconds:.3f} s</td>"
-        f"<td>{one.fullest.total / GIGA:.1f} GB</td><td>{one.bubble:.1%}</td><td>{escape(one.bound)}</td></tr>"
-        for one in found
-    ]
-    return f"<table>{head}{''.join(rows)}</table>"
+    names = ("layout", "schedule", "micro-batch", "recompute", "step", "memory", "bubble", "bound by")
+    rows = []
+    for one in found:
+        setup = one.setup
+        schedule = setup.schedule + (f" x {setup.chunks}" if setup.schedule.startswith("interleaved") else "")
+        cells = (
+            str(setup.layout),
+            schedule if setup.layout.pp > 1 else "",
+            str(setup.micro_batch),
+            setup.recompute,
+            f"{one.seconds:.3f} s",
+            f"{one.fullest.total / GIGA:.1f} GB",
+            f"{one.bubble:.1%}",
+            one.bound,
+        )
+        rows.append("".join(f"<td>{escape(cell)}</td>" for cell in cells))
+    head = "".join(f"<th>{name}</th>" for name in names)
+    return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
 
 
 def _timeline(found: Estimate) -> str:
