@@ -58,7 +58,8 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     given = arguments()
-    print(headline(circumstances()))
+    facts = circumstances()
+    print(headline(facts))
     runs, left_out = read(given.runs)
     chosen = calibration(runs) if given.runs == HERE / "published_runs.csv" else []
     held_out = [run for run in runs if run not in chosen]
@@ -83,8 +84,7 @@ def main() -> None:
     if given.leave_one_out:
         told["leave_one_out"] = leave_one_out(runs)
     told["deepseek"] = deepseek()
-    if given.json:
-        write_json(given.json, told)
+    write_json(given.json, facts, told)
 
 
 # ----------------------------------------------------------------------------------------------- scalars
@@ -236,29 +236,47 @@ def leave_one_out(runs: Sequence[Published]) -> dict[str, Any]:
     """Every scalar fitted again without a model, and the error on all its runs of 64 devices and more."""
     print("\nwithout the model in the fit                 runs   mean |error|   signed")
     told, start = {}, in_use()
+    every: list[float] = []
+    kinds: list[bool] = []
     for model in sorted({_model(run) for run in runs}):
         own = [r for r in runs if _model(r) == model and r.setup.layout.num_ranks >= MANY]
         if not own:
             continue
         scalars = fit(calibration([r for r in runs if _model(r) != model]), start, rounds=3)
         errors = [error(with_scalars(r, scalars)) for r in own]
+        every += errors
+        kinds += [own[0].moe] * len(errors)
         told[model] = {"runs": len(own), "mean": _mean(map(abs, errors)), "signed": _mean(errors)}
         print(f"  {model:42} {len(own):4}   {told[model]['mean']:12.1%}   {told[model]['signed']:+6.1%}", flush=True)
+    for kind, moe in (("all dense models", False), ("all mixtures of experts", True)):
+        errors = [error for error, is_moe in zip(every, kinds, strict=True) if is_moe == moe]
+        told[kind] = {"runs": len(errors), "mean": _mean(map(abs, errors)), "signed": _mean(errors)}
+        print(f"  {kind:42} {len(errors):4}   {told[kind]['mean']:12.1%}   {told[kind]['signed']:+6.1%}")
     return told
 
 
 def memory_errors(runs: Sequence[Published]) -> dict[str, Any]:
-    """Published memory of the fullest rank against the prediction with its margins."""
-    groups: dict[str, list[float]] = defaultdict(list)
+    """Published memory of the fullest rank against the prediction: what is counted, and with margins for framework and fragmentation."""
+    groups: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for run in runs:
         if text := run.row.get("memory_gb"):
-            unit = 2**30 if re.search("GiB|memory in GiB", run.row["overlap_notes"]) else 1e9
-            ranks = rank_memory(run.setup, step_time(run.setup, run.cluster).parts)
-            groups[run.family].append(max(rank.total for rank in ranks) / (float(text) * unit) - 1)
-    print("\nmemory of the fullest rank                   runs   mean |error|   signed")
+            unit = 2**30 if re.search("GiB", run.row["overlap_notes"]) else 1e9
+            fullest = max(rank_memory(run.setup, step_time(run.setup, run.cluster).parts), key=lambda rank: rank.total)
+            published = float(text) * unit
+            counted = fullest.total - fullest.framework - fullest.fragmentation
+            groups[run.family].append((counted / published - 1, fullest.total / published - 1))
+    print("\nmemory of the fullest rank                   runs   counted: mean |error|   signed   with margins   signed")
+    told = {}
     for name, errors in sorted(groups.items()):
-        print(f"  {name:42} {len(errors):4}   {_mean(map(abs, errors)):12.1%}   {_mean(errors):+6.1%}")
-    return {name: {"runs": len(e), "mean": _mean(map(abs, e)), "signed": _mean(e)} for name, e in groups.items()}
+        counted, margins = zip(*errors, strict=True)
+        told[name] = {
+            "runs": len(errors),
+            "counted": {"mean": _mean(map(abs, counted)), "signed": _mean(counted)},
+            "with_margins": {"mean": _mean(map(abs, margins)), "signed": _mean(margins)},
+        }
+        both = "   ".join(f"{_mean(map(abs, one)):12.1%}   {_mean(one):+6.1%}" for one in (counted, margins))
+        print(f"  {name:42} {len(errors):4}            {both}")
+    return told
 
 
 def deepseek() -> dict[str, Any]:

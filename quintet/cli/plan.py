@@ -15,6 +15,7 @@ from rich.console import Console, Group, RenderableType
 from rich.rule import Rule
 from rich.table import Table
 
+from quintet.cli.bar import Bar
 from quintet.cli.options import Overrides, Recipe, Switch, read_with_recipe
 from quintet.errors import SpecError, UsageError, did_you_mean
 from quintet.monitor.units import count, duration
@@ -109,7 +110,8 @@ def main(arguments: list[str]) -> int:
         given.write_cluster.write_text(tomli_w.dumps(_without_none(as_tree(cluster))))
         Console().print(f"wrote {given.write_cluster}", highlight=False)
         return 0
-    planned = plan(given, run, cluster)
+    with Bar("searching layouts"):
+        planned = plan(given, run, cluster)
     notes = [*(presets.arithmetic(chosen) if chosen else []), *planned.notes]
     if chosen and planned.own:
         notes += presets.claims(planned.own)
@@ -117,7 +119,8 @@ def main(arguments: list[str]) -> int:
     if given.explain:
         print(explain.explain(_candidate("recipe" if planned.own else "1", planned), given.explain))
         return 0
-    sizes = _scaling(run, planned, given) if given.scaling else None
+    with Bar("other sizes"):
+        sizes = _scaling(run, planned) if given.scaling else None
     if given.json:
         print(json.dumps(figures(planned, sizes), indent=2))
     else:
@@ -199,9 +202,10 @@ def _with_layout(run: Run, layout: Layout) -> Run:
     return replace(run, layout=layout)
 
 
-def _scaling(run: Run, planned: Planned, given: Arguments) -> page.Scaling:
+def _scaling(run: Run, planned: Planned) -> page.Scaling | None:
     best = planned.found.best[0] if planned.found.best else planned.own
-    assert best is not None
+    if best is None:
+        return None
     sizes = sorted({2**i for i in range(4, 15)} | {planned.cluster.num_gpus})
     space = Space(schedules=(("1f1b", 1), ("zbv", 2), ("dualpipev", 2)), micro_batch=(1,), zero=(1,))
     weak, strong = (scaling(best.setup, run.model, planned.cluster, sizes=sizes, weak=weak, space=space) for weak in (True, False))
@@ -295,9 +299,8 @@ def report(planned: Planned, run: Run, given: Arguments, sizes: page.Scaling | N
     if sizes:
         parts += [Rule("scaling", align="left", style="dim"), _scaling_table(sizes)]
     parts.append(
-        "[dim]Estimates: docs/planner.md tells how well they hold. Formulas: --explain time, --explain memory. Rank "
-        "i of the pipeline holds "
-        "stages by cost, not by number.[/dim]"
+        "[dim]Estimates: docs/planner.md tells how well they hold. Formulas: --explain time, --explain memory. Layers are "
+        "shared out among stages by their cost.[/dim]"
     )
     return Group(*parts)
 

@@ -137,9 +137,14 @@ def peaks_in_flight(schedule: str, num_ranks: int, num_microbatches: int, chunks
     if schedule == "gpipe":
         return (float(num_microbatches),) * num_ranks
     # The peak does not grow any more once the pipeline has been full; interleaved schedules fill it with a first round, of P or a few more.
-    m = num_microbatches + num_microbatches % 2
-    if m > 2 * num_ranks:
-        m = 2 * (len(rounds(num_ranks, m)[0]) if schedule.startswith("interleaved") else num_ranks)
+    m, p = num_microbatches, num_ranks
+    if schedule.startswith("interleaved"):
+        first = len(rounds(p, m)[0])
+        m = 2 * first if m > 2 * first and 2 * first < 3 * p else m
+    elif m > 2 * p:
+        m = 2 * p
+    elif schedule == "dualpipe":
+        m += m % 2
     return _counted_peaks(schedule, num_ranks, m, chunks)
 
 
