@@ -130,14 +130,14 @@ def _zero_seconds(setup: Setup, cluster: Cluster, cut: tuple[Part, ...], stages:
         groups = ((common, layout.num_replicas, layout.tp), (experts, replicas, layout.num_replicas * layout.tp // replicas))
         reduce = sum(gather_seconds(cluster, setup.gradient_bytes * n, ranks=ranks, stride=stride) for n, ranks, stride in groups)
         gather = sum(gather_seconds(cluster, SIZE["bf16"] * n, ranks=ranks, stride=stride) for n, ranks, stride in groups)
+        m = setup.num_microbatches
         if layout.zero == 0:
             shown = (max(0.0, 2 * reduce - backward), 0.0)
-        elif layout.zero == 1:
-            shown = (max(0.0, reduce - backward), max(0.0, gather - forward))
+        elif layout.zero == 3:  # gathered twice for every micro-batch, beside the same work that hides the gradients
+            left = max(0.0, backward - reduce)
+            shown = (m * max(0.0, reduce - backward), m * max(0.0, 2 * gather - forward - left))
         else:
-            m = setup.num_microbatches
-            weights = gather if layout.zero == 2 else m * 2 * gather
-            shown = (m * max(0.0, reduce - backward), max(0.0, weights - (m * (forward + backward) if layout.zero == 3 else forward)))
+            shown = ((m if layout.zero == 2 else 1) * max(0.0, reduce - backward), max(0.0, gather - forward))
         worst = max(worst, shown, key=sum)
     return worst
 
