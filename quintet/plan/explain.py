@@ -95,6 +95,7 @@ def _context(found: Estimate) -> dict[str, object]:
         "p": layout.pp,
         "recompute": setup.recompute,
         "schedule": setup.schedule,
+        "pair_waits": software.pair_waits,
         "pair": found.timed.pipeline.pair,
         "bubble_formula": BUBBLES[setup.schedule].format(v=per_rank),
         "hops": 2 * (layout.pp - 1),

@@ -34,7 +34,15 @@ class PipelineTime:
 
 
 def pipeline_time(
-    schedule: str, num_ranks: int, num_microbatches: int, stages: Sequence[StageTime], *, hop: float, chunks: int, p2p_hidden: float
+    schedule: str,
+    num_ranks: int,
+    num_microbatches: int,
+    stages: Sequence[StageTime],
+    *,
+    hop: float,
+    chunks: int,
+    p2p_hidden: float,
+    pair_waits: float = 1.0,
 ) -> PipelineTime:
     """`stages` are all stages in the order of the model, `chunks` of them on each rank; `hop` is a message to the next rank.
 
@@ -63,7 +71,7 @@ def pipeline_time(
     one_after_other = forward + backward_input + weight + 2 * all_to_all + again
     pair, saved = one_after_other, 0.0
     if schedule.startswith("dualpipe"):
-        pair = min(one_after_other, pair_seconds(forward, backward_input + again, weight, all_to_all))
+        pair = min(one_after_other, pair_waits * pair_seconds(forward, backward_input + again, weight, all_to_all))
         saved = pairs_per_microbatch(schedule, p, m) * m * (one_after_other - pair)
     bubble = bubble_seconds(
         schedule,

@@ -108,6 +108,7 @@ def _balanced(num_dense: int, num_moe: int, ranks: tuple[tuple[int, ...], ...], 
     total = num_dense + num_moe
     sums = list(accumulate([dense] * num_dense + [moe] * num_moe, initial=0.0))
     sizes = [(s + 1) * total // num_stages - s * total // num_stages for s in range(num_stages)]
+    least = 1 if num_stages + 2 <= total else 0  # embedding and head may have a stage for themselves where there are so many
 
     def loads(sizes: list[int]) -> list[float]:
         ends = list(accumulate(sizes, initial=0))
@@ -122,7 +123,7 @@ def _balanced(num_dense: int, num_moe: int, ranks: tuple[tuple[int, ...], ...], 
         moved = [
             (max(after), other, after)
             for give in ranks[busiest]
-            if sizes[give] > 1
+            if sizes[give] > least
             for take in ranks[min(range(len(ranks)), key=now.__getitem__)]
             if give != take
             for other in [[n - (s == give) + (s == take) for s, n in enumerate(sizes)]]

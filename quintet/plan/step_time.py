@@ -66,7 +66,14 @@ def step_time(setup: Setup, cluster: Cluster) -> Timed:
     stride = layout.num_ranks // layout.pp
     hop = send_seconds(cluster, setup.tokens / layout.tp * a.hidden_size * 2, stride=stride) if layout.pp > 1 else 0.0
     pipeline = pipeline_time(
-        setup.schedule, layout.pp, setup.num_microbatches, stages, hop=hop, chunks=stages_per_rank, p2p_hidden=setup.software.p2p_hidden
+        setup.schedule,
+        layout.pp,
+        setup.num_microbatches,
+        stages,
+        hop=hop,
+        chunks=stages_per_rank,
+        p2p_hidden=setup.software.p2p_hidden,
+        pair_waits=setup.software.pair_waits,
     )
     gradients, weights = _zero_seconds(setup, cluster, cut, stages)
     optimizer = _optimizer_seconds(setup, cluster, cut)

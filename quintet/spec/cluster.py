@@ -214,7 +214,7 @@ def _gpu(
     return Gpu(
         name=name,
         peak=rates(bf16 / 2 * TERA, bf16 * TERA, fp8 * TERA, nvfp4 * TERA),  # fp32 is TF32, which products of fp32 matrices may use
-        reachable=rates(reach, reach, fp8_reach, fp8_reach * 0.75),
+        reachable=rates(reach, reach, fp8_reach, fp8_reach * 0.85),
         memory_bytes=gigabytes * GIGA,
         memory_bandwidth=terabytes_per_second * TERA,
         sustained=sustained,
@@ -247,7 +247,7 @@ _H100 = _gpu(
     terabytes_per_second=3.35,
     cores=132,
     attention=HOPPER,
-    sustained=0.960,
+    sustained=0.974,
     watts=700,
     dollars=2.5,
 )
@@ -262,7 +262,7 @@ _B200 = _gpu(
     terabytes_per_second=7.7,
     cores=148,
     attention=BLACKWELL,
-    sustained=0.758,
+    sustained=0.769,
     watts=1000,
     dollars=4.5,
 )
@@ -277,7 +277,7 @@ _GB200 = _gpu(
     terabytes_per_second=8.0,
     cores=152,
     attention=BLACKWELL,
-    sustained=0.758,
+    sustained=0.769,
     watts=1200,
     dollars=5.0,
 )

@@ -32,7 +32,15 @@ def test_a_plan_tells_memory_time_cost_and_what_bounds_it(capsys: pytest.Capture
     monkeypatch.setenv("COLUMNS", "160")
     code, out, err = told(capsys, *QUICK, "--top", "2", "--why", "recipe", "1")
     assert (code, err) == (0, "")
-    for part in ("v3-16b on 8 x H100", "dp=8 ep=8 zero=1", "bound by", "device-hours", "seconds of a step", "why recipe and 1 differ", "best of"):
+    for part in (
+        "v3-16b on 8 x H100",
+        "dp=8 ep=8 zero=1",
+        "bound by",
+        "device-hours",
+        "seconds of a step",
+        "why recipe and 1 differ",
+        "best of",
+    ):
         assert part in out
 
 
@@ -104,7 +112,10 @@ def test_a_claimed_layout_is_held_against_its_claims(capsys: pytest.CaptureFixtu
         (("--alone", "--explain", "memory.al"), "no such figure"),
         (("--layout.tp", "3"), "must be divisible by layout.tp (3)"),
         (("--alone", "--why", "recipe", "9"), "'9' is no layout of this plan"),
-        (("--layout.pp", "4", "--layout.dp", "16", "--schedule", "dualpipe", "--batch", "64"), "cannot run 4 micro-batches over layout.pp (4)"),
+        (
+            ("--layout.pp", "4", "--layout.dp", "16", "--schedule", "dualpipe", "--batch", "64"),
+            "cannot run 4 micro-batches over layout.pp (4)",
+        ),
     ],
 )
 def test_what_contradicts_itself_is_refused_with_the_rule(

@@ -190,6 +190,15 @@ def test_a_page_shows_every_part(tmp_path: Path) -> None:
     found = estimate(setup_of(layout=Layout(dp=2, pp=4, ep=2, zero=1), schedule="zbv"), cluster)
     other = estimate(setup_of(layout=Layout(dp=8, ep=8, zero=1)), cluster)
     text = page(found, [other], title="a <plan>", scaling=Scaling(weak=[found], strong=[other]), notes=["a note"])
-    for part in ("a &lt;plan&gt;", "Memory of each pipeline rank", "rank 3", "zbv: 4 ranks", "Roofline", "Scaling", "a note", "Assumptions"):
+    for part in (
+        "a &lt;plan&gt;",
+        "Memory of each pipeline rank",
+        "rank 3",
+        "zbv: 4 ranks",
+        "Roofline",
+        "Scaling",
+        "a note",
+        "Assumptions",
+    ):
         assert part in text
     assert text.count("<svg") == text.count("</svg>") == 5

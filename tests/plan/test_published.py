@@ -129,7 +129,9 @@ def test_errors_on_published_runs_stay_within_what_the_docs_say(tmp_path: Path) 
         writer.writerows(rows[::4])
     runs, left_out = read(path)
     assert len(runs) > 80 and len(left_out) < 50
-    errors = {moe: [estimate(r.setup, r.cluster).tokens_per_second / r.tokens_per_second - 1 for r in runs if r.moe == moe] for moe in (0, 1)}
+    errors = {
+        moe: [estimate(r.setup, r.cluster).tokens_per_second / r.tokens_per_second - 1 for r in runs if r.moe == moe] for moe in (0, 1)
+    }
     assert statistics.mean(map(abs, errors[0])) < 0.055
     assert statistics.mean(map(abs, errors[1])) < 0.09
     assert abs(statistics.mean(errors[0])) < 0.03
