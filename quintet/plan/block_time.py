@@ -17,6 +17,8 @@ from quintet.spec.cluster import Cluster
 KERNELS = {"dense": (26, 44), "moe": (70, 110)}
 """Kernels of a block, forward and backward, that a host launches one by one: counted in traces of Megatron-style blocks, assumed alike."""
 
+LEAST_SECONDS = 3e-6
+"""That a kernel takes on the device however little it does; assumed."""
 KEPT_IN_BF16 = 0.15
 """Share of the products that training in nvfp4 leaves in bf16 (arXiv 2509.25149, section 3)."""
 
@@ -105,10 +107,11 @@ def block_time(a: Architecture, policy: Policy, cluster: Cluster, software: Soft
     scale = 1 / (software.pace * (1.0 if policy.precision in ("bf16", "fp32") else software.low_pace))
     tensor, ring = _tensor(a, policy, cluster, software, moe=moe), _ring(a, policy, cluster, attention, attention_backward)
     dispatch, combine = all_to_alls(a, policy, cluster, software) if moe else (0.0, 0.0)
-    forward = (products[0] + grouped[0] + attention + moved) * scale
-    backward = (sum(products[1:]) + sum(grouped[1:]) + attention_backward + moved_backward) * scale
     local = a.num_experts // policy.ep * software.kernels_per_expert if moe else 0.0
     kernels = tuple(n + times * local for n, times in zip(KERNELS["moe" if moe else "dense"], (1, 2), strict=True))
+    moved, moved_backward = moved + kernels[0] * LEAST_SECONDS, moved_backward + kernels[1] * LEAST_SECONDS
+    forward = (products[0] + grouped[0] + attention + moved) * scale
+    backward = (sum(products[1:]) + sum(grouped[1:]) + attention_backward + moved_backward) * scale
     waits = moe and software.waits_for_host
     launch, launch_backward = (n * software.launch - (0.0 if waits else own) for n, own in zip(kernels, (forward, backward), strict=True))
     launch, launch_backward = max(0.0, launch), max(0.0, launch_backward)

@@ -160,18 +160,20 @@ def published(row: Row) -> Published:
     if "DeepSeek" in row["source"]:  # the report tells what was recomputed, and a second paper times the same run
         setup = replace(setup, recompute="selective")
     elif not row["recompute"]:
-        setup = _fitting(setup, cluster, some_layers="MaxText" not in row["overlap_notes"])
+        setup = _fitting(setup, cluster, some_layers="MaxText" not in row["overlap_notes"], always_selective="NVIDIA" in row["source"])
     return Published(row=row, setup=setup, cluster=cluster, tokens_per_second=speed)
 
 
-def _fitting(setup: Setup, cluster: Cluster, *, some_layers: bool) -> Setup:
+def _fitting(setup: Setup, cluster: Cluster, *, some_layers: bool, always_selective: bool) -> Setup:
     """The least recomputation with which a run fits, without any margin, where a row does not tell what was recomputed."""
     capacity = cluster.gpu.memory_bytes
 
     def needed(tried: Setup) -> float:
         return max(rank.total - rank.margins for rank in rank_memory(tried, step_time(tried, cluster).parts))
 
-    for recompute in ("none", "selective") if setup.architecture.kv_lora_rank else ("none",):
+    # NVIDIA's recipes for latent attention compute its up-projections again whether or not memory asks for it.
+    policies: tuple[Recompute, ...] = ("none",) if setup.architecture.kv_lora_rank is None else ("none", "selective")
+    for recompute in policies[-1:] if always_selective else policies:
         if needed(tried := replace(setup, recompute=recompute)) <= capacity:
             return tried
     if not some_layers:

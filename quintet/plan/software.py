@@ -29,9 +29,9 @@ class Software:
     """Share of a single product's rate that a grouped product of the same shapes reaches, beyond what its tiles explain."""
     memory: float = 0.80
     """Share of the memory's bandwidth that element-wise kernels reach."""
-    moved: float = 1.585
+    moved: float = 1.294
     """Bytes that element-wise kernels move, as a factor on those of fully fused ones."""
-    ramp: float = 1444
+    ramp: float = 1190
     """Bytes of a row or column that a core loads before it multiplies at full rate: an inner length of 128 in bf16, of 256 in fp8."""
     launch: float = 8e-6
     """Seconds of the host per kernel; what launching a layer takes longer than running it shows. 0 with CUDA graphs."""
@@ -39,9 +39,9 @@ class Software:
     """Whether routing without dropped tokens makes the host wait for the device in every mixture of experts, so that launching shows."""
     kernels_per_expert: float = 6.0
     """Kernels that each local expert adds to a forward, and twice to a backward, where grouped products are not one kernel."""
-    tp_hidden: float = 0.407
+    tp_hidden: float = 0.480
     """Share of tensor-parallel messages that runs beside products."""
-    p2p_hidden: float = 0.866
+    p2p_hidden: float = 0.864
     """Share of an interleaved pipeline's messages that runs beside computation while it is full."""
     ep_hidden: float = 0.0
     """Share of all-to-alls that runs beside computation outside of DualPipe, whose overlap is simulated."""
@@ -77,30 +77,30 @@ GENERATIONS: dict[str, Software] = {
     found.name: found
     for found in (
         _generation("plain", 1.0),
-        _generation("megatron 2021", 1.040),
-        _generation("megatron 2023", 1.049),
-        _generation("megascale", 1.340),
-        _generation("zero-bubble", 1.001),
-        _generation("llm-foundry a100", 1.061),
-        _generation("llm-foundry h100", 0.757, 0.516),
-        _generation("maxtext", 1.005, 1.104, waits_for_host=False),
-        _generation("nemo 24", 0.977, 0.988, **_NVIDIA),
-        _generation("nemo 25", 0.994, 1.068, **_NVIDIA),
-        _generation("nemo 25 blackwell", 1.000, 0.895, **_NVIDIA),
-        _generation("bridge 25", 1.000, 0.955, once_per_node=True, **_NVIDIA),
-        _generation("bridge 25 blackwell", 1.000, 0.994, once_per_node=True, **_NVIDIA),
-        _generation("bridge 26", 1.000, 1.050, once_per_node=True, **_NVIDIA),
-        _generation("bridge 26 blackwell", 1.000, 1.076, once_per_node=True, **_NVIDIA),
-        _generation("megatron b200 blackwell", 0.811),
-        _generation("torchtitan", 0.522, 1.351),
-        _generation("automodel", 0.803, once_per_node=True),
-        _generation("primus", 1.049, 1.247),
+        _generation("megatron 2021", 1.015),
+        _generation("megatron 2023", 1.021),
+        _generation("megascale", 1.301),
+        _generation("zero-bubble", 0.983),
+        _generation("llm-foundry a100", 1.043),
+        _generation("llm-foundry h100", 0.749, 0.512),
+        _generation("maxtext", 1.012, 1.088, waits_for_host=False),
+        _generation("nemo 24", 0.977, 0.981, **_NVIDIA),
+        _generation("nemo 25", 0.997, 1.055, **_NVIDIA),
+        _generation("nemo 25 blackwell", 1.000, 0.892, **_NVIDIA),
+        _generation("bridge 25", 1.000, 0.948, once_per_node=True, **_NVIDIA),
+        _generation("bridge 25 blackwell", 1.000, 0.987, once_per_node=True, **_NVIDIA),
+        _generation("bridge 26", 1.000, 1.040, once_per_node=True, **_NVIDIA),
+        _generation("bridge 26 blackwell", 1.000, 1.063, once_per_node=True, **_NVIDIA),
+        _generation("megatron b200 blackwell", 0.812),
+        _generation("torchtitan", 0.517, 1.302),
+        _generation("automodel", 0.809, once_per_node=True),
+        _generation("primus", 1.036, 1.235),
         _generation(
             "deepseek",
-            0.98,
+            0.964,
             cores=112 / 132,
             all_to_all=0.724,
-            pair_waits=1.07,
+            pair_waits=1.08,
             tp_hidden=0.0,  # its communication cores are busy with all-to-alls
             launch=0.0,
             waits_for_host=False,
