@@ -26,6 +26,7 @@ COMMANDS = {
     "info": "describe a recipe, a run or a Hugging Face model",
     "verify": "prove that a layout computes what one device computes",
     "layout": "show who sits where in a layout, and what a rank holds",
+    "plan": "tell memory, time and cost of a run on a cluster, and the best layout",
     "schedule": "simulate and draw a pipeline schedule",
     "doctor": "tell what this machine can do, and what is missing",
 }
