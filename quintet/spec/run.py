@@ -244,9 +244,21 @@ class Checkpoint:
     """Newest checkpoints that are kept."""
     keep_every: int | None = None
     """Also keep each checkpoint whose step is a multiple of this."""
+    keep_best: int = 0
+    """Also keep so many with the lowest held-out loss, among those of steps that were evaluated."""
+    codec: Literal["planes", "raw"] = "planes"
+    """planes: floats coded without loss into about 5/6 of their bytes (fp32) or 2/3 (bf16); raw: as they are, for slow processors
+    before fast disks."""
+    background: bool = True
+    """Write while training goes on; it takes host memory for a copy of what each rank writes."""
+    tolerated_failures: int = 1
+    """Background saves that may fail one after the other before the run ends; each is told at once."""
 
     def __post_init__(self) -> None:
         _positive(self, "keep_last")
+        for name in ("keep_best", "tolerated_failures"):
+            if getattr(self, name) < 0:
+                raise SpecError(f"{name} ({getattr(self, name)}) must not be negative")
         for name in ("every", "keep_every"):
             if getattr(self, name) is not None:
                 _positive(self, name)
