@@ -61,7 +61,9 @@ def quintet(texts: list[str]) -> Keys:
     from quintet.data.texts import Texts
 
     raws = [text.encode() for text in texts]
-    return [row for group in _grouped(raws, _FINGERPRINTED_BYTES) for row in bands(Texts(group), ngram=NGRAM, bands=BANDS, rows=ROWS).tolist()]
+    return [
+        row for group in _grouped(raws, _FINGERPRINTED_BYTES) for row in bands(Texts(group), ngram=NGRAM, bands=BANDS, rows=ROWS).tolist()
+    ]
 
 
 def daft(texts: list[str]) -> Keys:
@@ -99,7 +101,8 @@ def datatrove(texts: list[str]) -> Keys:
         data = [Document(text=text, id=str(i)) for i, text in enumerate(texts)]
         MinhashDedupSignature(output_folder=f"{folder}/signatures", config=config, language="en").run(data, 0, 1)
         for bucket in range(BANDS):
-            MinhashDedupBuckets(input_folder=f"{folder}/signatures", output_folder=f"{folder}/buckets", config=config).run(None, bucket, BANDS)
+            stage = MinhashDedupBuckets(input_folder=f"{folder}/signatures", output_folder=f"{folder}/buckets", config=config)
+            stage.run(None, bucket, BANDS)
         cluster = MinhashDedupCluster(
             input_folder=f"{folder}/buckets", output_folder=f"{folder}/removed", config=config, save_cluster_id=True
         )
@@ -168,7 +171,16 @@ def main() -> None:
     threads = dict.fromkeys(("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "DAFT_NUM_THREADS"), "1")
     results = {}
     for name, python in peers.items():
-        words = ["--only", name, "--documents", str(arguments.documents), "--words", str(arguments.words), "--rounds", str(arguments.rounds)]
+        words = [
+            "--only",
+            name,
+            "--documents",
+            str(arguments.documents),
+            "--words",
+            str(arguments.words),
+            "--rounds",
+            str(arguments.rounds),
+        ]
         run = subprocess.run([python, __file__, *words], capture_output=True, text=True, env=dict(os.environ, **threads))
         if run.returncode:
             sys.exit(f"{name} failed:\n{run.stderr[-3000:]}")
