@@ -52,7 +52,7 @@ def test_prose_in_another_language_is_told(monkeypatch: pytest.MonkeyPatch) -> N
     values = rule.measure(Texts([english.encode(), german.encode()])).tolist()
     assert values[0] > rule.low == 0.65 and values[1] < 0.1
     assert language.rules_of(Quality(languages=("en",)), "code") == () and language.rules_of(Quality(), "prose") == ()
-    with pytest.raises(DataError, match="names xx.*known are"):
+    with pytest.raises(DataError, match=r"names xx.*known are"):
         language.confidence(Texts([b"x"]), ("xx",))
 
 
