@@ -11,10 +11,7 @@ loader of this format does. Shuffling is told by the distance in the source of d
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from startup import circumstances, headline, write_json
 
 from quintet.data.pack import Rows, permuted
 from quintet.data.shards import Shard, ShardWriter
@@ -77,6 +75,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    facts = circumstances("numpy", "torch")
     with tempfile.TemporaryDirectory() as folder:
         shard = write_shard(Path(folder) / "shard", arguments.tokens)
         count = max(shard.num_tokens // (arguments.batch * arguments.sequence_length), 1)
@@ -91,11 +90,10 @@ def main() -> None:
         rates = {name: tokens / statistics.median(times[1:]) / 1e6 for name, times in seconds.items()}
         result = {"mega_tokens_per_second": rates, "ratio": rates["loader"] / rates["memory map"], "tokens": tokens}
         result |= {"distance": distance(shard, length=arguments.sequence_length), "documents": shard.num_documents}
+    print(headline(facts))
     print(f"loader {rates['loader']:.0f} M tokens/s, memory map {rates['memory map']:.0f} M tokens/s, ratio {result['ratio']:.2f}; "
           f"neighbours lie {result['distance']:.3f} of the source apart")  # fmt: skip
-    if arguments.json:
-        told = {"date": time.strftime("%Y-%m-%d"), "load": os.getloadavg(), "command": sys.argv[1:]}
-        arguments.json.write_text(json.dumps(told | result, indent=2) + "\n")
+    write_json(arguments.json, facts, result)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -156,6 +157,11 @@ def main() -> None:
         name, corpus, tokenizer = arguments.only
         print(json.dumps(once(name, Path(corpus), Path(tokenizer))))
         return
+    from startup import circumstances, headline, write_json  # a peer's interpreter may lack what it imports
+
+    facts = circumstances("numpy", "tokenizers", "gigatoken")
+    facts["command"] = re.sub(r"(?<=--datatrove )\S+|(?<=--tokenizer )\S+", "PATH", facts["command"])
+    print(headline(facts))
     with tempfile.TemporaryDirectory() as folder:
         corpus, tokenizer = Path(folder) / "corpus", arguments.tokenizer or Path(folder) / "tokenizer.json"
         write_corpus(corpus, arguments.megabytes)
@@ -180,9 +186,7 @@ def main() -> None:
                 f"{name:20} {took:8.2f} s of CPU  {speed:7.2f} MB/s  {tokens:,} tokens, {rate:6.2f} M/s  quintet is {ratio:6.1f}x",
                 flush=True,
             )
-    if arguments.json:
-        told = {"date": time.strftime("%Y-%m-%d"), "load": os.getloadavg(), "bytes": size, "command": sys.argv[1:]}
-        arguments.json.write_text(json.dumps(told | {"results": results}, indent=2) + "\n")
+    write_json(arguments.json, facts, {"bytes": size, "results": results})
 
 
 def timed(python: str, name: str, corpus: Path, tokenizer: Path) -> dict[str, float]:
