@@ -327,9 +327,8 @@ def test_stages_are_cut_anew_by_their_times_and_the_run_is_the_same(run: Run, tm
     fates = quintet(run, tmp_path, "train", str(write_recipe(run, tmp_path / "r.toml")), before=slow)
     assert codes(fates) == [0, 0], fates
     told = " ".join(fates[0].told.split())
-    assert "layout.cut is (3, 3) from step 4 on" in told
     layout = parse.read(where(run) / "recipe.toml").layout
-    assert layout.cut is not None and layout.cut[0] < 4 and f"layout.cut is {layout.cut}" in told
+    assert layout.cut is not None and layout.cut[0] < 4 and f"layout.cut is {layout.cut} from step 4 on" in told
     assert_like(alone, run)
 
 
