@@ -7,7 +7,7 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from quintet.checkpoint.background import Failed
-from quintet.checkpoint.load import latest, list_checkpoints
+from quintet.checkpoint.load import candidates
 from quintet.cost.flops import flops_per_token
 from quintet.data.loader import Loader
 from quintet.data.prepare import Prepared, open_prepared
@@ -82,13 +82,10 @@ def resume(where: Path, *, sinks: Sink, ranks: Ranks | None = None, layout: Layo
     with directory.held(where) if ranks.is_lead else nullcontext():
         directory.refuse_other_tokenizer(Tokenizer.from_file(where / directory.TOKENIZER), prepared)
         told: list[str] = []
-        position, data = Position(), dict[str, int]()
-        root = where / directory.CHECKPOINTS
-        found = ranks.lead_first("newest checkpoint", lambda: _newest(root, told.append, verify_content=ranks.is_lead))
-        ranks.agree("checkpoint", found.name if found else "none")
+        paths = ranks.lead_first("checkpoints", lambda: candidates(where / directory.CHECKPOINTS, told.append))
+        ranks.agree("checkpoint", ", ".join(path.name for path in paths) or "none")
         session = _Session(run, where, prepared, sinks, device=device, ranks=ranks)
-        if found:
-            position, data = state.restore(found, session.built)
+        found, position, data = state.restore_newest(paths, session.built, report=told.append)
         session.enter(position.phase)
         if data:
             session.loader.restore(data)
@@ -101,11 +98,6 @@ def resume(where: Path, *, sinks: Sink, ranks: Ranks | None = None, layout: Layo
         for text in (*told, f"resumed from {found}" if found else "no checkpoint was written yet: beginning anew"):
             sinks.write(Message(text=text))
         return session.loop(position)
-
-
-def _newest(root: Path, report: Callable[[str], None], *, verify_content: bool) -> Path | None:
-    """The newest whole checkpoint; rank 0, which looks first, verifies every byte and moves what is damaged out of the others' sight."""
-    return latest(root, verify_content=verify_content, report=report) if list_checkpoints(root) else None
 
 
 @dataclass(frozen=True)
