@@ -33,6 +33,8 @@ _AHEAD = 4
 """Blocks of a thread that wait for it, or for the one who takes them."""
 _SMALL = 4096
 """Elements of a piece below which coding gains nothing worth its lengths."""
+_WORTH_ASKING = 1 << 16
+"""Bytes of a block below which the system reads ahead enough by itself."""
 _ROW = np.dtype([("length", "<u8"), ("digest", "u1", 32)])
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
@@ -185,7 +187,7 @@ class DataFiles:
 
     def will_read(self, piece: Piece, block: Block) -> None:
         """Let the system begin to read a block, as far as it can do that."""
-        if hasattr(os, "posix_fadvise"):
+        if block.length >= _WORTH_ASKING and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._fds[piece.file], block.offset, block.length, os.POSIX_FADV_WILLNEED)
 
     def stored(self, piece: Piece, block: Block, out: Bytes | None = None) -> Bytes:
