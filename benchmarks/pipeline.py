@@ -187,7 +187,7 @@ def deepseeks(name: str, setting: Setting, folder: Path) -> Step:
     class Stage(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner, self.free = _module(op, op, after=weight_gradient), _module(0.0, 0.0)
+            self.inner, self.free = (_module(seconds, op, after=weight_gradient) for seconds in (op, 0.0))
 
         def forward(self, x: Tensor) -> Tensor:
             return self.inner(x)  # type: ignore[no-any-return]

@@ -15,6 +15,7 @@ from quintet.errors import KEYBOARD_INTERRUPT, QuintetError, UsageError, did_you
 
 COMMANDS = {
     "prepare": "turn the text of a recipe into token shards, once",
+    "data": "say which quality rules a document passes, and why",
     "train": "train a model as a recipe says",
     "resume": "continue a run from its newest checkpoint",
     "generate": "continue a prompt with a trained model",
@@ -25,6 +26,7 @@ COMMANDS = {
     "info": "describe a recipe, a run or a Hugging Face model",
     "verify": "prove that a layout computes what one device computes",
     "layout": "show who sits where in a layout, and what a rank holds",
+    "plan": "tell memory, time and cost of a run on a cluster, and the best layout",
     "schedule": "simulate and draw a pipeline schedule",
     "doctor": "tell what this machine can do, and what is missing",
 }

@@ -9,9 +9,10 @@ and r_kv the latents' widths, p the rotary width):
     dense feed-forward, shared experts           D, and D      gather, scatter
     head, and again for each MTP module          D             gather; forward also two fp32 numbers per token, from each rank to all
 
-Under full recompute blocks run forward a second time, only that a dense block stops before its last scatter. What routed experts send
-with `expert_tp` depends on the rows that arrive: see `cost.expert_comm`. On the axis of sequences each mixture of experts sums its counts,
-sequences x experts in fp32, forward.
+Under full recompute blocks run forward a second time, only that a block whose split feed-forward is the last to run (dense; shared experts
+without a dispatch to other ranks) stops before its scatter. What routed experts send with `expert_tp` depends on the rows that arrive: see
+`cost.expert_comm`. On the axis of sequences the mixtures of experts sum their counts, sequences x experts in fp32, in one message behind
+forward.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def tensor_bytes(
     in_moe = share * element_bytes * (attention + 2 * width * bool(model.num_shared_experts))
     in_dense = share * element_bytes * (attention + 2 * width)
     blocks = moe_layers * in_moe + model.num_dense_layers * in_dense
-    again = blocks - model.num_dense_layers * share * element_bytes * width if recompute == "full" else 0
+    shared_last = model.num_shared_experts and layout.ep == layout.expert_tp == 1
+    stopping = model.num_dense_layers + (moe_layers if shared_last else 0)
+    again = blocks - stopping * share * element_bytes * width if recompute == "full" else 0
     outside = depths * 2 * share * element_bytes * width
     return Sent(
         forward=blocks + outside + depths * tokens * (layout.tp - 1) * 2 * FP32,
@@ -52,8 +55,9 @@ def sequence_bytes(model: Model, layout: Layout, *, sequences: int, recompute: R
     ranks = layout.cp * layout.tp
     moe_layers = model.num_moe_layers + (model.num_mtp_modules if num_mtp is None else num_mtp)
     counts = sequences * model.num_routed_experts
-    forward = moe_layers * (2 * FP32 * counts * (ranks - 1) // ranks)
+    ahead = 0
     if model.capacity_factor is not None:
         pieces = 2 if layout.cp > 1 and layout.tp % 2 else 1
-        forward += moe_layers * INDEX * counts * pieces * (ranks - 1)
-    return Sent(forward=forward, backward=forward if recompute == "full" else 0)
+        ahead = moe_layers * INDEX * counts * pieces * (ranks - 1)
+    together = 2 * FP32 * moe_layers * counts * (ranks - 1) // ranks
+    return Sent(forward=ahead + together, backward=ahead if recompute == "full" else 0)

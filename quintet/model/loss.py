@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quintet.model.moe import MoEStatistics
 from quintet.model.mtp import shifted
+from quintet.model.router import sequence_balance_loss
 from quintet.model.transformer import Transformer
 
 
@@ -90,7 +91,11 @@ def share_of_loss(
     none = torch.zeros((), device=targets.device)
     losses = [model.loss(states, targets[depth], chunk=chunk) / max(num_targets[depth], 1) for depth, states in enumerate(hidden)] or [none]
     mtp = torch.stack(losses[1:]).mean() if losses[1:] else none
-    balance = torch.stack([s.balance_loss for s in moe.values()]).sum() / num_sequences if moe else none
+    balance = none
+    if moe:
+        count = model.whole_count(torch.stack([statistics.count for statistics in moe.values()]))  # of all layers at once
+        affinity = torch.stack([statistics.affinity for statistics in moe.values()])
+        balance = sequence_balance_loss(count, affinity, model.model.num_experts_per_token) / num_sequences
     counts = torch.zeros(2, model.num_moe_layers, model.model.num_routed_experts, dtype=torch.int64, device=targets.device)
     for layer, statistics in moe.items():  # modules that did not run have no load
         counts[0, layer], counts[1, layer] = statistics.load, statistics.dropped

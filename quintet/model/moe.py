@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from quintet.model.crossing import Steps, straight
 from quintet.model.layers import FeedForward
-from quintet.model.router import Ahead, NothingAhead, Router, Routing, sequence_balance_loss, within_capacity
+from quintet.model.router import Ahead, NothingAhead, Router, Routing, count_choices, sum_affinities, within_capacity
 from quintet.ops.grouped_matmul import grouped_matmul
 from quintet.ops.permute import collect, sort_by_expert, spread, spread_gates
 from quintet.ops.pointwise import Kernels
@@ -24,11 +24,13 @@ from quintet.spec.model import Model
 @dataclass(frozen=True)
 class MoEStatistics:
     """Of one MoE layer and micro-batch: load [E] (tokens that chose each expert, int64), how many of these it had no capacity for [E], and
-    the balance loss summed over sequences (scalar); where sequences are shared out over ranks, this rank's share of each."""
+    what the balance loss is made of, count and affinity [B, E] (see router.count_choices, sum_affinities); where sequences are shared out
+    over ranks, this rank's share of each."""
 
     load: Tensor
     dropped: Tensor
-    balance_loss: Tensor
+    count: Tensor
+    affinity: Tensor
 
 
 class Experts(nn.Module):
@@ -69,8 +71,7 @@ def local_dispatch(
 
 
 class MixtureOfExperts(nn.Module):
-    """Shared plus routed experts. `dispatch` is a seam, and so are `whole_count`, which adds up counts [B, E] over the ranks that share
-    the sequences, and `ahead`."""
+    """Shared plus routed experts. `dispatch` is a seam, and so is `ahead`."""
 
     def __init__(self, model: Model, *, kernels: Kernels) -> None:
         super().__init__()
@@ -83,7 +84,6 @@ class MixtureOfExperts(nn.Module):
             else None
         )
         self.dispatch: Dispatch = local_dispatch
-        self.whole_count: Callable[[Tensor], Tensor] = lambda count: count
         self.ahead: Ahead = NothingAhead()
 
     def forward(self, x: Tensor) -> tuple[Tensor, MoEStatistics]:
@@ -97,12 +97,14 @@ class MixtureOfExperts(nn.Module):
         if self.model.capacity_factor is not None:
             routing = within_capacity(routing, x.shape[0], self.model.capacity_factor, ahead=self.ahead)
 
-        def beside() -> tuple[Tensor, ...]:
-            balance = sequence_balance_loss(routing.scores, x.shape[0], self.model.num_experts_per_token, whole_count=self.whole_count)
-            return (balance,) if self.shared is None else (balance, self.shared(tokens))
+        count = count_choices(routing.scores, x.shape[0], self.model.num_experts_per_token)
 
-        out, (balance, *shared), load = yield from self.dispatch(tokens, routing, self.experts, beside)
+        def beside() -> tuple[Tensor, ...]:
+            affinity = sum_affinities(routing.scores, x.shape[0])
+            return (affinity,) if self.shared is None else (affinity, self.shared(tokens))
+
+        out, (affinity, *shared), load = yield from self.dispatch(tokens, routing, self.experts, beside)
         for term in shared:
             out = out + term
         dropped = torch.zeros_like(load) if routing.dropped is None else routing.dropped
-        return out.view_as(x), MoEStatistics(load=load + dropped, dropped=dropped, balance_loss=balance)
+        return out.view_as(x), MoEStatistics(load=load + dropped, dropped=dropped, count=count, affinity=affinity)

@@ -91,6 +91,8 @@ class Transformer(nn.Module):
         self.in_steps = False
         """Whether `through` and `finish` can be set aside within blocks, which then are not called as modules."""
         self.head_loss: HeadLoss = local_head_loss
+        # The seam that adds up counts [layers, B, E] over the ranks that share the sequences.
+        self.whole_count: Callable[[Tensor], Tensor] = lambda count: count
 
     @property
     def head_weight(self) -> Tensor:

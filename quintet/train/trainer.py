@@ -19,6 +19,8 @@ from torch import Tensor
 
 from quintet.checkpoint.background import Failed
 from quintet.checkpoint.load import candidates
+from quintet.checkpoint.manifest import directory_name
+from quintet.cost.balance import recut
 from quintet.cost.flops import flops_per_token
 from quintet.data.loader import Loader
 from quintet.data.prepare import Prepared, open_prepared
@@ -38,7 +40,7 @@ from quintet.spec.layout import Layout
 from quintet.spec.run import Run
 from quintet.train import device as machine
 from quintet.train import directory, state
-from quintet.train.build import build
+from quintet.train.build import Built, build
 from quintet.train.foresee import require_microbatches
 from quintet.train.held_out import held_out_loss
 from quintet.train.state import Position
@@ -114,7 +116,7 @@ class _Session:
     def __init__(self, run: Run, where: Path, prepared: Prepared, sinks: Sink, *, device: torch.device, ranks: Ranks) -> None:
         self.run, self.where, self.prepared, self.sinks, self.device, self.ranks = run, where, prepared, sinks, device, ranks
         self.recorder = Recorder(ranks.mesh.rank, ranks.mesh["pp"].ranks, ranks.store)
-        self.built = build(run, ranks.mesh, device, on_message=lambda text: sinks.write(Message(text=text)), recorder=self.recorder)
+        self.built = self._build()
         self.saver = state.saver(where, run, seconds=ranks.seconds)
         self.held_out, self.held_out_step = math.nan, -1
         self.stretches = curriculum(run)
@@ -126,12 +128,22 @@ class _Session:
         torch.manual_seed(run.seed)  # whatever draws from the global generators, now or later, draws the same in every run of this seed
         self.enter(0)
 
+    def _build(self) -> Built:
+        return build(
+            self.run,
+            self.ranks.mesh,
+            self.device,
+            on_message=lambda text: self.sinks.write(Message(text=text)),
+            recorder=self.recorder,
+        )
+
     def enter(self, phase: int) -> None:
         """Make the loader and the curves of a phase; the loader stands at the beginning of the data."""
         self.stretch: Stretch = self.stretches[phase]
         self.curves = PhaseCurves(self.stretch.phase)
-        length = self.stretch.phase.sequence_length
-        self.loader = Loader(self.prepared, self.run.data, sequence_length=length, seed=self.run.seed)
+        here = self.stretch.phase
+        length = here.sequence_length
+        self.loader = Loader(self.prepared, self.run.data, sequence_length=length, seed=self.run.seed, mixture=here.weights)
         # Without and with MTP, which does not run while its weight is 0.
         flops = (flops_per_token(self.run.model, sequence_length=length, mtp=mtp).total for mtp in (False, True))
         self.meters = tuple(Meter(flops_per_token=count, peak_flops=self.peak_flops) for count in flops)
@@ -156,7 +168,11 @@ class _Session:
                     if due.evaluation and (not stopping or position.step == self.num_steps):
                         self._evaluate(position)
                     if due.checkpoint or stopping:
-                        self._save(position, wait=stopping or position.step == self.num_steps)
+                        last = stopping or position.step == self.num_steps
+                        adapting = self.run.train.adaptive and self.built.pipeline is not None and not last
+                        self._save(position, wait=last or adapting)
+                        if adapting:
+                            self._cut_anew(position)
                     self._tell_of_saves()
                 if stopping and position.step < self.num_steps:
                     return INTERRUPTED
@@ -243,6 +259,24 @@ class _Session:
         extras, rounded = state.extras(self.where, self.run), state.rounded(gathered)
         with _during(f"saving step {position.step}"):
             self.saver.save(gathered, step=position.step, extras=extras, rounded=rounded, wait=wait)
+
+    def _cut_anew(self, position: Position) -> None:
+        """Where it pays, cut the pipeline's stages by how long they took, and go on from the checkpoint that was just written."""
+        assert self.built.pipeline is not None
+        before, seconds = self.run.layout, self.built.pipeline.stage_seconds()
+        counts = None if seconds is None else recut(self.run.model, before, seconds)
+        if seconds is None or counts is None:
+            return
+        told = f"the slowest stage takes {max(seconds):.3f} s of {sum(seconds):.3f} s; layout.cut is {counts}"
+        self.sinks.write(Message(text=f"{told} from step {position.step + 1} on"))
+        self.run = replace(self.run, layout=replace(before, cut=counts))
+        self.ranks = replace(self.ranks, mesh=replace(self.ranks.mesh, layout=self.run.layout))
+        del self.built  # first, so that two never live
+        self.built = self._build()
+        state.restore(self.where / directory.CHECKPOINTS / directory_name(position.step), self.built)
+        self.saver.plan_anew()
+        if self.ranks.is_lead:
+            directory.rewrite_recipe(self.where, self.run)
 
     def _tell_of_saves(self) -> None:
         for told in self.saver.told():
