@@ -72,12 +72,15 @@ def _memory(run: Run) -> str | None:
     if on_cuda or there is None or run.layout.num_ranks > 1:
         return None
     lengths = [phase.sequence_length for phase in run.phases]
-    needed = step_memory(run.model, run.train, sequence_length=max(lengths)).total
+    memory = step_memory(run.model, run.train, sequence_length=max(lengths))
+    copied = memory.weights + memory.master_weights + memory.moments if run.checkpoint.background and run.checkpoint.every else 0
+    needed = memory.total + copied
     if needed <= there:
         return None
     return (
         f"a step needs about {num_bytes(needed)}, but this machine has {num_bytes(there)} of memory: it would be stopped there; choose a "
         "smaller model, train.micro_batch or sequence_length, or train.recompute = 'full'"
+        + (f", or checkpoint.background = false, which saves a copy of {num_bytes(copied)}" if copied else "")
     )
 
 

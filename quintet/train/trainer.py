@@ -7,7 +7,7 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +17,8 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from quintet.checkpoint.background import Failed, Saver
-from quintet.checkpoint.load import latest, list_checkpoints
+from quintet.checkpoint.background import Failed
+from quintet.checkpoint.load import candidates
 from quintet.checkpoint.manifest import directory_name
 from quintet.cost.balance import recut
 from quintet.cost.flops import flops_per_token
@@ -84,13 +84,10 @@ def resume(where: Path, *, sinks: Sink, ranks: Ranks | None = None, layout: Layo
     with directory.held(where) if ranks.is_lead else nullcontext():
         directory.refuse_other_tokenizer(Tokenizer.from_file(where / directory.TOKENIZER), prepared)
         told: list[str] = []
-        position, data = Position(), dict[str, int]()
-        root = where / directory.CHECKPOINTS
-        found = ranks.lead_first("newest checkpoint", lambda: _newest(root, told.append, verify_content=ranks.is_lead))
-        ranks.agree("checkpoint", found.name if found else "none")
+        paths = ranks.lead_first("checkpoints", lambda: candidates(where / directory.CHECKPOINTS, told.append))
+        ranks.agree("checkpoint", ", ".join(path.name for path in paths) or "none")
         session = _Session(run, where, prepared, sinks, device=device, ranks=ranks)
-        if found:
-            position, data = state.restore(found, session.built)
+        found, position, data = state.restore_newest(paths, session.built, report=told.append)
         session.enter(position.phase)
         if data:
             session.loader.restore(data)
@@ -103,11 +100,6 @@ def resume(where: Path, *, sinks: Sink, ranks: Ranks | None = None, layout: Layo
         for text in (*told, f"resumed from {found}" if found else "no checkpoint was written yet: beginning anew"):
             sinks.write(Message(text=text))
         return session.loop(position)
-
-
-def _newest(root: Path, report: Callable[[str], None], *, verify_content: bool) -> Path | None:
-    """The newest whole checkpoint; rank 0, which looks first, verifies every byte and moves what is damaged out of the others' sight."""
-    return latest(root, verify_content=verify_content, report=report) if list_checkpoints(root) else None
 
 
 @dataclass(frozen=True)
@@ -282,7 +274,7 @@ class _Session:
         del self.built  # first, so that two never live
         self.built = self._build()
         state.restore(self.where / directory.CHECKPOINTS / directory_name(position.step), self.built)
-        self.saver = Saver(self.saver.root, self.saver.settings, group=self.saver.group)
+        self.saver.plan_anew()
         if self.ranks.is_lead:
             directory.rewrite_recipe(self.where, self.run)
 

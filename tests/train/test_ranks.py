@@ -133,7 +133,7 @@ def test_a_signal_to_any_rank_stops_all_at_one_step_and_a_resume_is_the_same_bit
 
 
 def test_a_rank_that_is_killed_ends_the_others_and_a_resume_on_another_layout_goes_on(run: Run, tmp_path: Path) -> None:
-    run = replace(on(run, Layout(dp=2, zero=2)), checkpoint=Checkpoint(every=4))
+    run = replace(on(run, Layout(dp=2, zero=2)), checkpoint=Checkpoint(every=4, background=False))
     alone = replace(run, layout=Layout(), directory=str(tmp_path / "alone"))
     assert train(alone) == DONE
     recipe = str(write_recipe(run, tmp_path / "r.toml"))
@@ -260,6 +260,22 @@ def test_a_disk_that_is_full_on_one_rank_ends_all_with_one_message_and_the_check
     assert "".join(fate.told for fate in fates).count("on rank 1 failed: No space left on device") == 1
     assert steps_of(run) == [4]
     assert codes(quintet(run, tmp_path, "resume", str(where(run)))) == [0, 0]
+
+
+def test_ranks_pass_over_a_checkpoint_in_which_one_of_them_finds_damage(run: Run, tmp_path: Path) -> None:
+    run = replace(on(run, Layout(dp=2, zero=2)), checkpoint=Checkpoint(every=4), train=replace(run.train, steps=8))
+    assert codes(quintet(run, tmp_path, "train", str(write_recipe(run, tmp_path / "r.toml")))) == [0, 0]
+    assert steps_of(run) == [4, 8]
+    damaged = where(run) / "checkpoints" / "step-00000008" / "data-00001.bin"
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 16
+    damaged.write_bytes(content)
+    longer = write_recipe(replace(run, train=replace(run.train, steps=9)), where(run) / "recipe.toml")
+    fates = quintet(run, tmp_path, "resume", str(longer.parent))
+    assert codes(fates) == [0, 0]
+    told = "".join(fate.told for fate in fates)
+    assert told.count("passed over a damaged checkpoint") == 1 and "data-00001.bin is damaged" in told.replace("\n", " ")
+    assert [record.step for record in records(run)] == [*range(1, 10)] and steps_of(run)[-1] == 9
 
 
 def test_rank_0_that_is_killed_while_it_prepares_ends_the_others(run: Run, tmp_path: Path) -> None:
