@@ -202,3 +202,10 @@ def test_a_page_shows_every_part(tmp_path: Path) -> None:
     ):
         assert part in text
     assert text.count("<svg") == text.count("</svg>") == 5
+
+
+def test_fp32_holds_its_weights_once_and_keeps_twice_the_activations() -> None:
+    layout = Layout(dp=8, ep=8, zero=1)
+    bf16, fp32 = (estimate(setup_of(layout=layout, precision=p), named("h100", num_gpus=8)).memory[0] for p in ("bf16", "fp32"))
+    assert fp32.weights == 2 * bf16.weights and fp32.master_weights == 0
+    assert fp32.activations == pytest.approx(2 * bf16.activations, rel=0.05)
