@@ -39,6 +39,7 @@ from quintet.cost.traffic import Rows, step_traffic
 from quintet.data.loader import Batch
 from quintet.parallel import collectives
 from quintet.parallel.collectives import Group
+from quintet.parallel.expert import AllToAllDispatch, Route
 from quintet.parallel.mesh import make_mesh
 from quintet.spec import parse
 from quintet.spec.curriculum import Settings
@@ -75,13 +76,14 @@ REPEATS = 5
 
 
 def run_of(recipe: Path, text: str, *, sequences: int, precision: str = "bf16") -> Run:
-    """The recipe on a layout written as "dp=2 zero=1 recompute=full", with micro-batches of half a rank's sequences. Raises SpecError."""
+    """The recipe on a layout written as "dp=2 zero=1 recompute=full", with micro-batches of half a rank's sequences or `micro_batch`.
+    Raises SpecError."""
     run, given = parse.read(recipe), dict(part.split("=", 1) for part in text.split())
-    recompute = given.pop("recompute", "none")
-    layout = Layout(**{name: int(value) for name, value in given.items()})  # type: ignore[arg-type]
+    recompute, micro_batch = given.pop("recompute", "none"), int(given.pop("micro_batch", "0"))
+    layout = Layout(**{name: value if name == "schedule" else int(value) for name, value in given.items()})  # type: ignore[arg-type]
     require_legal(layout, run.model, [run.phases[0].sequence_length])
     changes: dict[str, Any] = {"recompute": recompute, "precision": precision}
-    micro_batch = max(-(-sequences // layout.dp) // 2, 1)
+    micro_batch = micro_batch or max(-(-sequences // layout.dp) // 2, 1)
     return replace(run, layout=layout, train=replace(run.train, micro_batch=micro_batch, compile=False, device="cpu", **changes))
 
 
@@ -113,15 +115,32 @@ class Trainee:
 
 
 def step_worker(task: Mapping[str, Any]) -> dict[str, Any]:
-    """Bytes and calls by axis of the second step, the load, and the bytes that the loopback device sent meanwhile."""
+    """Bytes and calls by axis of the second step, the rows for each rank of ep, and the bytes that the loopback device sent meanwhile."""
     trainee = Trainee(run_of(Path(task["recipe"]), task["layout"], sequences=task["sequences"]), sequences=task["sequences"])
     trainee.step()
+    trainee.built.parameters.finish_gathering()
     groups = trainee.built.mesh.groups
     before = {axis: (group.traffic.num_bytes, group.traffic.num_calls) for axis, group in groups.items()}
-    load, wire = _on_the_wire(trainee.step)
+    noted = _note_rows()
+    _, wire = _on_the_wire(lambda: (trainee.step(), trainee.built.parameters.finish_gathering()))
+    times = 2 if trainee.run.train.recompute == "full" else 1  # recomputation sends the same rows again
     sent = {axis: group.traffic.num_bytes - before[axis][0] for axis, group in groups.items()}
     calls = {axis: group.traffic.num_calls - before[axis][1] for axis, group in groups.items()}
-    return {"sent": sent, "calls": calls, "load": load.sum(0).tolist(), "wire": wire}
+    return {"sent": sent, "calls": calls, "rows": [sum(to) // times for to in zip(*noted, strict=True)], "wire": wire}
+
+
+def _note_rows() -> list[tuple[int, ...]]:
+    """A list that gets the rows for each rank of ep whenever tokens are dispatched, from now on."""
+    noted: list[tuple[int, ...]] = []
+    prepare = AllToAllDispatch.prepare
+
+    def note(dispatch: AllToAllDispatch, experts: Tensor) -> Route:
+        route = prepare(dispatch, experts)
+        noted.append(route.sizes.send)
+        return route
+
+    AllToAllDispatch.prepare = note  # type: ignore[method-assign]
+    return noted
 
 
 def collectives_worker(task: Mapping[str, Any]) -> dict[str, Any]:
@@ -255,20 +274,18 @@ def _foretold(run: Run, rank: int, sequences: int, rows: Rows | None) -> dict[st
 
 
 def _rows(run: Run, found: Sequence[Mapping[str, Any]]) -> list[Rows]:
-    """The rows that each rank exchanged, by what its tokens chose."""
-    layout = run.layout
+    """The rows that each rank exchanged."""
+    layout, sent = run.layout, [rank["rows"] for rank in found]
+    if not sent[0]:
+        return [Rows(out=0, into=0)] * layout.num_ranks
 
-    def sent(source: int) -> list[int]:
-        """To each rank of the source's ep group."""
-        sharing = layout.group_of(source, "tp") if layout.expert_tp > 1 else (source,)
-        load = [sum(of) for of in zip(*(found[rank]["load"] for rank in sharing), strict=True)]
-        each = len(load) // layout.ep
-        return [sum(load[at * each : (at + 1) * each]) for at in range(layout.ep)]
+    def arriving(rank: int) -> int:
+        return sum(sent[source][layout.coordinates(rank).ep] for source in layout.group_of(rank, "ep"))
 
     def rows(rank: int) -> Rows:
-        at, own = layout.coordinates(rank).ep, sent(rank)
-        into = sum(sent(other)[at] for other in layout.group_of(rank, "ep") if other != rank)
-        return Rows(out=sum(own) - own[at], into=into)
+        own, here = sent[rank][layout.coordinates(rank).ep], arriving(rank)
+        sharing = layout.group_of(rank, "tp") if layout.expert_tp > 1 else (rank,)
+        return Rows(out=sum(sent[rank]) - own, into=here - own, here=here, there=sum(map(arriving, sharing)) - here)
 
     return [rows(rank) for rank in range(layout.num_ranks)]
 

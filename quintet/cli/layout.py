@@ -40,6 +40,7 @@ PURPOSES = {
     "tp_split": "weights that tp splits",
     "expert": "experts",
     "expert_split": "experts that expert_tp splits",
+    "both_ends": "the embedding, which the first and the last stage need",
 }
 
 
@@ -79,8 +80,9 @@ def figures(run: Run, rank: int, holding: Holding, *, seconds: float) -> dict[st
     """A layout and one of its ranks in plain values."""
     layout, length = run.layout, max(phase.sequence_length for phase in run.phases)
     memory = step_memory(
-        run.model, run.train, sequence_length=length, layout=layout, stage=layout.coordinates(rank).pp, moments=run.optimizer.moments
+        run.model, run.train, sequence_length=length, layout=layout, place=layout.coordinates(rank).pp, moments=run.optimizer.moments
     )
+    stages = layout.stages_at(layout.coordinates(rank).pp)
     return {
         "layout": asdict(layout),
         "num_ranks": layout.num_ranks,
@@ -92,7 +94,10 @@ def figures(run: Run, rank: int, holding: Holding, *, seconds: float) -> dict[st
             "node": rank // layout.node_size,
             "coordinates": asdict(layout.coordinates(rank)),
             "groups": {axis: group.ranks for axis, group in holding.groups.items() if _tells(axis, layout) and group.size > 1},
-            "stage": {**asdict(holding.stage), "layers": list(holding.stage.layers)},
+            "stages": {stage: list(held.layers) for stage, held in zip(stages, holding.part.stages, strict=True)},
+            "embedding": holding.part.embedding,
+            "head": holding.part.last,
+            "mtp": holding.part.last and run.model.num_mtp_modules > 0,
             "num_parameters": sum(math.prod(box.sizes) for box in holding.boxes.values()),
             "parameters": {name: asdict(box) for name, box in holding.boxes.items()},
             "held_bytes": {**asdict(holding.bytes), "total": holding.bytes.total},
@@ -107,12 +112,12 @@ def _tells(axis: str, layout: Layout) -> bool:
     """Whether an axis says something of its own: holders of which there are weights, and sequences that cp and tp both divide."""
     split, divided = layout.tp > 1, layout.ep > 1
     holders = {"tp_split": split, "expert": divided and layout.expert_tp == 1, "expert_split": divided and layout.expert_tp > 1}
-    others = {"stage": False, "world": False, "sequence": split and layout.cp > 1}
+    others = {"stage": False, "world": False, "sequence": split and layout.cp > 1, "both_ends": layout.arrangement in ("line", "loop")}
     return (holders | others).get(axis.partition(".")[0], True)
 
 
 def _group_figures(layout: Layout, axis: str) -> dict[str, Any]:
-    groups = layout.groups(axis)
+    groups = [group for group in layout.groups(axis) if len(group) > 1]  # of the ends of a pipeline, not of the places between
     nodes = [len(layout.nodes_of(ranks)) for ranks in groups]
     return {"count": len(groups), "size": len(groups[0]), "first": groups[0], "fewest_nodes": min(nodes), "most_nodes": max(nodes)}
 
@@ -137,18 +142,20 @@ def page(told: dict[str, Any], holding: Holding, *, in_full: bool) -> Renderable
         Rule("who sits where", align="left", style="dim"),
         _ranks_table(told["ranks"], layout),
         Rule(f"rank {rank['rank']}, built in {rank['seconds_to_build']:.1f} s", align="left", style="dim"),
-        f"node {rank['node']}; {_stage_text(holding, layout)}; {count(rank['num_parameters'])} parameters ({rank['num_parameters']:,})",
+        f"node {rank['node']}; {_stage_text(rank, layout)}; {count(rank['num_parameters'])} parameters ({rank['num_parameters']:,})",
     ]
     if in_full:
         parts += [_own_groups_table(rank["groups"], layout), _parameters_table(holding)]
     return Group(*parts, _bytes_table(rank))
 
 
-def _stage_text(holding: Holding, layout: Layout) -> str:
-    stage = holding.stage
-    layers = f"layers {stage.layers[0]} to {stage.layers[-1]}"
-    beside = [name for name, here in (("embedding", stage.embedding), ("head", stage.head), ("MTP", stage.mtp)) if here]
-    return f"{layers} with {', '.join(beside) or 'nothing else'}" + (" (a provisional cut, by number of layers)" if layout.pp > 1 else "")
+def _stage_text(rank: dict[str, Any], layout: Layout) -> str:
+    texts = []
+    for stage, numbers in rank["stages"].items():
+        layers = f"layers {numbers[0]} to {numbers[-1]}" if numbers else "no layer"
+        texts.append(f"stage {stage} with {layers}" if layout.pp > 1 else layers)
+    beside = [name for name, here in (("embedding", rank["embedding"]), ("head", rank["head"]), ("MTP", rank["mtp"])) if here]
+    return f"{', '.join(texts)}; {', '.join(beside) or 'neither embedding nor head'}"
 
 
 def _purpose(axis: str) -> str:

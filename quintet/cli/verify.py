@@ -14,6 +14,7 @@ from rich.table import Table
 
 from quintet.cli.options import Overrides, Recipe, Switch, read_with_recipe
 from quintet.errors import UsageError
+from quintet.schedule import fewest_microbatches
 from quintet.spec.curriculum import Settings
 from quintet.spec.run import Run
 from quintet.spec.tiny import tiny
@@ -39,7 +40,7 @@ class Arguments:
     steps: int = 2
     """Optimizer steps."""
     sequences: int | None = None
-    """Sequences of each step; absent: an odd number, so that ranks get unequal shares."""
+    """Sequences of each step; absent: an odd number, so that ranks get unequal shares, and enough for the pipeline's schedule."""
     tiny: Switch = False
     """Shrink the model's widths, layers and experts and the sequence, keep its structure, and use random tokens."""
     all: Switch = False
@@ -50,13 +51,18 @@ def main(arguments: list[str]) -> int:
     """Run the command and return its exit code."""
     given = read_with_recipe(Arguments, arguments, command="verify")
     run = tiny(given.run) if given.tiny else given.run
-    sequences = given.sequences or 2 * run.layout.dp + 1
+    fewest = fewest_microbatches(run.layout.pipeline, run.layout.pp) if run.layout.pp > 1 else 1
+    enough = run.layout.dp * run.train.micro_batch * (fewest - 1) + 1
+    sequences = given.sequences or max(2 * run.layout.dp + 1, enough)
+    if sequences < enough:
+        raise UsageError(
+            f"sequences ({sequences}) must be at least {enough}: {run.layout.pipeline} on layout.pp ({run.layout.pp}) takes {fewest} "
+            f"micro-batches of train.micro_batch ({run.train.micro_batch}) on each of layout.dp ({run.layout.dp}) replicas"
+        )
     if given.steps < 1 or sequences < 1:
         raise UsageError(f"steps ({given.steps}) and sequences ({sequences}) must be at least 1")
     if run.layout.num_ranks == 1:
         raise UsageError("the layout is one device, which is what others are compared with; name one, for example: --layout.dp 2")
-    if run.layout.pp > 1:
-        raise UsageError(f"layout.pp is {run.layout.pp}, but training in pipeline stages is not there yet; set layout.pp to 1")
     console = Console(stderr=True)
     batches = _random_batches(run, sequences, given.steps) if given.tiny else _batches(run, given.recipe, sequences, given.steps, console)
     mtp = 0.3 if run.model.num_mtp_modules else 0.0

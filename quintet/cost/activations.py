@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from quintet.cost.expert_comm import ranks_per_token
 from quintet.cost.ring_comm import ring_payload, ring_width
 from quintet.spec.layout import Layout
 from quintet.spec.model import Model
@@ -97,17 +98,20 @@ def _attention(model: Model, train: Train, layout: Layout, *, sequence_length: i
 
 
 def _routed_bytes(model: Model, layout: Layout, *, tokens: int, size: int) -> int:
-    """Bytes that the routed experts of one layer keep: rows, gates and where each row lies."""
-    split = layout.expert_tp > 1
-    slots = (tokens if split else tokens // layout.tp) * model.num_experts_per_token
-    experts = model.num_routed_experts // layout.ep
-    rows = slots + (experts * (ROW_ALIGNMENT - 1) if slots >= 4 * experts * ROW_ALIGNMENT else 0)
-    travelled = layout.ep > 1 or split
-    if travelled:  # see ops.permute: rows that arrived are sorted once more, into one of few sizes
-        step = 1 << max(rows.bit_length() - 4, 0)
-        rows = -(-rows // step) * step
-    per_row = size * (model.hidden_size + 3 * model.expert_ffn_size // layout.expert_tp) + FP32 + INDEX
-    return rows * per_row + slots * (FP32 + 2 * INDEX + (2 * INDEX if travelled else 0))
+    """Bytes that the routed experts of one layer keep: copies of rows, gates, and where each row and copy lies."""
+    own, per_token = tokens // layout.tp, model.num_experts_per_token
+    sharing = layout.tp if layout.expert_tp > 1 else 1
+    travelled = layout.ep > 1 or sharing > 1
+    slots, experts = own * per_token, model.num_routed_experts // layout.ep
+    copies = slots * sharing
+    copies += experts * (ROW_ALIGNMENT - 1) if copies >= 4 * experts * ROW_ALIGNMENT else 0
+    if travelled:  # see ops.permute: copies of what arrived come in few sizes
+        step = 1 << max(copies.bit_length() - 4, 0)
+        copies = -(-copies // step) * step
+    rows = round(own * ranks_per_token(model, layout)) if travelled else 0
+    per_copy = size * (model.hidden_size + 3 * model.expert_ffn_size // layout.expert_tp) + FP32 + INDEX
+    indices = slots * (3 if travelled else 2) + rows * (1 + sharing * per_token)
+    return copies * per_copy + slots * FP32 + indices * INDEX
 
 
 def outside_bytes(model: Model, train: Train, layout: Layout, *, sequence_length: int, losses: int, modules: int) -> int:

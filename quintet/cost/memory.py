@@ -17,22 +17,22 @@ activations are those of one micro-batch, of which a pipeline keeps several at a
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
 from quintet.cost.activations import FP32, Device, block_bytes, element_bytes, outside_bytes, tokens_of
+from quintet.cost.balance import part_at
 from quintet.cost.ring_comm import ring_payload, ring_width
-from quintet.cost.shard import Held, held, num_shards
+from quintet.cost.shard import held, num_shards
+from quintet.cost.zero_comm import bucket_sizes, parts_in_backward
 from quintet.spec.layout import Layout
 from quintet.spec.model import Model
 from quintet.spec.run import Precision, Train
-from quintet.spec.stage import stage_of
 
-BUCKET_NUMEL = 25_000_000
-"""Gradients that ZeRO reduces together below stage 3. It and the next are those of `parallel.zero`, which needs torch."""
-OPEN_BUCKETS = 3
-"""Buckets whose gradients are whole at one time: one that fills, and those whose reduction is under way."""
+IN_FLIGHT = 2
+"""Reductions that ZeRO has under way at one time: that of `parallel.zero`, which needs torch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,8 @@ class Memory:
     moments: int
     """Both AdamW moments."""
     gathered: int
-    """ZeRO 2 and 3: whole gradients of a few buckets; ZeRO 3: whole weights of what is at work, and of embedding and head."""
+    """ZeRO 2 and 3: whole gradients of a few buckets; ZeRO 3: whole weights of what is at work, and of embedding and head; on a CPU also
+    what gloo's messages take. As far as they do not take the place of logits, and of activations of layers that backward has left."""
     activations: int
     """What a micro-batch keeps from forward for backward."""
     recomputation: int
@@ -71,15 +72,15 @@ def step_memory(
     sequence_length: int,
     device: Device = "cpu",
     layout: Layout | None = None,
-    stage: int = 0,
+    place: int = 0,
     moments: Precision = "fp32",
 ) -> Memory:
-    """Bytes of a step with micro-batches of `train.micro_batch` sequences of `sequence_length` tokens, on each rank of pipeline stage
-    `stage` of a legal `layout` (default: one device); `moments` is the type that the optimizer keeps them in."""
+    """Bytes of a step with micro-batches of `train.micro_batch` sequences of `sequence_length` tokens, on each rank at place `place` of
+    the pipeline of a legal `layout` (default: one device); `moments` is the type that the optimizer keeps them in."""
     layout = layout or Layout()
-    part, size, weights = stage_of(model, layout, stage), element_bytes(train), held(model, layout, stage=stage)
+    part, size, weights = part_at(model, layout, place), element_bytes(train), held(model, layout, place=place)
     whole, shard = sum(weights.total.values()), _shard_of([weights.total], layout)
-    modules = model.num_mtp_modules if part.mtp else 0
+    modules = model.num_mtp_modules if part.last else 0
     num_dense = sum(layer < model.num_dense_layers for layer in part.layers)
     num_blocks = {False: num_dense, True: len(part.layers) - num_dense + modules}
 
@@ -87,16 +88,19 @@ def step_memory(
         return block_bytes(model, policy, layout, moe=moe, sequence_length=sequence_length, device=device)
 
     recomputed = (block(moe, replace(train, recompute="none")) - block(moe, train) for moe, num in num_blocks.items() if num)
-    outside = outside_bytes(model, train, layout, sequence_length=sequence_length, losses=part.head * (1 + modules), modules=modules)
+    outside = outside_bytes(model, train, layout, sequence_length=sequence_length, losses=part.last * (1 + modules), modules=modules)
+    logits = _logits(model, train, layout, sequence_length=sequence_length, modules=modules) if part.last else 0
+    blocks = {f"layers.{layer}": block(layer >= model.num_dense_layers, train) for layer in part.layers}
+    blocks |= {f"mtp.{module}": block(True, train) for module in range(modules)}
     return Memory(
         weights=size * (shard if layout.zero == 3 else whole),
         gradients=FP32 * (shard if layout.zero >= 2 else whole),
         master_weights=FP32 * shard if size < FP32 else 0,
         moments=2 * (2 if moments == "bf16" else FP32) * shard,
-        gathered=_gathered(weights, layout, size=size),
-        activations=sum(num * block(moe, train) for moe, num in num_blocks.items()) + outside,
+        gathered=_gathered(model, layout, blocks, outside + logits, size=size, place=place, copied=device == "cpu"),
+        activations=sum(blocks.values()) + outside,
         recomputation=max(recomputed, default=0),
-        logits=_logits(model, train, layout, sequence_length=sequence_length, modules=modules) if part.head else 0,
+        logits=logits,
         messages=_messages(model, train, layout, sequence_length=sequence_length),
     )
 
@@ -106,8 +110,8 @@ def largest_rank(
 ) -> Memory:
     """The `step_memory` of the pipeline stage that needs most."""
     stages = (
-        step_memory(model, train, sequence_length=sequence_length, device=device, layout=layout, stage=stage, moments=moments)
-        for stage in range(layout.pp)
+        step_memory(model, train, sequence_length=sequence_length, device=device, layout=layout, place=place, moments=moments)
+        for place in range(layout.pp)
     )
     return max(stages, key=lambda memory: memory.total)
 
@@ -117,22 +121,38 @@ def _shard_of(counts: Iterable[Counter[str]], layout: Layout) -> int:
     return sum(-(-count // num_shards(layout, holders)) for some in counts for holders, count in some.items())
 
 
-def _gathered(weights: Held, layout: Layout, *, size: int) -> int:
-    """Bytes of whole weights and gradients beside a rank's shards."""
-    if layout.zero < 2:
+def _gathered(model: Model, layout: Layout, blocks: dict[str, int], outside: int, *, size: int, place: int, copied: bool) -> int:
+    """Bytes of whole weights and gradients beside a rank's shards, at the moment in which all is largest: the loss, when all activations
+    (`blocks` and those `outside`) are there, or some part's backward, when the later ones' are gone.
+
+    In a part's backward there are the whole gradients of buckets that have begun to fill, and those under way; at stage 3 the weights of
+    that part, of the next one, and of all outside of layers. gloo takes as much again for all that is under way (`copied`).
+    """
+    if not layout.zero:
         return 0
-    units = [_shared_out(unit, layout) for unit in weights.units]
-    root, largest = _shared_out(weights.root, layout), max(units, default=0)
-    if layout.zero == 2:
-        buckets = min(OPEN_BUCKETS * max(BUCKET_NUMEL, largest), sum(units) + root)
-        return FP32 * buckets
-    # Embedding and head stay whole through a step; of the layers, one is at work and the next one is on its way.
-    return size * (root + min(2 * largest, sum(units))) + FP32 * min(OPEN_BUCKETS * largest, sum(units) + root)
+    order, by_unit = parts_in_backward(model, layout, place=place), layout.zero == 3
+    number, times = {part: i for i, part in enumerate(order)}, 2 if copied else 1
+    buckets = [bucket for bucket in bucket_sizes(model, layout, place=place) if num_shards(layout, bucket.holders) > 1]
+    weights = [sum(b.numel for b in buckets if by_unit and b.last == part and not b.root) for part in order]
+    root = size * sum(bucket.numel for bucket in buckets if by_unit and bucket.root)
+    # MTP modules look tokens up again: the embedding's gradient from there waits for the one from its first use.
+    waits = size * model.vocab_size // layout.tp * model.hidden_size if any(part.startswith("mtp.") for part in blocks) else 0
 
+    def whole(i: int) -> int:
+        """Bytes in the backward of part i."""
+        begun = [b for b in buckets if (b.root and by_unit) or number[b.first] <= i]
+        full = list(itertools.takewhile(lambda b: number[b.last] < i, buckets))  # reductions start in this order
+        flying, kept = sum(b.numel for b in full[-IN_FLIGHT:]), sum(b.numel for b in begun if b not in full)
+        gradients = kept + times * flying if layout.zero >= 2 else (times - 1) * flying
+        return FP32 * gradients + root + size * (weights[i] + times * sum(weights[i + 1 : i + 2])) + waits
 
-def _shared_out(counts: Counter[str], layout: Layout) -> int:
-    """Elements of those weights that ZeRO shards at all."""
-    return sum(count for holders, count in counts.items() if num_shards(layout, holders) > 1)
+    largest, gone = root, 0
+    for i, part in enumerate(order):
+        if part == "norm":  # behind the head, and MTP modules before it, nothing is left of the losses
+            gone += outside
+        largest = max(largest, whole(i) - gone)
+        gone += blocks.get(part, 0)
+    return largest
 
 
 def _logits(model: Model, train: Train, layout: Layout, *, sequence_length: int, modules: int) -> int:

@@ -8,9 +8,15 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from quintet.cost.balance import part_at
 from quintet.spec.layout import Layout
 from quintet.spec.model import Model
-from quintet.spec.stage import stage_of
+from quintet.spec.stage import embedding_at_both_ends
+
+BUCKET_NUMEL = 25_000_000
+"""Elements of a rank (100 MB of fp32 gradients) at which ZeRO closes a bucket below stage 3, in a large model."""
+NUM_BUCKETS = 8
+"""In a small one buckets are closed at this part of a rank's weights, so that there is something to overlap."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,20 +34,20 @@ class Held:
         return sum(self.units, self.root)
 
 
-def held(model: Model, layout: Layout, *, stage: int = 0) -> Held:
-    """The weights of each rank of pipeline stage `stage`: equally many on all of them."""
-    part, split = stage_of(model, layout, stage), _split_by_tp(layout)
+def held(model: Model, layout: Layout, *, place: int = 0) -> Held:
+    """The weights of each rank at place `place` of the pipeline: equally many on all of them."""
+    part, split = part_at(model, layout, place), _split_by_tp(layout)
     dense, moe = (block_weights(model, layout, moe=moe) for moe in (False, True))
     width, vocabulary = model.hidden_size, Counter({split: model.vocab_size * model.hidden_size // layout.tp})
     module = moe + Counter({"replicated": 2 * width + 2 * width**2})
     units = [dense if layer < model.num_dense_layers else moe for layer in part.layers]
     root: Counter[str] = Counter()
     if part.embedding:
-        root += vocabulary
-    if part.head:
+        shared = layout.pp > 1 and embedding_at_both_ends(model)
+        root += Counter({"both_ends": vocabulary[split]}) if shared else vocabulary
+    if part.last:
         root += Counter({"replicated": width})
         root += Counter() if model.tie_embeddings else vocabulary
-    if part.mtp:
         units += [module] * model.num_mtp_modules
         root += Counter({"replicated": width * model.num_mtp_modules})
     return Held(units=tuple(units), root=root)
@@ -71,9 +77,23 @@ def num_shards(layout: Layout, holders: str) -> int:
     if not layout.zero:
         return 1
     replicas = layout.zero_ranks or layout.num_replicas
-    if holders.startswith("expert"):
-        replicas = max(replicas // layout.ep, 1)
-    return replicas * (1 if holders.endswith("split") else layout.tp)
+    return _times(layout, holders, max(replicas // layout.ep, 1) if holders.startswith("expert") else replicas)
+
+
+def num_holders(layout: Layout, holders: str) -> int:
+    """Ranks that hold the same values of a weight with these holders (of `both_ends`: at the ends)."""
+    return _times(layout, holders, layout.expert_dp if holders.startswith("expert") else layout.num_replicas)
+
+
+def _times(layout: Layout, holders: str, replicas: int) -> int:
+    """Replicas, times the places of tp and of pp that hold the same."""
+    places = layout.pp > 1 and (layout.arrangement == "mirror" or (holders == "both_ends" and layout.place_of(layout.num_stages - 1) > 0))
+    return replicas * (1 if holders.endswith("split") or holders == "both_ends" else layout.tp) * (2 if places else 1)
+
+
+def bucket_numel(num_weights: int) -> int:
+    """Elements at which a bucket is closed, of a rank's weights before ZeRO."""
+    return min(BUCKET_NUMEL, -(-num_weights // NUM_BUCKETS))
 
 
 def _split_by_tp(layout: Layout) -> str:

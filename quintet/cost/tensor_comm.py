@@ -1,17 +1,18 @@
 """Bytes that a rank sends for tensor parallelism, from the spec.
 
 A gather of tokens sends this rank's to each of the n - 1 others, and a scatter of sums sends as much; the backward of one is the other. So
-each element of width costs (n-1)/n T elements forward and the same backward, for T tokens of the group (D hidden, K experts per token, r_q
+each element of width costs (n-1)/n T elements forward and the same backward, for T tokens of the group (D hidden, r_q
 and r_kv the latents' widths, p the rotary width):
 
     embedding, and again for each MTP module     D             scatter
     attention                                    r_q + r_kv + p (D in place of r_q without query compression), and D
     dense feed-forward, shared experts           D, and D      gather, scatter
-    routed experts with expert_tp                D, and D      and the gates K in fp32; forward also their numbers, K of 8 bytes
     head, and again for each MTP module          D             gather; forward also two fp32 numbers per token, from each rank to all
 
-Under full recompute blocks run forward a second time, only that a dense block stops before its last scatter. On the axis of sequences
-each mixture of experts sums its counts, sequences x experts in fp32, forward.
+Under full recompute blocks run forward a second time, only that a block whose split feed-forward is the last to run (dense; shared experts
+without a dispatch to other ranks) stops before its scatter. What routed experts send with `expert_tp` depends on the rows that arrive: see
+`cost.expert_comm`. On the axis of sequences the mixtures of experts sum their counts, sequences x experts in fp32, in one message behind
+forward.
 """
 
 from __future__ import annotations
@@ -36,15 +37,16 @@ def tensor_bytes(
     depths = 1 + (model.num_mtp_modules if num_mtp is None else num_mtp)
     moe_layers = model.num_layers - model.num_dense_layers + depths - 1
     attention = (model.q_lora_rank or width) + model.kv_lora_rank + model.qk_rope_head_dim + width
-    gates = model.num_experts_per_token if layout.expert_tp > 1 else 0
-    in_moe = share * element_bytes * (attention + 2 * width * (bool(model.num_shared_experts) + bool(gates))) + share * gates * FP32
+    in_moe = share * element_bytes * (attention + 2 * width * bool(model.num_shared_experts))
     in_dense = share * element_bytes * (attention + 2 * width)
-    blocks = moe_layers * (in_moe + share * gates * INDEX) + model.num_dense_layers * in_dense
-    again = blocks - model.num_dense_layers * share * element_bytes * width if recompute == "full" else 0
+    blocks = moe_layers * in_moe + model.num_dense_layers * in_dense
+    shared_last = model.num_shared_experts and layout.ep == layout.expert_tp == 1
+    stopping = model.num_dense_layers + (moe_layers if shared_last else 0)
+    again = blocks - stopping * share * element_bytes * width if recompute == "full" else 0
     outside = depths * 2 * share * element_bytes * width
     return Sent(
         forward=blocks + outside + depths * tokens * (layout.tp - 1) * 2 * FP32,
-        backward=moe_layers * in_moe + model.num_dense_layers * in_dense + outside + again,
+        backward=blocks + outside + again,
     )
 
 
@@ -53,8 +55,9 @@ def sequence_bytes(model: Model, layout: Layout, *, sequences: int, recompute: R
     ranks = layout.cp * layout.tp
     moe_layers = model.num_moe_layers + (model.num_mtp_modules if num_mtp is None else num_mtp)
     counts = sequences * model.num_routed_experts
-    forward = moe_layers * (2 * FP32 * counts * (ranks - 1) // ranks)
+    ahead = 0
     if model.capacity_factor is not None:
         pieces = 2 if layout.cp > 1 and layout.tp % 2 else 1
-        forward += moe_layers * INDEX * counts * pieces * (ranks - 1)
-    return Sent(forward=forward, backward=forward if recompute == "full" else 0)
+        ahead = moe_layers * INDEX * counts * pieces * (ranks - 1)
+    together = 2 * FP32 * moe_layers * counts * (ranks - 1) // ranks
+    return Sent(forward=ahead + together, backward=ahead if recompute == "full" else 0)

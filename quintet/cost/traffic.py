@@ -1,7 +1,7 @@
 """Bytes that a rank sends in one optimizer step along each axis of the mesh, from the spec.
 
     tp, sequence            `cost.tensor_comm`    tokens between split products; the experts' counts
-    ep                      `cost.expert_comm`    rows to their experts and back
+    ep (tp: expert_tp)      `cost.expert_comm`    rows to their experts and back
     cp                      `cost.ring_comm`           the ring of attention
     .shard, .replicate      `cost.zero_comm`      gradients and weights, by the ranks that hold the same ones
     dp                      here                  how many targets the step has, per depth of prediction
@@ -17,7 +17,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from quintet.cost.activations import element_bytes
-from quintet.cost.expert_comm import expert_bytes, mean_rows
+from quintet.cost.expert_comm import expert_bytes, mean_rows, ranks_per_token, shared_bytes
 from quintet.cost.ring_comm import ring_bytes, ring_payload
 from quintet.cost.tensor_comm import INDEX, sequence_bytes, tensor_bytes
 from quintet.cost.zero_comm import bucket_sizes, gradient_bytes, weight_bytes
@@ -36,12 +36,17 @@ square, and whether to stop."""
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Rows between a rank and the other ranks of its ep group in a step, over all mixtures of experts and micro-batches."""
+    """Rows between a rank and the other ranks of its ep group in a step, over all mixtures of experts and micro-batches: one for each token
+    and rank that holds some of its experts."""
 
     out: float
     """Sent to experts there."""
     into: float
     """Received from there."""
+    here: float = 0
+    """With `expert_tp`: all that arrive at this rank, its own for itself included."""
+    there: float = 0
+    """With `expert_tp`: all that arrive at the other ranks that share its experts."""
 
 
 def step_traffic(
@@ -80,8 +85,8 @@ def step_traffic(
     loads = (model.num_moe_layers + model.num_mtp_modules) * model.num_routed_experts
     sent["world"] += _all_reduce(FP64 * (STEP_NUMBERS + loads), layout.num_ranks)
     tokens = sum(micro_batches) * sequence_length // layout.cp
-    of_experts = _of_experts(model, train, layout, tokens=tokens, passes=len(micro_batches), modules=modules, rows=rows)
-    return {**sent, "ep": of_experts}
+    on_ep, on_tp = _of_experts(model, train, layout, tokens=tokens, passes=len(micro_batches), modules=modules, rows=rows)
+    return {**sent, "ep": on_ep, "tp": sent["tp"] + on_tp}
 
 
 def _micro_batches(train: Train, layout: Layout, *, batch_sequences: int, rank: int) -> list[int]:
@@ -120,16 +125,24 @@ def _within_model(
     )
 
 
-def _of_experts(model: Model, train: Train, layout: Layout, *, tokens: int, passes: int, modules: int, rows: Rows | None) -> float:
-    """Bytes on ep of all mixtures of experts, of micro-batches (`passes`) that hold `tokens` of the tokens that a tp group shares."""
-    layers = model.num_moe_layers + modules
-    mean = layers * mean_rows(model, layout, tokens=tokens // layout.tp)
-    rows = rows or Rows(out=mean, into=mean)
-    size = element_bytes(train)
-    travelling = expert_bytes(model, layout, rows_out=rows.out, rows_in=rows.into, element_bytes=size, recompute=train.recompute).total
-    # That sum holds the counts of one pass through one layer.
-    counts = expert_bytes(model, layout, rows_out=0, rows_in=0, element_bytes=size, recompute=train.recompute).total
-    return travelling + (layers * passes - 1) * counts
+def _of_experts(
+    model: Model, train: Train, layout: Layout, *, tokens: int, passes: int, modules: int, rows: Rows | None
+) -> tuple[float, float]:
+    """Bytes on ep and on tp of all mixtures of experts, of micro-batches (`passes`) that hold `tokens` of the tokens of a tp group."""
+    layers, own = model.num_moe_layers + modules, tokens // layout.tp
+    mean, arriving = layers * mean_rows(model, layout, tokens=own), layers * own * ranks_per_token(model, layout)
+    rows = rows or Rows(out=mean, into=mean, here=arriving, there=(layout.tp - 1) * arriving)
+
+    def across(rows: Rows) -> tuple[float, float]:
+        size = element_bytes(train)
+        on_ep = expert_bytes(model, layout, rows_out=rows.out, rows_in=rows.into, element_bytes=size, recompute=train.recompute)
+        on_tp = shared_bytes(model, layout, rows_here=rows.here, rows_there=rows.there, element_bytes=size, recompute=train.recompute)
+        return on_ep.total, on_tp.total
+
+    # That sum holds the numbers of rows that ranks tell each other in one pass through one layer.
+    (on_ep, on_tp), (ep_numbers, tp_numbers) = across(rows), across(Rows(out=0, into=0))
+    more = layers * passes - 1
+    return on_ep + more * ep_numbers, on_tp + more * tp_numbers
 
 
 def _all_reduce(num_bytes: int, ranks: int) -> int:

@@ -20,12 +20,12 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from quintet.cost.memory import BUCKET_NUMEL
-from quintet.cost.shard import num_shards
+from quintet.cost.balance import part_at
+from quintet.cost.shard import bucket_numel, num_holders, num_shards
 from quintet.cost.tensor_comm import FP32
 from quintet.spec.layout import Layout
 from quintet.spec.model import Model
-from quintet.spec.placement import local_box, placement
+from quintet.spec.placement import holders, local_box
 
 ALIGNMENT = 64
 """Elements that the place of every parameter in its bucket is a multiple of; `parallel` has the same, and needs torch."""
@@ -45,40 +45,57 @@ class BucketSize:
     """Whether it belongs to MTP modules."""
     root: bool
     """At stage 3: whether its weights stay whole through a step, as those outside of layers do."""
+    first: str
+    """The part of the model whose gradients are the first to come into it: `layers.3`, `mtp.0`, `embed`, `norm`, `head`."""
+    last: str
+    """The part whose gradients fill it."""
 
 
-def bucket_sizes(model: Model, layout: Layout, *, bucket_numel: int = BUCKET_NUMEL) -> list[BucketSize]:
-    """The buckets of every rank, in the order in which backward fills them."""
-    open_buckets: dict[tuple[str, bool], list[int]] = {}
+def bucket_sizes(model: Model, layout: Layout, *, closed_at: int | None = None, place: int | None = None) -> list[BucketSize]:
+    """The buckets of every rank (at a place of the pipeline), in the order in which backward fills them; below ZeRO's stage 3 `closed_at`
+    so many elements (see `cost.shard.bucket_numel`)."""
+    open_buckets: dict[tuple[str, bool], list[tuple[str, int]]] = {}
     closed: list[BucketSize] = []
     by_unit = layout.zero == 3
 
     def close(key: tuple[str, bool], *, root: bool) -> None:
-        kind, mtp = key
-        padded = sum(_up(numel, ALIGNMENT) for numel in open_buckets.pop(key))
-        closed.append(BucketSize(holders=kind, numel=_up(padded, num_shards(layout, kind) * ALIGNMENT), mtp=mtp, root=root))
+        (kind, mtp), held = key, open_buckets.pop(key)
+        padded = sum(_up(numel, ALIGNMENT) for _, numel in held)
+        numel = _up(padded, num_shards(layout, kind) * ALIGNMENT)
+        first, last = part_of(held[0][0]), part_of(held[-1][0])
+        closed.append(BucketSize(holders=kind, numel=numel, mtp=mtp, root=root, first=first, last=last))
 
-    backward = list(_parameters(model))[::-1]
+    backward = _backward(model, layout, place)
+    closed_at = closed_at or bucket_numel(sum(numel for _, numel in backward))
     if by_unit:
         backward.sort(key=lambda parameter: _unit(parameter[0], by_unit=True) == "root")
     for unit, parameters in itertools.groupby(backward, lambda parameter: _unit(parameter[0], by_unit=by_unit)):
-        for name, shape in parameters:
-            numel = math.prod(local_box(name, shape, layout, 0).sizes)
-            open_buckets.setdefault((holders(name, layout), name.startswith("mtp.")), []).append(numel)
+        for name, numel in parameters:
+            open_buckets.setdefault((holders(name, layout, model), name.startswith("mtp.")), []).append((name, numel))
         for key, held in list(open_buckets.items()):
-            if by_unit or sum(held) >= bucket_numel:
+            if by_unit or sum(numel for _, numel in held) >= closed_at:
                 close(key, root=unit == "root")
     for key in list(open_buckets):
         close(key, root=True)
     return closed
 
 
-def holders(name: str, layout: Layout) -> str:
-    """Which of `spec.layout.HOLDERS` hold the same values of a parameter."""
-    split = {axis for axis in placement(name) if layout.degree(axis) > 1}
-    if "ep" in split:
-        return "expert_split" if "expert_tp" in split else "expert"
-    return "tp_split" if split else "replicated"
+def parts_in_backward(model: Model, layout: Layout, *, place: int | None = None) -> list[str]:
+    """The parts of the model (at a place of the pipeline) in the order in which backward reaches them."""
+    return list(dict.fromkeys(part_of(name) for name, _ in _backward(model, layout, place)))
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a weight belongs to."""
+    parts = name.split(".")
+    return ".".join(parts[:2]) if parts[0] in ("layers", "mtp") else parts[0]
+
+
+def _backward(model: Model, layout: Layout, place: int | None) -> list[tuple[str, int]]:
+    """Every weight of a rank, the last one first: its name and its elements there."""
+    part = None if place is None else part_at(model, layout, place)
+    held = [(name, shape) for name, shape in _parameters(model) if part is None or part.holds(name)]
+    return [(name, math.prod(local_box(name, shape, layout, 0).sizes)) for name, shape in held[::-1]]
 
 
 def gradient_bytes(buckets: list[BucketSize], layout: Layout, *, micro_batches: int) -> Counter[str]:
@@ -104,15 +121,14 @@ def weight_bytes(buckets: list[BucketSize], layout: Layout, *, micro_batches: in
 
 def num_replicas(layout: Layout, holders: str) -> int:
     """Ranks whose shards of a weight with these holders are equal: the size of the group `holders`.replicate."""
-    same = layout.expert_dp if holders.startswith("expert") else layout.num_replicas
-    return same * (1 if holders.endswith("split") else layout.tp) // num_shards(layout, holders)
+    return num_holders(layout, holders) // num_shards(layout, holders)
 
 
 def _unit(name: str, *, by_unit: bool) -> str:
     """A layer, an MTP module or a part outside of them; at stage 3 (`by_unit`) all that lies outside stays whole together."""
     parts = name.split(".")
     layered = parts[0] in ("layers", "mtp") and parts[2] != "norm"
-    return ".".join(parts[:2]) if layered else "root" if by_unit else parts[0]
+    return part_of(name) if layered else "root" if by_unit else parts[0]
 
 
 def _up(count: int, step: int) -> int:

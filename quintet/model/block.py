@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from quintet.model.attention import LatentAttention, LatentCache
+from quintet.model.crossing import Steps, begin, carrying, straight
 from quintet.model.layers import FeedForward, RMSNorm
 from quintet.model.moe import MixtureOfExperts, MoEStatistics
 from quintet.model.recompute import recomputed
@@ -27,20 +28,29 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], document_ids: Tensor | None) -> tuple[Tensor, MoEStatistics | None]:
         """x [B, S, D] -> x [B, S, D], and the statistics of a mixture of experts."""
+        return straight(self.steps(x, rotation, document_ids))
+
+    def steps(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], document_ids: Tensor | None
+    ) -> Steps[tuple[Tensor, MoEStatistics | None]]:
+        """`forward`, which can be set aside where experts exchange rows."""
         normed = self.attention_norm(x)
         with recomputed((normed,), lambda: (self.attention_norm(x),), active=self.recompute):
             attended = self.attention(normed, rotation, document_ids)
-        return self._feed_forward(x + attended)
+        out: tuple[Tensor, MoEStatistics | None] = yield from self._feed_forward(x + attended)
+        return out
 
     def decode(self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: LatentCache) -> Tensor:
         """New tokens [B, S, D] against the cache -> [B, S, D]."""
         x = x + self.attention.decode(self.attention_norm(x), rotation, cache)
-        return self._feed_forward(x)[0]
+        return straight(self._feed_forward(x))[0]
 
-    def _feed_forward(self, x: Tensor) -> tuple[Tensor, MoEStatistics | None]:
+    def _feed_forward(self, x: Tensor) -> Steps[tuple[Tensor, MoEStatistics | None]]:
         normed = self.ffn_norm(x)
         with recomputed((normed,), lambda: (self.ffn_norm(x),), active=self.recompute):
             if isinstance(self.ffn, FeedForward):
                 return x + self.ffn(normed), None
-            out, statistics = self.ffn(normed)
-            return x + out, statistics
+            # What keeps `normed` runs before the first crossing, and this context must not stay open beyond.
+            begun = begin(self.ffn.steps(normed))
+        (out, statistics), (x,) = yield from carrying(begun, (x,))
+        return x + out, statistics

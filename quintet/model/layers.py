@@ -6,8 +6,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from quintet.ops.deferred import linear
 from quintet.ops.pointwise import Kernels
 
 
@@ -45,7 +45,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -72,5 +72,5 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         (tokens,) = self.exchange.gather(x.flatten(0, -2), dim=0)
-        out = F.linear(self.kernels.swiglu(F.linear(tokens, self.w13.flatten(0, 1))), self.w2)
+        out = linear(self.kernels.swiglu(linear(tokens, self.w13)), self.w2)
         return self.exchange.scatter(out, dim=0).view_as(x)

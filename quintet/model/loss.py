@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from quintet.model.moe import MoEStatistics
 from quintet.model.mtp import shifted
+from quintet.model.router import sequence_balance_loss
 from quintet.model.transformer import Transformer
 
 
@@ -67,15 +69,35 @@ def training_loss(
     up to the step's mean whatever their padding. `positions` [S] are the tokens' places in their sequence, if not 0, 1, 2 ...
     """
     output = model(inputs, targets=targets if weights.mtp else None, positions=positions, document_ids=document_ids)
-    losses = [
-        model.loss(hidden, targets[depth], chunk=chunk) / max(num_targets[depth], 1)
-        for depth, hidden in enumerate((output.hidden, *output.mtp))
-    ]
-    none = torch.zeros((), device=inputs.device)
-    mtp = torch.stack(losses[1:]).mean() if output.mtp else none
-    balance = torch.stack([s.balance_loss for s in output.moe]).sum() / num_sequences if output.moe else none
-    counts = torch.zeros(2, model.num_moe_layers, model.model.num_routed_experts, dtype=torch.int64, device=inputs.device)
-    for layer, statistics in enumerate(output.moe):  # modules that did not run have no load
+    hidden = (output.hidden, *output.mtp)
+    return share_of_loss(
+        model, hidden, output.moe, targets, weights=weights, num_targets=num_targets, num_sequences=num_sequences, chunk=chunk
+    )
+
+
+def share_of_loss(
+    model: Transformer,
+    hidden: Sequence[Tensor],
+    moe: Mapping[int, MoEStatistics],
+    targets: Tensor,
+    *,
+    weights: Weights,
+    num_targets: Sequence[int],
+    num_sequences: int,
+    chunk: int,
+) -> Loss:
+    """What a part of the model adds to the loss of a step: its MoE layers the balance loss, and its hidden states [B, S, D] of each depth,
+    if it has come to them, the cross-entropies. See `training_loss`."""
+    none = torch.zeros((), device=targets.device)
+    losses = [model.loss(states, targets[depth], chunk=chunk) / max(num_targets[depth], 1) for depth, states in enumerate(hidden)] or [none]
+    mtp = torch.stack(losses[1:]).mean() if losses[1:] else none
+    balance = none
+    if moe:
+        count = model.whole_count(torch.stack([statistics.count for statistics in moe.values()]))  # of all layers at once
+        affinity = torch.stack([statistics.affinity for statistics in moe.values()])
+        balance = sequence_balance_loss(count, affinity, model.model.num_experts_per_token) / num_sequences
+    counts = torch.zeros(2, model.num_moe_layers, model.model.num_routed_experts, dtype=torch.int64, device=targets.device)
+    for layer, statistics in moe.items():  # modules that did not run have no load
         counts[0, layer], counts[1, layer] = statistics.load, statistics.dropped
     total = losses[0] + weights.mtp * mtp + weights.balance * balance
     return Loss(total=total, main=losses[0].detach(), mtp=mtp.detach(), balance=balance.detach(), load=counts[0], dropped=counts[1])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quintet.model.block import Block
+from quintet.model.crossing import Steps, straight
 from quintet.model.layers import Linear, RMSNorm
 from quintet.model.moe import MoEStatistics
 from quintet.ops.cross_entropy import IGNORED
@@ -34,9 +35,14 @@ class MtpModule(nn.Module):
         self, hidden: Tensor, embedded: Tensor, rotation: tuple[Tensor, Tensor], document_ids: Tensor | None
     ) -> tuple[Tensor, MoEStatistics | None]:
         """hidden [B, S, D] of the previous depth, embedded [B, S, D] of the tokens k further -> hidden [B, S, D] before the norm."""
+        return straight(self.steps(hidden, embedded, rotation, document_ids))
+
+    def steps(
+        self, hidden: Tensor, embedded: Tensor, rotation: tuple[Tensor, Tensor], document_ids: Tensor | None
+    ) -> Steps[tuple[Tensor, MoEStatistics | None]]:
+        """`forward`, which can be set aside where experts exchange rows."""
         x = self.eh_proj(torch.cat((self.embed_norm(embedded), self.hidden_norm(hidden)), -1))
-        out: tuple[Tensor, MoEStatistics | None] = self.block(x, rotation, document_ids)
-        return out
+        return (yield from self.block.steps(x, rotation, document_ids))
 
 
 def shifted(labels: Tensor, places: int) -> Tensor:

@@ -6,7 +6,6 @@ Letters: T tokens, D hidden, E experts, K experts per token, B sequences, S toke
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Protocol
@@ -130,19 +129,31 @@ def updated_bias(bias: Tensor, load: Tensor, speed: float) -> Tensor:
     return bias + speed * torch.sign(load.mean() - load)
 
 
-def sequence_balance_loss(
-    scores: Tensor, num_sequences: int, experts_per_token: int, *, whole_count: Callable[[Tensor], Tensor] = lambda count: count
-) -> Tensor:
-    """V3 eq. 17-20 without alpha: scores [T, E], T = num_sequences * S -> the sum over sequences of sum_i f_i P_i.
-
-    Where ranks hold parts of the sequences, `whole_count` adds up their counts [B, E]; f is a constant to the gradient and P a mean over
-    tokens, so the results of the ranks are shares that add up, and so do their gradients.
-    """
-    per_sequence = scores.view(num_sequences, -1 if num_sequences else 1, scores.shape[1])
-    chosen = per_sequence.detach().topk(experts_per_token, dim=2).indices.flatten(1)
+def count_choices(scores: Tensor, num_sequences: int, experts_per_token: int) -> Tensor:
+    """scores [T, E], T = num_sequences * S -> how many tokens of each sequence have an expert among their best K: [B, E] in their type,
+    without gradient. Where ranks hold parts of the sequences, the sum over the ranks is that of the whole ones."""
+    per_sequence = _by_sequence(scores.detach(), num_sequences)
+    chosen = per_sequence.topk(experts_per_token, dim=2).indices.flatten(1)
     count = torch.zeros(num_sequences, scores.shape[1], dtype=scores.dtype, device=scores.device)
-    count = whole_count(count.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=scores.dtype)))
-    length = count.sum(1, keepdim=True) / experts_per_token
-    f = count * (scores.shape[1] / experts_per_token) / length
-    p = (per_sequence / per_sequence.sum(2, keepdim=True)).sum(1) / length
-    return (f * p).sum()
+    return count.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=scores.dtype))
+
+
+def sum_affinities(scores: Tensor, num_sequences: int) -> Tensor:
+    """scores [T, E], T = num_sequences * S -> the sum over the tokens of each sequence of an expert's part of all scores: [B, E]."""
+    per_sequence = _by_sequence(scores, num_sequences)
+    return (per_sequence / per_sequence.sum(2, keepdim=True)).sum(1)
+
+
+def _by_sequence(scores: Tensor, num_sequences: int) -> Tensor:
+    return scores.view(num_sequences, -1 if num_sequences else 1, scores.shape[1])
+
+
+def sequence_balance_loss(count: Tensor, affinity: Tensor, experts_per_token: int) -> Tensor:
+    """V3 eq. 17-20 without alpha, of any layers [.., B, E] -> the sum over layers and sequences of sum_i f_i P_i.
+
+    `count` (see count_choices) is that of whole sequences. f is a constant to the gradient and P a mean over tokens, so with a rank's own
+    `affinity` (see sum_affinities) the results of the ranks are shares that add up, and so do their gradients.
+    """
+    length = count.sum(-1, keepdim=True) / experts_per_token
+    f = count * (count.shape[-1] / experts_per_token) / length
+    return (f * affinity / length).sum()

@@ -6,9 +6,9 @@ Letters: B batch, S sequence, D hidden, C vocabulary, M number of MTP modules.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from quintet.model.attention import LatentAttention, LatentCache
 from quintet.model.block import Block
+from quintet.model.crossing import Steps, begin, carrying, straight
 from quintet.model.layers import RMSNorm
 from quintet.model.moe import MixtureOfExperts, MoEStatistics
 from quintet.model.mtp import MtpModule
@@ -31,11 +32,11 @@ from quintet.spec.run import Recompute
 @dataclass(frozen=True)
 class Output:
     """What a forward yields: `hidden` [B, S, D] after the final norm, ready for the head; `mtp`, M such tensors, one per depth;
-    `moe`, the statistics of every MoE layer in order, those of MTP modules last."""
+    `moe`, the statistics of every MoE layer by its number among these, those of MTP modules last."""
 
     hidden: Tensor
     mtp: tuple[Tensor, ...]
-    moe: tuple[MoEStatistics, ...]
+    moe: dict[int, MoEStatistics]
 
 
 class HeadLoss(Protocol):
@@ -87,7 +88,11 @@ class Transformer(nn.Module):
             self.head = Head(model.vocab_size, model.hidden_size)
         self.mtp = nn.ModuleList(MtpModule(model, kernels=kernels) for _ in range(model.num_mtp_modules))
         self.recompute_blocks = False
+        self.in_steps = False
+        """Whether `through` and `finish` can be set aside within blocks, which then are not called as modules."""
         self.head_loss: HeadLoss = local_head_loss
+        # The seam that adds up counts [layers, B, E] over the ranks that share the sequences.
+        self.whole_count: Callable[[Tensor], Tensor] = lambda count: count
 
     @property
     def head_weight(self) -> Tensor:
@@ -101,28 +106,55 @@ class Transformer(nn.Module):
 
         With targets [M+1, B, S] the MTP modules run too: module k reads the tokens that depth k - 1 predicts.
         """
-        turn = rotation(self.model, torch.arange(inputs.shape[1], device=inputs.device) if positions is None else positions)
-        statistics: list[MoEStatistics] = []
-        x = self.embed(inputs)
-        for block in self.layers:
-            x = self._run(block, statistics, x, turn, document_ids)
-        hidden = [self.norm(x)]
+        turn = self.turn(inputs, positions)
+        x, moe = straight(self.through(self.embed(inputs), range(self.model.num_layers), turn, document_ids))
+        hidden, more = straight(self.finish(x, targets, turn, document_ids))
+        return Output(hidden=hidden[0], mtp=hidden[1:], moe=moe | more)
+
+    def turn(self, inputs: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        """inputs [B, S] at `positions` [S] (None: 0, 1, 2 ...) -> the rotary embedding's cos and sin [S, R/2]."""
+        return rotation(self.model, torch.arange(inputs.shape[1], device=inputs.device) if positions is None else positions)
+
+    def through(
+        self, x: Tensor, layers: Iterable[int], turn: tuple[Tensor, Tensor], document_ids: Tensor | None
+    ) -> Steps[tuple[Tensor, dict[int, MoEStatistics]]]:
+        """x [B, S, D] through some layers -> [B, S, D], and the statistics of each MoE layer by its number among these."""
+        found: dict[int, MoEStatistics] = {}
+        for layer in layers:
+            x, statistics = yield from self._run(self.layers.get_submodule(str(layer)), x, turn, document_ids)
+            if statistics is not None:
+                found[layer - self.model.num_dense_layers] = statistics
+        return x, found
+
+    def finish(
+        self, x: Tensor, targets: Tensor | None, turn: tuple[Tensor, Tensor], document_ids: Tensor | None
+    ) -> Steps[tuple[tuple[Tensor, ...], dict[int, MoEStatistics]]]:
+        """x [B, S, D] behind the last layer -> hidden states [B, S, D] ready for the head: the main model's and, with targets
+        [M+1, B, S], those of each MTP module; and the modules' statistics."""
+        hidden: tuple[Tensor, ...] = (self.norm(x),)
+        found: dict[int, MoEStatistics] = {}
         # Each depth continues from the normalised states of the one before, as the inference of the published weights does.
         for depth, module in enumerate(self.mtp if targets is not None else ()):
             assert targets is not None and isinstance(module, MtpModule)
             embedded = self.embed(targets[depth].clamp(min=0))
-            hidden.append(module.norm(self._run(module, statistics, hidden[-1], embedded, turn, document_ids)))
-        return Output(hidden=hidden[0], mtp=tuple(hidden[1:]), moe=tuple(statistics))
+            begun = begin(self._run(module, hidden[-1], embedded, turn, document_ids))
+            (x, statistics), hidden = yield from carrying(begun, hidden)
+            hidden += (module.norm(x),)
+            assert statistics is not None
+            found[self.model.num_moe_layers + depth] = statistics
+        return hidden, found
 
-    def _run(self, part: nn.Module, statistics: list[MoEStatistics], *arguments: object) -> Tensor:
-        """Run a block or MTP module, keeping only its inputs for backward if whole blocks are recomputed."""
+    def _run(self, part: Tensor | nn.Module, *arguments: Any) -> Steps[tuple[Tensor, MoEStatistics | None]]:
+        """Run a block or MTP module, keeping only its inputs for backward if whole blocks are recomputed: then it is not set aside."""
+        assert isinstance(part, Block | MtpModule)
+        found: tuple[Tensor, MoEStatistics | None]
         if self.recompute_blocks and torch.is_grad_enabled():
-            x, found = checkpoint(part, *arguments, use_reentrant=False, preserve_rng_state=False)
+            found = checkpoint(part, *arguments, use_reentrant=False, preserve_rng_state=False)
+        elif self.in_steps:
+            found = yield from part.steps(*arguments)
         else:
-            x, found = part(*arguments)
-        if found is not None:
-            statistics.append(found)
-        return x
+            found = part(*arguments)
+        return found
 
     def loss(self, hidden: Tensor, labels: Tensor, *, chunk: int) -> Tensor:
         """hidden [B, S, D] as in Output, labels [B, S] (negative: ignored) -> sum of the cross-entropies in nats."""
@@ -153,10 +185,25 @@ class Transformer(nn.Module):
         """Mixtures of experts, those of MTP modules included."""
         return self.model.num_moe_layers + self.model.num_mtp_modules
 
-    def moe_layers(self) -> Iterator[MixtureOfExperts]:
-        """Every mixture of experts in the order of `Output.moe`."""
-        blocks = [*self.layers, *(module.block for module in self.mtp)]
-        return (block.ffn for block in blocks if isinstance(block.ffn, MixtureOfExperts))
+    def moe_layers(self) -> dict[int, MixtureOfExperts]:
+        """The mixtures of experts that are here, by their number in the model as in `Output.moe`."""
+        first = self.model.num_dense_layers
+        blocks: dict[int, object] = {int(name) - first: block for name, block in self.layers.named_children()}
+        blocks |= {self.model.num_moe_layers + depth: module.block for depth, module in enumerate(self.mtp)}
+        return {
+            number: block.ffn
+            for number, block in blocks.items()
+            if isinstance(block, Block) and isinstance(block.ffn, MixtureOfExperts)
+        }
+
+    def keep(self, held: Callable[[str], bool]) -> None:
+        """Take out the layers and other parts whose names are not held: those of other pipeline stages. The rest keep their names."""
+        for name in ("embed", "norm", "head", "mtp"):
+            if hasattr(self, name) and not held(name):
+                setattr(self, name, nn.ModuleList())
+        for layer in [name for name, _ in self.layers.named_children()]:
+            if not held(f"layers.{layer}"):
+                delattr(self.layers, layer)
 
     def set_recompute(self, policy: Recompute) -> None:
         """Choose what backward computes again: nothing; norms and MLA up-projections; whole blocks."""
@@ -170,7 +217,7 @@ class Transformer(nn.Module):
         """Matrices from N(0, init_std), norm scales 1, router biases 0 (V3 4.2); see `initial_values`."""
         for name, parameter in self.named_parameters():
             parameter.copy_(initial_values(self.model, name, whole(tuple(parameter.shape)), seed=seed))
-        for layer in self.moe_layers():
+        for layer in self.moe_layers().values():
             layer.router.expert_bias.zero_()
 
 

@@ -5,11 +5,14 @@ Letters: N rows (token-expert pairs), E experts, I inner width, O outer width.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from quintet.ops.deferred import deferred, parameter_of
 
 
 def grouped_matmul_reference(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -22,12 +25,13 @@ def grouped_matmul_reference(rows: Tensor, weight: Tensor, ends: Tensor) -> Tens
 
 
 def grouped_matmul(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """As the reference, except that the last entry of `ends` (int32) may be below N: what comes out behind it is undefined.
+    """As the reference, with a weight gradient that can be put off (see ops.deferred) and for weights [E, ..., I] whose middle dims are
+    taken as one; and the last entry of `ends` (int32) may be below N: what comes out behind it is undefined.
 
     The kernel wants rows of a multiple of 16 bytes, and at least one; others take the loop.
     """
-    if any(width * weight.element_size() % 16 for width in weight.shape[1:]) or not rows.shape[0]:
-        return F.pad(grouped_matmul_reference(rows, weight, ends), (0, 0, 0, rows.shape[0] - int(ends[-1])))
+    if any(width * weight.element_size() % 16 for width in (math.prod(weight.shape[1:-1]), weight.shape[-1])) or not rows.shape[0]:
+        return F.pad(grouped_matmul_reference(rows, weight.flatten(1, -2), ends), (0, 0, 0, rows.shape[0] - int(ends[-1])))
     out: Tensor = _GroupedMatmul.apply(rows, weight, ends)
     return out
 
@@ -38,12 +42,15 @@ class _GroupedMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         ctx.save_for_backward(rows, weight, ends)
-        return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
+        ctx.parameter = parameter_of(weight)
+        return F.grouped_mm(rows, weight.flatten(1, -2).transpose(1, 2), offs=ends)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, ends = ctx.saved_tensors
         grad = grads[0].contiguous()
-        grad_rows = F.grouped_mm(grad, weight, offs=ends) if ctx.needs_input_grad[0] else None
-        grad_weight = F.grouped_mm(grad.t(), rows, offs=ends) if ctx.needs_input_grad[1] else None
+        grad_rows = F.grouped_mm(grad, weight.flatten(1, -2), offs=ends) if ctx.needs_input_grad[0] else None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = deferred(ctx.parameter, lambda: F.grouped_mm(grad.t(), rows, offs=ends).view_as(weight))
         return grad_rows, grad_weight, None

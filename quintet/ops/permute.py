@@ -34,45 +34,31 @@ class Permutation:
     spare: bool = False
 
 
-def sort_by_expert(experts: Tensor, num_experts: int, *, padded: bool = True, spare: bool = False) -> Permutation:
+def sort_by_expert(
+    experts: Tensor, num_experts: int, *, padded: bool = True, spare: bool = False, taken: int | None = None
+) -> Permutation:
     """experts [T, K] int64 -> Permutation. The sort is stable, so the order of rows is deterministic; N depends on T, K, E alone.
 
-    Without `padded` the experts' parts follow each other closely; with `spare` some of `experts` may be E.
+    Without `padded` the experts' parts follow each other closely; with `spare` some of `experts` may be E. If the host knows how many
+    are not, it says so (`taken`), and the others take no room: then N depends on that number, and with `padded` is rounded up to one of
+    eight sizes per octave, so that compiled functions and memory allocators meet few sizes though each step brings another number.
     """
     flat = experts.reshape(-1)
     spare = spare and flat.numel() > 0
-    alignment = _alignment(flat.numel(), num_experts) if padded else 1
+    taken_or_all = flat.numel() if taken is None else taken
+    alignment = _alignment(taken_or_all, num_experts) if padded else 1
     order = flat.sort(stable=True)
     first = torch.searchsorted(order.values, torch.arange(num_experts + 1, device=flat.device))
     load = first.diff()
     begins, ends = _padded_parts(load, alignment)
     row_of_slot = torch.empty_like(flat)
     row_of_slot[order.indices] = torch.arange(flat.numel(), device=flat.device) + F.pad(begins - first[:-1], (0, 1))[order.values]
-    token_of_row = flat.new_zeros(flat.numel() + num_experts * (alignment - 1) + spare)
+    num_rows = taken_or_all + num_experts * (alignment - 1) + spare
+    token_of_row = flat.new_zeros(_one_of_few_sizes(num_rows) if padded and taken is not None and flat.numel() else num_rows)
     if spare:
         row_of_slot.masked_fill_(flat == num_experts, token_of_row.numel() - 1)
     token_of_row[row_of_slot] = torch.arange(flat.numel(), device=flat.device) // experts.shape[1]
     return Permutation(token_of_row=token_of_row, row_of_slot=row_of_slot.view(experts.shape), load=load, ends=ends, spare=spare)
-
-
-def regroup_by_expert(counts: Tensor, num_rows: int) -> Permutation:
-    """counts [n, E] of rows that arrived from n sources, each sorted by expert, `num_rows` in all -> the Permutation that sorts all of
-    them by expert, in which T is `num_rows` and K is 1. It neither sorts nor waits for the device.
-
-    N is rounded up to one of eight sizes per octave: compiled functions and memory allocators meet few sizes, though each step brings
-    another number of rows.
-    """
-    num_experts = counts.shape[1]
-    alignment = _alignment(num_rows, num_experts)
-    load = counts.sum(0)
-    begins, ends = _padded_parts(load, alignment)
-    arrived_at = counts.flatten().cumsum(0) - counts.flatten()
-    shift = (begins + counts.cumsum(0) - counts).flatten() - arrived_at
-    arrivals = torch.arange(num_rows, device=counts.device)
-    row_of_slot = arrivals + shift.repeat_interleave(counts.flatten(), output_size=num_rows)
-    token_of_row = counts.new_zeros(_one_of_few_sizes(num_rows + num_experts * (alignment - 1)) if num_rows else 0)
-    token_of_row[row_of_slot] = arrivals
-    return Permutation(token_of_row=token_of_row, row_of_slot=row_of_slot[:, None], load=load, ends=ends)
 
 
 def _one_of_few_sizes(count: int) -> int:

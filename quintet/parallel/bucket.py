@@ -80,9 +80,9 @@ class Bucket:
         """Whether the gradient of every parameter has come since the bucket was emptied."""
         return len(self._filled) == len(self.pieces)
 
-    def add(self, piece: Piece, gradient: Tensor) -> None:
-        """Take a parameter's gradient over, adding to an earlier micro-batch's."""
-        assert piece.name not in self._filled, piece.name  # else a reduction might be under way without it
+    def add(self, piece: Piece, gradient: Tensor, *, again: bool = False) -> None:
+        """Take a parameter's gradient over, adding to an earlier micro-batch's; `again` if more may come of the same one."""
+        assert again or piece.name not in self._filled, piece.name  # else a reduction might be under way without it
         if self.is_alone:
             earlier = self._own.get(piece.name)
             self._own[piece.name] = gradient if earlier is None else earlier.float().add_(gradient)
@@ -151,6 +151,7 @@ class Bucket:
 
     def publish(self) -> None:
         """After an update of the master: round it to the weights, and start gathering them from all shards."""
+        self.finish_gathering()  # MTP modules that run no more never waited for the last ones
         if self.master is not self.weight_shard:
             self.weight_shard.copy_(self.master)
         if self.keeps_shards:

@@ -2,11 +2,17 @@
 
 Local shapes stand with each function; n is the size of the group. Every rank of a group makes the same calls in the same order, as NCCL
 wants it. Eight-bit floats travel as bytes. A group of one sends nothing.
+
+Sums of scattered tensors. gloo's reduce-scatter is an all-reduce of which each rank forgets most: it sends twice what must be sent. There
+each rank gets the others' terms of its part by an all-to-all, (n-1)/n of the tensor as the optimum wants it, and adds them up itself:
+in fp32 whatever the type, and in the order of ranks, so that the sum does not depend on who was early. NCCL's own reduce-scatter sends
+the optimum and needs no room for the terms, so it stays: gradients are fp32 before they are sent. (V4 sums bf16 gradients in this way on
+NCCL too, since there each hop of a ring would round; see arXiv 2606.19348. Here nothing of that kind is summed in bf16.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,16 +60,18 @@ def alone(axis: str) -> Group:
 
 
 class Pending:
-    """A collective under way; `wait` returns its result and may be called once."""
+    """A collective under way; `wait` returns its result and may be called once. What arrived becomes the result by `finish`."""
 
-    def __init__(self, result: Tensor, work: dist.Work | None) -> None:
-        self._result, self._work = result, work
+    def __init__(self, arriving: Tensor, work: dist.Work | None, finish: Callable[[Tensor], Tensor] | None = None) -> None:
+        self._arriving, self._work, self._finish = arriving, work, finish
 
     def wait(self) -> Tensor:
         """The result, when it is there."""
-        if self._work is not None:
-            self._work.wait()
-        return self._result
+        arriving, work = self._arriving, self._work
+        del self._arriving, self._work  # whoever keeps this object does not keep a message
+        if work is not None:
+            work.wait()
+        return arriving if self._finish is None else self._finish(arriving)
 
 
 def all_reduce(tensor: Tensor, group: Group, *, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
@@ -106,21 +114,58 @@ def start_reduce_scatter(tensor: Tensor, group: Group) -> Pending:
     """As reduce_scatter, without waiting; `tensor` must stay as it is until then."""
     if group.process_group is None:
         return Pending(tensor, None)
-    out = tensor.new_empty(tensor.shape[0] // group.size, *tensor.shape[1:])
     group.traffic.add(_bytes(tensor) * (group.size - 1) // group.size)
+    if dist.get_backend(group.process_group) == "gloo":
+        terms = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        work = dist.all_to_all_single(terms, tensor.contiguous(), group=group.process_group, async_op=True)
+        return Pending(terms, work, lambda terms: sum_in_order(terms.unflatten(0, (group.size, -1))))
+    out = tensor.new_empty(tensor.shape[0] // group.size, *tensor.shape[1:])
     work = _reduce_scatter_single(out, tensor.contiguous(), group=group.process_group, async_op=True)
     return Pending(out, work)
 
 
+def sum_in_order(terms: Tensor) -> Tensor:
+    """[n, ...] -> [...]: added up in fp32, one rank after the other."""
+    total = terms[0].to(torch.float32, copy=True)
+    for term in terms[1:]:
+        total += term
+    return total.to(terms.dtype)
+
+
 def all_to_all(rows: Tensor, group: Group, *, send: Sequence[int], receive: Sequence[int]) -> Tensor:
     """[sum(send), ...] -> [sum(receive), ...]: `send[r]` rows, in order, go to rank r of the group, `receive[r]` come from it."""
+    return start_all_to_all(rows, group, send=send, receive=receive).wait()
+
+
+def start_all_to_all(rows: Tensor, group: Group, *, send: Sequence[int], receive: Sequence[int], room: int = 0) -> Pending:
+    """As all_to_all, without waiting; behind the rows that arrive there is room for some more, whose values are undefined."""
+    assert sum(send) == rows.shape[0], (send, rows.shape)
+    if group.process_group is None and not room:
+        return Pending(rows, None)
+    out = rows.new_empty(sum(receive) + room, *rows.shape[1:])
+    if group.process_group is None:
+        out[: len(rows)] = rows
+        return Pending(out, None)
+    group.traffic.add((sum(send) - send[group.rank]) * (_bytes(rows) // max(rows.shape[0], 1)))
+    arriving, leaving = _plain(out[: sum(receive)]), _plain(rows.contiguous())
+    work = dist.all_to_all_single(arriving, leaving, list(receive), list(send), group=group.process_group, async_op=True)
+    return Pending(out, work)
+
+
+def gather_rows(rows: Tensor, group: Group, *, counts: Sequence[int]) -> Tensor:
+    """[counts[rank], ...] -> [sum(counts), ...]: the rows of all ranks, of which `counts[r]` lie on rank r."""
     if group.process_group is None:
         return rows
-    assert sum(send) == rows.shape[0], (send, rows.shape)
-    out = rows.new_empty(sum(receive), *rows.shape[1:])
-    group.traffic.add((sum(send) - send[group.rank]) * (_bytes(rows) // max(rows.shape[0], 1)))
-    dist.all_to_all_single(_plain(out), _plain(rows.contiguous()), list(receive), list(send), group=group.process_group)
-    return out
+    return all_to_all(torch.cat([rows] * group.size), group, send=[len(rows)] * group.size, receive=counts)
+
+
+def scatter_rows(rows: Tensor, group: Group, *, counts: Sequence[int]) -> Tensor:
+    """[sum(counts), ...] -> [n, counts[rank], ...]: every rank's term of this rank's rows, the way back of `gather_rows`."""
+    if group.process_group is None:
+        return rows[None]
+    own = counts[group.rank]
+    terms = all_to_all(rows, group, send=counts, receive=[own] * group.size)
+    return terms.view(group.size, own, *rows.shape[1:])
 
 
 class Shift:
@@ -167,14 +212,6 @@ def scatter_tokens(partial: Tensor, group: Group, *, dim: int) -> Tensor:
     return out
 
 
-def exchange_rows(rows: Tensor, group: Group, *, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-    """all_to_all whose backward is the way back."""
-    if group.process_group is None:
-        return rows
-    out: Tensor = _Exchange.apply(rows, group, tuple(send), tuple(receive))
-    return out
-
-
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, shard: Tensor, group: Group, dim: int) -> Tensor:
@@ -195,17 +232,6 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return _gather(grads[0], ctx.group, ctx.dim), None, None
-
-
-class _Exchange(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: Group, send: tuple[int, ...], receive: tuple[int, ...]) -> Tensor:
-        ctx.group, ctx.send, ctx.receive = group, send, receive
-        return all_to_all(rows, group, send=send, receive=receive)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return all_to_all(grads[0], ctx.group, send=ctx.receive, receive=ctx.send), None, None, None
 
 
 def _gather(shard: Tensor, group: Group, dim: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from quintet.cost.balance import part_at
 from quintet.model.attention import LatentAttention
 from quintet.model.transformer import Transformer
 from quintet.parallel.expert import apply_expert
@@ -19,8 +20,11 @@ WITHIN_NODE, BETWEEN_NODES = 200e9, 50e9
 
 
 def parallelize(model: Transformer, mesh: Mesh, train: Train, *, device: torch.device) -> ShardedParameters:
-    """Fit a model on the meta device to this rank of the mesh: tensor, expert and sequence seams, recomputation, then ZeRO's buckets,
-    which bring the parameters (0 until they are filled) to `device` in the precision that training has."""
+    """Fit a model on the meta device to this rank of the mesh: its part of the pipeline, tensor, expert and sequence seams, recomputation,
+    then ZeRO's buckets, which bring the parameters (0 until they are filled) to `device` in the precision that training has."""
+    if mesh.layout.pp > 1:
+        model.keep(part_at(model.model, mesh.layout, mesh.at.pp).holds)
+        model.in_steps = True
     apply_tensor(model, mesh)
     apply_expert(model, mesh)
     if mesh["cp"].size > 1:

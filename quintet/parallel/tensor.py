@@ -34,12 +34,13 @@ def apply_tensor(model: Transformer, mesh: Mesh) -> None:
     tp, sequence = mesh["tp"], mesh["sequence"]
     for module in model.modules():
         if isinstance(module, MixtureOfExperts) and sequence.size > 1:
-            module.whole_count = lambda count: all_reduce(count, sequence)
             module.ahead = AheadOnRanks(sequence, mesh.layout)
         if isinstance(module, LatentAttention | FeedForward) and tp.size > 1:
             module.exchange = TokenExchange(tp)
         if isinstance(module, Embedding) and tp.size > 1:
             module.lookup = vocabulary_lookup(tp)
+    if sequence.size > 1:
+        model.whole_count = lambda count: all_reduce(count, sequence)
     if tp.size > 1:
         model.head_loss = VocabularyParallelLoss(tp)
 

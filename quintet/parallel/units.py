@@ -1,12 +1,42 @@
-"""ZeRO stage 3: each layer's weights are whole only while it computes, those of the next one on their way."""
+"""When the parts of a model wait for weights that other ranks hold: before each use (ZeRO stage 3), or after an update (1 and 2)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 from torch import Tensor, nn
 
 from quintet.parallel.bucket import Bucket
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a parameter or module belongs to: `layers.3`, `mtp.0`, `embed`, `norm`, `head`."""
+    parts = name.split(".")
+    return ".".join(parts[:2]) if parts[0] in ("layers", "mtp") else parts[0]
+
+
+def wait_at_first_use(model: nn.Module, buckets: Iterable[Bucket]) -> None:
+    """Stages 1 and 2: weights arrive beside the forward behind an update; a part waits for its own.
+
+    Any module with weights waits for those of its whole part, whoever calls it: a part's products may read weights directly (the ring),
+    but a norm always runs before. The head's weight, or the embedding's that is also the head, is read by the loss, and so the last norm
+    waits for it.
+    """
+    awaited: dict[str, list[Bucket]] = {}
+    for bucket in buckets:
+        for part in sorted({part_of(piece.name) for piece in bucket.pieces}):
+            awaited.setdefault("norm" if part == "head" else part, []).append(bucket)
+            if part == "embed":
+                awaited.setdefault("norm", []).append(bucket)
+
+    def wait(module: nn.Module, args: object, *, part: str) -> None:
+        for bucket in awaited[part]:
+            bucket.finish_gathering()
+
+    for name, module in model.named_modules():
+        if part_of(name) in awaited and next(module.parameters(recurse=False), None) is not None:
+            module.register_forward_pre_hook(partial(wait, part=part_of(name)))
 
 
 class Units:

@@ -15,7 +15,11 @@ the number of holders that divide one set of shards among them, and n the bucket
 
 A gradient leaves for its bucket as soon as backward has it; when a bucket is full, and those before it have gone, its reduction starts
 and goes on beside the rest of backward, two at a time. After the update the holders of shards gather the whole weights again (stages 1
-and 2). With hybrid sharding (arXiv 2304.11277) s is smaller than the number of holders, and the holders of equal shards add their sums up.
+and 2), beside the next forward. With hybrid sharding (arXiv 2304.11277) s is smaller than the number of holders, and the holders of equal
+shards add their sums up.
+
+In a pipeline the gradients of all micro-batches come as the schedule has it and add up; `begin_micro_batch` and `end_micro_batch` then
+stand around the whole step, and all reductions follow it in the order of the buckets, which is the same on ranks that hold the same.
 
 Where a rank is the only holder (one device; an expert's rank without replicas) there is nobody to share with, and the gradients
 stay as backward made them, one by one, until the update.
@@ -31,39 +35,34 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from quintet.cost.shard import bucket_numel
+from quintet.model.transformer import Transformer
 from quintet.parallel.bucket import Bucket, Piece, Reduction
 from quintet.parallel.collectives import Pending, start_all_reduce
 from quintet.parallel.mesh import Mesh
-from quintet.parallel.units import Units
-from quintet.spec.layout import Layout
-from quintet.spec.placement import local_box, placement
+from quintet.parallel.units import Units, part_of, wait_at_first_use
+from quintet.spec.placement import holders, local_box
 
-BUCKET_NUMEL = 25_000_000
-"""Buckets of stages 0 to 2 are closed at this many elements of a rank (100 MB of fp32 gradients)."""
 _ALIGNMENT = 64
 """Elements that every parameter's place is a multiple of; grouped products want 16 bytes."""
 IN_FLIGHT = 2
 """Reductions under way at one time; before another one starts the first is waited for, and its whole gradient can be freed."""
 
 
-def holders(name: str, layout: Layout) -> str:
-    """Which of `spec.layout.HOLDERS` hold the same values of a parameter."""
-    split = {axis for axis in placement(name) if layout.degree(axis) > 1}
-    if "ep" in split:
-        return "expert_split" if "expert_tp" in split else "expert"
-    return "tp_split" if split else "replicated"
-
-
 class ShardedParameters:
     """All parameters of a model in buckets, and the traffic of their gradients."""
 
-    def __init__(self, model: nn.Module, mesh: Mesh, *, dtype: torch.dtype, device: torch.device, bucket_numel: int = BUCKET_NUMEL) -> None:
-        """`model` is on the meta device with global shapes; afterwards it has this rank's parts, zero, on `device`."""
-        self.mesh, self.stage = mesh, mesh.layout.zero
+    def __init__(
+        self, model: Transformer, mesh: Mesh, *, dtype: torch.dtype, device: torch.device, closed_at: int | None = None
+    ) -> None:
+        """`model` is on the meta device with global shapes; afterwards it has this rank's parts, zero, on `device`. Buckets of stages 0
+        to 2 are `closed_at` so many elements of a rank, by default those of `cost.shard.bucket_numel`."""
+        self.mesh, self.stage, self._in_pipeline = mesh, mesh.layout.zero, mesh.layout.pp > 1
+        self._takers: dict[Tensor, Callable[[Tensor], None]] = {}
         self.buckets: list[Bucket] = []
         self.is_mtp: list[bool] = []
         self._unit_buckets: dict[str, list[Bucket]] = {}
-        for (names, kind, mtp), unit in _grouped(model, mesh, by_unit=self.stage == 3, bucket_numel=bucket_numel):
+        for (names, kind, mtp), unit in _grouped(model, mesh, by_unit=self.stage == 3, closed_at=closed_at):
             pieces, numel, num_decayed = _cut(model, names, mesh, dtype=dtype, device=device)
             shard, replicate = mesh[f"{kind}.shard"], mesh[f"{kind}.replicate"]
             numel = math.ceil(numel / (shard.size * _ALIGNMENT)) * shard.size * _ALIGNMENT
@@ -74,8 +73,11 @@ class ShardedParameters:
             self.is_mtp.append(mtp)
             self._unit_buckets.setdefault(unit, []).append(bucket)
             for piece in pieces:
-                piece.parameter.register_post_accumulate_grad_hook(self._taker(bucket, piece, unit))
+                self._takers[piece.parameter] = self._taker(bucket, piece, unit)
+                piece.parameter.register_post_accumulate_grad_hook(self._take_accumulated)
         self._active: list[Bucket] = []
+        self.with_mtp = False
+        """Whether MTP modules, on whatever rank, run in this step."""
         self._last = False
         self._num_passed = 0
         """Of the active buckets, those whose turn to be reduced has come in this backward."""
@@ -84,6 +86,8 @@ class ShardedParameters:
         for name, buffer in list(model.named_buffers()):
             model.get_submodule(name.rpartition(".")[0]).register_buffer(name.rpartition(".")[2], torch.zeros_like(buffer, device=device))
         self._units = Units(model, self._unit_buckets) if self.stage == 3 else None
+        if self.stage in (1, 2):
+            wait_at_first_use(model, self.buckets)
 
     def fill(self, values: Callable[[Piece], Tensor]) -> None:
         """Set every parameter: `values` of a piece are fp32, in the shape of its box."""
@@ -93,6 +97,7 @@ class ShardedParameters:
 
     def begin_step(self, *, mtp: bool) -> None:
         """Before a step's first micro-batch; without `mtp` its modules do not run and their buckets stay as they are."""
+        self.with_mtp = mtp
         self._active = [bucket for bucket, is_mtp in zip(self.buckets, self.is_mtp, strict=True) if mtp or not is_mtp]
 
     def begin_micro_batch(self, *, last: bool) -> None:
@@ -111,6 +116,12 @@ class ShardedParameters:
         self._replicating.clear()
         if self._units is not None:
             self._units.end_backward()
+        self.finish_gathering()
+
+    def finish_gathering(self) -> None:
+        """Wait for all weights that are on their way. A forward does so by itself, part by part; this is for readers from outside."""
+        for bucket in self.buckets:
+            bucket.finish_gathering()
 
     def updated(self) -> list[Bucket]:
         """The buckets whose gradients came in this step, as shards."""
@@ -131,18 +142,27 @@ class ShardedParameters:
             bucket.forget()
 
     def publish(self) -> None:
-        """After an update: the weights follow the masters."""
-        for bucket in self._active:
+        """After an update: the weights follow the masters. Below stage 3 they are gathered in the order in which forward wants them, and
+        each part of the model waits for its own when it next runs."""
+        for bucket in self._active[::-1]:
             bucket.forget()
             bucket.publish()
-        for bucket in self._active:
-            bucket.finish_gathering()
+
+    def take(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Take a gradient over that did not come by autograd (see ops.deferred)."""
+        self._takers[parameter](gradient)
+
+    def _take_accumulated(self, parameter: Tensor) -> None:
+        if parameter.grad is None:
+            return  # put off
+        gradient, parameter.grad = parameter.grad, None
+        self._takers[parameter](gradient)
 
     def _taker(self, bucket: Bucket, piece: Piece, unit: str) -> Callable[[Tensor], None]:
-        def take(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            gradient, parameter.grad = parameter.grad, None
-            bucket.add(piece, gradient)
+        def take(gradient: Tensor) -> None:
+            bucket.add(piece, gradient, again=self._in_pipeline)
+            if self._in_pipeline:
+                return
             if bucket.is_full:
                 self._start_reductions()
                 if self._units is not None:
@@ -178,7 +198,7 @@ class ShardedParameters:
 
 
 def _grouped(
-    model: nn.Module, mesh: Mesh, *, by_unit: bool, bucket_numel: int
+    model: Transformer, mesh: Mesh, *, by_unit: bool, closed_at: int | None
 ) -> Iterable[tuple[tuple[list[str], str, bool], str]]:
     """The names of each bucket's parameters, its holders, whether it belongs to MTP modules, and its unit; in the order of backward."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -187,10 +207,10 @@ def _grouped(
         return math.prod(local_box(name, shapes[name], mesh.layout, mesh.rank).sizes)
 
     def unit(name: str) -> str:
-        parts = name.split(".")
-        layered = parts[0] in ("layers", "mtp") and parts[2] != "norm"  # an MTP module's last norm runs behind it
-        return ".".join(parts[:2]) if layered else "root" if by_unit else parts[0]
+        layered = part_of(name) != name.split(".")[0] and name.split(".")[2] != "norm"  # an MTP module's last norm runs behind it
+        return part_of(name) if layered else "root" if by_unit else name.split(".")[0]
 
+    closed_at = closed_at or bucket_numel(sum(map(numel, shapes)))
     open_buckets: dict[tuple[str, bool], list[str]] = {}
     closed: list[tuple[tuple[list[str], str, bool], str]] = []
 
@@ -200,9 +220,9 @@ def _grouped(
     backward = sorted(list(shapes)[::-1], key=lambda name: unit(name) == "root") if by_unit else list(shapes)[::-1]
     for of, names in itertools.groupby(backward, unit):
         for name in names:
-            open_buckets.setdefault((holders(name, mesh.layout), name.startswith("mtp.")), []).append(name)
+            open_buckets.setdefault((holders(name, mesh.layout, model.model), name.startswith("mtp.")), []).append(name)
         for key, held in list(open_buckets.items()):
-            if by_unit or sum(map(numel, held)) >= bucket_numel:
+            if by_unit or sum(map(numel, held)) >= closed_at:
                 close(key, of)
     for key in list(open_buckets):
         close(key, "root")

@@ -2,6 +2,7 @@
 
 from quintet.schedule.build import NAMES as NAMES
 from quintet.schedule.build import build as build
+from quintet.schedule.build import fewest_microbatches as fewest_microbatches
 from quintet.schedule.check import check as check
 from quintet.schedule.lower import add_transfers as add_transfers
 from quintet.schedule.lower import forward_only as forward_only

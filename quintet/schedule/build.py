@@ -23,6 +23,11 @@ _CHUNKED: dict[str, Callable[[int, int, int], Schedule]] = {"interleaved": inter
 NAMES = ("gpipe", "1f1b", "interleaved", "zb1p", "interleaved-zb", "zbv", "dualpipev", "dualpipe")
 
 
+def fewest_microbatches(name: str, num_ranks: int) -> int:
+    """The fewest micro-batches that the schedule of this name takes."""
+    return 2 * num_ranks if name in ("dualpipe", "dualpipev") else 1
+
+
 def build(name: str, num_ranks: int, num_microbatches: int, *, chunks: int = 2) -> Schedule:
     """The schedule of this name; `chunks` is how many stages a rank holds in the interleaved ones.
 

@@ -148,3 +148,8 @@ class Curve:
     def peak(self) -> float:
         """The largest value that the curve takes."""
         return max(max(s.start, s.end) for s in self.segments)
+
+    @property
+    def lowest(self) -> float:
+        """The smallest value that the curve takes."""
+        return min(min(s.start, s.end) for s in self.segments)

@@ -1,8 +1,15 @@
 """The degrees of parallelism, who sits where, and every rule between the degrees, the model and the batch.
 
 Ranks are numbered with tp innermost, then cp, dp and pp: rank = ((pp_index dp + dp_index) cp + cp_index) tp + tp_index, so that what
-talks most lies closest. A stage's dp x cp replicas, numbered dp_index cp + cp_index, are divided into neighbouring runs of ep ranks that
-together hold all experts once; an expert's own replicas are the ranks at the same place of each run.
+talks most lies closest. The dp x cp replicas at one place of pp, numbered dp_index cp + cp_index, are divided into neighbouring runs of
+ep ranks that together hold all experts once; an expert's own replicas are the ranks at the same place of each run.
+
+The pipeline schedule decides how the model's stages lie on the P places of pp:
+
+    line     stage s at place s                            gpipe, 1f1b, zb1p
+    loop     stage s at place s mod P, `chunks` each       interleaved, interleaved-zb
+    v        2 P stages, down the places and up again      zbv, dualpipev
+    mirror   stages s and P - 1 - s at place s             dualpipe: every stage lies twice, and so does every weight
 """
 
 from __future__ import annotations
@@ -13,10 +20,24 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from quintet.errors import SpecError
+from quintet.errors import SpecError, did_you_mean
 from quintet.spec.model import Model
 
 Degree = Literal["dp", "tp", "pp", "ep", "cp", "expert_tp"]
+PipelineName = Literal["gpipe", "1f1b", "interleaved", "zb1p", "interleaved-zb", "zbv", "dualpipev", "dualpipe"]
+Arrangement = Literal["line", "loop", "v", "mirror"]
+
+ARRANGEMENT: dict[PipelineName, Arrangement] = {
+    "gpipe": "line",
+    "1f1b": "line",
+    "zb1p": "line",
+    "interleaved": "loop",
+    "interleaved-zb": "loop",
+    "zbv": "v",
+    "dualpipev": "v",
+    "dualpipe": "mirror",
+}
+"""How the stages of each schedule lie on the places of pp; the schedules themselves are in `quintet.schedule`."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +67,7 @@ class Layout:
     tp: int = 1
     """Tensor-parallel ways: heads, feed-forwards and vocabulary are split, and the tokens outside of them."""
     pp: int = 1
-    """Pipeline stages."""
+    """Pipeline-parallel ways: the layers are split into stages."""
     ep: int = 1
     """Expert-parallel ways, inside dp x cp: the routed experts are split."""
     cp: int = 1
@@ -59,12 +80,21 @@ class Layout:
     """Replicas that share one set of ZeRO's shards (hybrid sharding); absent: all of dp x cp."""
     node_size: int = 8
     """Devices of one node, between which links are fast."""
+    schedule: PipelineName | None = None
+    """Pipeline schedule; absent: dualpipev where experts are split, whose all-to-all it hides, zbv where they are not."""
+    chunks: int = 2
+    """Stages of each rank in the interleaved schedules."""
+    cut: tuple[int, ...] | None = None
+    """Layers of each pipeline stage; absent: as equal in cost as layers can be shared out."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != "zero" and value is not None and value < 1:
+            if field.name != "zero" and isinstance(value, int) and value < 1:
                 raise SpecError(f"layout.{field.name} ({value}) must be at least 1")
+        if self.schedule is not None and self.schedule not in ARRANGEMENT:
+            near = did_you_mean(self.schedule, ARRANGEMENT)
+            raise SpecError(f"layout.schedule {self.schedule!r} is not a schedule{near}; schedules: {', '.join(ARRANGEMENT)}")
 
     @property
     def num_ranks(self) -> int:
@@ -80,6 +110,45 @@ class Layout:
     def expert_dp(self) -> int:
         """Ranks of a stage, at one place of tp, that hold the same experts."""
         return self.num_replicas // self.ep
+
+    @property
+    def pipeline(self) -> PipelineName:
+        """The name of the schedule, chosen or by default."""
+        return self.schedule or ("dualpipev" if self.ep > 1 else "zbv")
+
+    @property
+    def arrangement(self) -> Arrangement:
+        """How stages lie on the places of pp; a line without a pipeline."""
+        return ARRANGEMENT[self.pipeline] if self.pp > 1 else "line"
+
+    @property
+    def num_stages(self) -> int:
+        """Parts that the model is cut into."""
+        return self.pp * {"line": 1, "loop": self.chunks, "v": 2, "mirror": 1}[self.arrangement]
+
+    def place_of(self, stage: int) -> int:
+        """The place on pp where a stage lies; of two, the one for micro-batches that enter at place 0."""
+        turn, place = divmod(stage, self.pp)
+        return self.pp - 1 - place if self.arrangement == "v" and turn else place
+
+    def stages_at(self, place: int) -> tuple[int, ...]:
+        """The stages that lie at a place of pp, ascending."""
+        if self.arrangement == "mirror":
+            return tuple(sorted({place, self.pp - 1 - place}))
+        return tuple(stage for stage in range(self.num_stages) if self.place_of(stage) == place)
+
+    def home(self, place: int) -> int:
+        """The first of the places that hold the same stages as this one."""
+        return min(place, self.pp - 1 - place) if self.arrangement == "mirror" else place
+
+    def end(self, place: int) -> int:
+        """The first of the places that hold the token embedding where this one does and both ends need it, else its home."""
+        return 0 if place in (0, self.place_of(self.num_stages - 1)) else self.home(place)
+
+    def num_microbatches(self, batch_sequences: int, micro_batch: int) -> int:
+        """Micro-batches that each replica makes of its share of a batch; where the schedule wants an even number, the last may be empty."""
+        count = max(-(-batch_sequences // (self.dp * micro_batch)), 1)
+        return count + count % 2 if self.arrangement == "mirror" else count
 
     def degree(self, axis: str) -> int:
         """Ranks along an axis."""
@@ -103,8 +172,9 @@ class Layout:
     def group_of(self, rank: int, axis: str) -> tuple[int, ...]:
         """The ranks that `rank` exchanges with along an axis of `GROUPS`, itself among them, ascending."""
         at, same = self.coordinates(rank), GROUPS[axis]
-        num_in_stage = self.num_ranks // self.pp
-        others = range(self.num_ranks) if axis == "pp" else range(at.pp * num_in_stage, (at.pp + 1) * num_in_stage)
+        num_at_place = self.num_ranks // self.pp
+        places = range(self.pp) if axis == "pp" else sorted({at.pp, self.pp - 1 - at.pp})
+        others = (place * num_at_place + i for place in places for i in range(num_at_place))
         key = same(self, at)
         return tuple(other for other in others if same(self, self.coordinates(other)) == key)
 
@@ -122,18 +192,21 @@ class Layout:
     def __str__(self) -> str:
         shown = {"pp": self.pp, "dp": self.dp, "cp": self.cp, "tp": self.tp, "ep": self.ep, "expert_tp": self.expert_tp, "zero": self.zero}
         text = " ".join(f"{name}={value}" for name, value in shown.items() if value != (0 if name == "zero" else 1))
-        return (text or "one device") + (f" zero_ranks={self.zero_ranks}" if self.zero_ranks else "")
+        pipeline = f" {self.pipeline}{self.chunks if self.arrangement == 'loop' else ''}" if self.pp > 1 else ""
+        return (text or "one device") + (f" zero_ranks={self.zero_ranks}" if self.zero_ranks else "") + pipeline
 
 
 Key = Callable[[Layout, Coordinates], tuple[int, ...]]
 
 HOLDERS: dict[str, Key] = {
-    "replicated": lambda _, at: (at.pp,),
-    "tp_split": lambda _, at: (at.pp, at.tp),
-    "expert": lambda _, at: (at.pp, at.ep),
-    "expert_split": lambda _, at: (at.pp, at.ep, at.tp),
+    "replicated": lambda layout, at: (layout.home(at.pp),),
+    "tp_split": lambda layout, at: (layout.home(at.pp), at.tp),
+    "expert": lambda layout, at: (layout.home(at.pp), at.ep),
+    "expert_split": lambda layout, at: (layout.home(at.pp), at.ep, at.tp),
+    "both_ends": lambda layout, at: (layout.end(at.pp), at.tp),
 }
-"""The ranks that hold the same values of a parameter, by what splits it: nothing; tp; ep; ep and expert_tp."""
+"""The ranks that hold the same values of a parameter, by what splits it: nothing; tp; ep; ep and expert_tp. `both_ends` is a token
+embedding that the first and the last stage of a pipeline need."""
 
 
 def _shard(holders: Key) -> Key:
@@ -141,7 +214,7 @@ def _shard(holders: Key) -> Key:
 
     def key(layout: Layout, at: Coordinates) -> tuple[int, ...]:
         replica = at.dp * layout.cp + at.cp
-        shared = (replica // (layout.zero_ranks or layout.num_replicas),) if layout.zero else (replica, at.tp)
+        shared = (replica // (layout.zero_ranks or layout.num_replicas),) if layout.zero else (replica, at.tp, at.pp)
         return (*holders(layout, at), *shared)
 
     return key
@@ -156,7 +229,7 @@ def _replicate(holders: Key) -> Key:
         ranks = layout.zero_ranks or layout.num_replicas
         expert = holders in (HOLDERS["expert"], HOLDERS["expert_split"])
         within = at.expert_dp % max(ranks // layout.ep, 1) if expert else (at.dp * layout.cp + at.cp) % ranks
-        return (*holders(layout, at), within, at.tp)
+        return (*holders(layout, at), within, at.tp, at.pp)
 
     return key
 
@@ -201,8 +274,7 @@ def _rules(layout: Layout, model: Model, sequence_lengths: Iterable[int]) -> Ite
         yield _divisible("layout.dp x cp", layout.num_replicas, "layout.ep", layout.ep)
     if layout.expert_tp not in (1, layout.tp):
         yield f"layout.expert_tp ({layout.expert_tp}) must be 1 or layout.tp ({layout.tp})"
-    if layout.pp > model.num_layers:
-        yield f"layout.pp ({layout.pp}) must be at most model.num_layers ({model.num_layers}): a stage needs a layer"
+    yield from _pipeline_rules(layout, model)
     if layout.zero_ranks is not None:
         if layout.num_replicas % layout.zero_ranks:
             yield _divisible("layout.dp x cp", layout.num_replicas, "layout.zero_ranks", layout.zero_ranks)
@@ -212,6 +284,40 @@ def _rules(layout: Layout, model: Model, sequence_lengths: Iterable[int]) -> Ite
             yield f"layout.zero_ranks ({layout.zero_ranks}) needs layout.zero of 1, 2 or 3"
     if layout.num_ranks > layout.node_size and layout.num_ranks % layout.node_size:
         yield f"the layout's {layout.num_ranks} ranks must fill whole nodes of layout.node_size ({layout.node_size})"
+
+
+def _pipeline_rules(layout: Layout, model: Model) -> Iterator[str]:
+    if layout.pp == 1:
+        if layout.cut is not None:
+            yield f"layout.cut ({_numbers(layout.cut)}) needs layout.pp above 1"
+        return
+    several = layout.num_stages > layout.pp
+    stages = f"{layout.num_stages} stages" + (f" ({layout.num_stages // layout.pp} on each rank)" if several else "")
+    if layout.num_stages > model.num_layers:
+        yield (
+            f"layout.pp ({layout.pp}) with {layout.pipeline} makes {stages}, which must be at most model.num_layers ({model.num_layers})"
+            + ("; 1f1b and zb1p put one on each rank" if several and layout.pp <= model.num_layers else "")
+        )
+    if layout.arrangement == "mirror" and layout.pp % 2:
+        yield f"layout.pp ({layout.pp}) must be even for dualpipe, whose ranks mirror each other; dualpipev takes any number"
+    if layout.arrangement == "loop" and layout.chunks < 2:
+        yield f"layout.chunks ({layout.chunks}) must be at least 2 for {layout.pipeline}"
+    if layout.zero > 1:
+        yield (
+            f"layout.zero ({layout.zero}) must be 0 or 1 where layout.pp ({layout.pp}) is above 1: every micro-batch would send its "
+            + ("gradients and gather the weights" if layout.zero == 3 else "gradients")
+        )
+    if layout.cut is not None and (
+        len(layout.cut) != layout.num_stages or sum(layout.cut) != model.num_layers or min(layout.cut) < 0 or 0 in layout.cut[:-1]
+    ):
+        yield (
+            f"layout.cut ({_numbers(layout.cut)}) must share out model.num_layers ({model.num_layers}) to {stages}, at least one to each "
+            "but the last, which may do with the head alone"
+        )
+
+
+def _numbers(values: Iterable[int]) -> str:
+    return ", ".join(map(str, values))
 
 
 def _divisible(what: str, count: int, by: str, degree: int, *, each: int = 1) -> str:
@@ -254,7 +360,8 @@ def nearest_legal(layout: Layout, model: Model, sequence_lengths: Iterable[int],
     for dp, tp, pp, ep, cp in ordered[:20_000]:
         expert_tp = tp if layout.expert_tp > 1 else 1
         zero_ranks = layout.zero_ranks if layout.zero_ranks and (dp * cp) % layout.zero_ranks == 0 and layout.zero else None
-        other = replace(layout, dp=dp, tp=tp, pp=pp, ep=ep, cp=cp, expert_tp=expert_tp, zero_ranks=zero_ranks)
+        zero = min(layout.zero, 1) if pp > 1 else layout.zero
+        other = replace(layout, dp=dp, tp=tp, pp=pp, ep=ep, cp=cp, expert_tp=expert_tp, zero_ranks=zero_ranks, zero=zero, cut=None)
         if not broken_rules(other, model, lengths):
             legal[other] = distance(other)
             if len(legal) >= 40:

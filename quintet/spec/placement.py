@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from quintet.spec.layout import Layout
+from quintet.spec.model import Model
+from quintet.spec.stage import embedding_at_both_ends
 
 Axis = Literal["tp", "ep", "expert_tp"]
 
@@ -39,6 +41,16 @@ def placement(name: str) -> Mapping[Axis, int]:
 def is_expert(name: str) -> bool:
     """Whether the parameter belongs to routed experts, which have replicas of their own."""
     return "ep" in placement(name)
+
+
+def holders(name: str, layout: Layout, model: Model) -> str:
+    """Which of `spec.layout.HOLDERS` hold the same values of a parameter."""
+    if name == "embed.weight" and layout.pp > 1 and embedding_at_both_ends(model):
+        return "both_ends"
+    split = {axis for axis in placement(name) if layout.degree(axis) > 1}
+    if "ep" in split:
+        return "expert_split" if "expert_tp" in split else "expert"
+    return "tp_split" if split else "replicated"
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
-"""Which part of the model a pipeline stage holds: for now layers are shared out evenly by number, whatever each of them costs."""
+"""Which part of the model a pipeline stage holds."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
-from quintet.spec.layout import Layout
 from quintet.spec.model import Model
 
 
@@ -14,24 +15,62 @@ class Stage:
 
     layers: range
     """Numbers of its layers in the main model."""
+    first: bool
+    """Looks the tokens up."""
+    last: bool
+    """Computes the loss: last norm, MTP modules and head."""
     embedding: bool
-    """The token embedding: the first stage looks tokens up, MTP modules again, and tied weights are also the head."""
-    head: bool
-    """Last norm, and the head where it has weights of its own."""
-    mtp: bool
-    """The MTP modules."""
+    """Holds the token embedding: the first stage; and the last for its MTP modules, or where tied weights are also the head."""
 
     def holds(self, name: str) -> bool:
         """Whether the parameter or module `name`, as it is called in the model, lies here."""
         first, *rest = name.split(".")
         if first == "layers" and rest:
             return int(rest[0]) in self.layers
-        return {"embed": self.embedding, "mtp": self.mtp}.get(first, self.head)
+        return self.embedding if first == "embed" else self.last
 
 
-def stage_of(model: Model, layout: Layout, index: int) -> Stage:
-    """Stage `index` of layout.pp. Provisional: the cut that pipelines will train with weighs layers by what they cost."""
-    begin, end = (place * model.num_layers // layout.pp for place in (index, index + 1))
-    last = index == layout.pp - 1
-    reads_tokens = index == 0 or (last and (model.num_mtp_modules > 0 or model.tie_embeddings))
-    return Stage(layers=range(begin, end), embedding=reads_tokens, head=last, mtp=last)
+@dataclass(frozen=True)
+class Part:
+    """All stages that lie on one rank."""
+
+    stages: tuple[Stage, ...]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Numbers of the layers, ascending."""
+        return tuple(sorted(layer for stage in self.stages for layer in stage.layers))
+
+    @property
+    def last(self) -> bool:
+        """Whether the last stage is among them."""
+        return any(stage.last for stage in self.stages)
+
+    @property
+    def embedding(self) -> bool:
+        """Whether the token embedding is here."""
+        return any(stage.embedding for stage in self.stages)
+
+    def holds(self, name: str) -> bool:
+        """Whether the parameter or module `name`, as it is called in the model, lies here."""
+        return any(stage.holds(name) for stage in self.stages)
+
+
+def stages_of(model: Model, num_layers: Sequence[int]) -> tuple[Stage, ...]:
+    """The stages of a model that is cut into runs of so many layers."""
+    ends = [*accumulate(num_layers)]
+    last = len(ends) - 1
+    return tuple(
+        Stage(
+            layers=range(end - count, end),
+            first=i == 0,
+            last=i == last,
+            embedding=i == 0 or (i == last and embedding_at_both_ends(model)),
+        )
+        for i, (end, count) in enumerate(zip(ends, num_layers, strict=True))
+    )
+
+
+def embedding_at_both_ends(model: Model) -> bool:
+    """Whether the last stage needs the token embedding too."""
+    return model.num_mtp_modules > 0 or model.tie_embeddings

@@ -22,14 +22,15 @@ def tiny(run: Run) -> Run:
     return replace(
         run,
         model=_tiny_model(run.model, run.layout, length),
+        layout=replace(run.layout, cut=None),
         phases=(phase,),
         train=replace(run.train, micro_batch=micro_batch, loss_chunk=min(run.train.loss_chunk, 3 * length // 2), compile=False),
     )
 
 
 def _tiny_model(model: Model, layout: Layout, length: int) -> Model:
-    num_moe = min(model.num_moe_layers, max(2, layout.pp - min(model.num_dense_layers, 1)))
-    num_dense = min(model.num_dense_layers, max(1, layout.pp - num_moe))
+    num_moe = min(model.num_moe_layers, max(2, layout.num_stages - min(model.num_dense_layers, 1)))
+    num_dense = min(model.num_dense_layers, max(1, layout.num_stages - num_moe))
     per_group = 2
     num_groups = min(model.num_groups, 4)
     num_experts = math.lcm(layout.ep, num_groups * per_group)

@@ -13,6 +13,8 @@ from quintet.ops.pointwise import REFERENCE, Kernels, can_compile, fused
 from quintet.parallel.bucket import Piece
 from quintet.parallel.mesh import Mesh
 from quintet.parallel.parallelize import parallelize
+from quintet.parallel.recorder import Recorder
+from quintet.parallel.stages import ModelPipeline
 from quintet.parallel.zero import ShardedParameters
 from quintet.spec.run import Run
 from quintet.train.optimizer import AdamW
@@ -25,6 +27,13 @@ class Built:
     model: Transformer
     parameters: ShardedParameters
     optimizer: AdamW
+    pipeline: ModelPipeline | None = None
+    """How a step goes through this rank's stages, where the model is cut into any."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.model.parameters()).device
 
     @property
     def mesh(self) -> Mesh:
@@ -33,9 +42,16 @@ class Built:
 
 
 def build(
-    run: Run, mesh: Mesh, device: torch.device, *, on_message: Callable[[str], None], weights: Mapping[str, Tensor] | None = None
+    run: Run,
+    mesh: Mesh,
+    device: torch.device,
+    *,
+    on_message: Callable[[str], None],
+    weights: Mapping[str, Tensor] | None = None,
+    recorder: Recorder | None = None,
 ) -> Built:
-    """The model of the recipe with random weights, or with the global `weights` by name, and an optimizer without history."""
+    """The model of the recipe with random weights, or with the global `weights` by name, and an optimizer without history. `recorder`
+    notes what a pipeline does."""
     with torch.device("meta"):
         model = Transformer(run.model, kernels=kernels(run, device, on_message=on_message))
     parameters = parallelize(model, mesh, run.train, device=device)
@@ -51,7 +67,8 @@ def build(
         for name, buffer in model.named_buffers():
             if weights is not None:
                 buffer.copy_(weights[name])
-    return Built(model, parameters, AdamW(parameters, run.optimizer))
+    pipeline = ModelPipeline(model, parameters, recorder) if mesh.layout.pp > 1 else None
+    return Built(model, parameters, AdamW(parameters, run.optimizer), pipeline)
 
 
 def kernels(run: Run, device: torch.device, *, on_message: Callable[[str], None]) -> Kernels:

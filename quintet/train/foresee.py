@@ -6,16 +6,22 @@ from collections.abc import Callable
 
 from quintet.cost.memory import step_memory
 from quintet.data.prepare import foresee
-from quintet.errors import QuintetError
+from quintet.errors import QuintetError, SpecError
 from quintet.monitor import machine
 from quintet.monitor.units import num_bytes
+from quintet.schedule import fewest_microbatches
+from quintet.spec.curriculum import PhaseCurves
 from quintet.spec.run import Run, Train
 from quintet.train import directory
 
 
 def refusals(run: Run) -> list[str]:
     """What `train` would refuse here, as far as it is cheap to know: the device, the run's directory, the data. Empty: nothing."""
-    checks: tuple[Callable[[], object], ...] = (lambda: _device(run), lambda: directory.refuse_existing(run))
+    checks: tuple[Callable[[], object], ...] = (
+        lambda: _device(run),
+        lambda: require_microbatches(run),
+        lambda: directory.refuse_existing(run),
+    )
     found = [message for check in checks if (message := _message(check))]
     return [*found, *foresee(run.data, vocab_size=run.model.vocab_size)]
 
@@ -23,6 +29,25 @@ def refusals(run: Run) -> list[str]:
 def doubts(run: Run) -> list[str]:
     """What `train` would try here although it bodes ill: more memory than there is, more threads than cores."""
     return [message for message in (_memory(run), _threads(run.train)) if message]
+
+
+def require_microbatches(run: Run) -> None:
+    """Raise SpecError where the smallest batch of a phase makes fewer micro-batches than the pipeline's schedule takes."""
+    layout, micro_batch = run.layout, run.train.micro_batch
+    if layout.pp == 1:
+        return
+    fewest = fewest_microbatches(layout.pipeline, layout.pp)
+    for phase in run.phases:
+        smallest = max(1, round(PhaseCurves(phase).batch.lowest))
+        count = layout.num_microbatches(smallest, micro_batch)
+        if count < fewest:
+            needed = layout.dp * micro_batch * (fewest - 1) + 1
+            raise SpecError(
+                f"phase {phase.name!r} has batches of {smallest} sequences, which make {count} micro-batches of train.micro_batch "
+                f"({micro_batch}) on each of layout.dp ({layout.dp}) replicas, but {layout.pipeline} on layout.pp ({layout.pp}) takes at "
+                f"least {fewest}; raise phases.batch to {needed} or more, lower train.micro_batch, layout.dp or layout.pp, or choose "
+                "layout.schedule = 'zbv', which takes any number"
+            )
 
 
 def _message(check: Callable[[], object]) -> str | None:

@@ -5,28 +5,38 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
-from quintet.data.loader import held_out_batches
+from quintet.data.loader import Batch, held_out_batches
 from quintet.data.prepare import Prepared
 from quintet.errors import DataError
+from quintet.model.loss import Weights
 from quintet.model.transformer import Transformer
 from quintet.monitor.metrics import Evaluated
 from quintet.parallel.collectives import all_reduce
 from quintet.parallel.mesh import Mesh, single
 from quintet.parallel.sequence import shard_positions, shard_tokens
+from quintet.parallel.stages import Context, MicroBatch, ModelPipeline
 from quintet.spec.run import Run
 
 
 @torch.no_grad()
 def held_out_loss(
-    model: Transformer, prepared: Prepared, run: Run, *, sequence_length: int, step: int, mesh: Mesh | None = None
+    model: Transformer,
+    prepared: Prepared,
+    run: Run,
+    *,
+    sequence_length: int,
+    step: int,
+    mesh: Mesh | None = None,
+    pipeline: ModelPipeline | None = None,
 ) -> Evaluated:
     """Cross-entropy of the next token over the same held-out sequences each time; sources without held-out documents are left out.
     All ranks of `mesh` call it together and get the same. Raises DataError if no source has any.
 
     Bits per byte are nats per token, times the source's tokens per byte, over ln 2.
     """
-    mesh, device = mesh or single(), model.embed.weight.device
+    mesh, device = mesh or single(), next(model.parameters()).device
     positions = shard_positions(sequence_length, mesh["cp"]).to(device)
     losses: dict[str, float] = {}
     bits: dict[str, float] = {}
@@ -35,7 +45,6 @@ def held_out_loss(
     for name, part in prepared.sources.items():
         if not part.held_out.num_documents:
             continue
-        sums = torch.zeros(2, dtype=torch.float64, device=device)  # of the losses, and of the tokens
         batches = held_out_batches(
             prepared,
             name,
@@ -45,13 +54,13 @@ def held_out_loss(
             part=mesh.at.dp,
             num_parts=mesh.layout.dp,
         )
-        for batch in batches:
-            inputs, labels, ids = (
-                shard_tokens(x, mesh["cp"], dim=1).to(device) for x in (batch.inputs, batch.labels, batch.document_ids)
-            )
-            hidden = model(inputs, positions=positions, document_ids=ids if run.data.document_mask else None).hidden
-            sums[0] += model.loss(hidden, labels, chunk=run.train.loss_chunk)
-            sums[1] += (labels >= 0).sum() / mesh.layout.tp  # its ranks share the losses out, but have the same labels
+        micro_batches = (_micro_batch(batch, mesh, device, document_mask=run.data.document_mask) for batch in batches)
+        chunk = run.train.loss_chunk
+        if pipeline is None:
+            sums = torch.stack([_loss_and_tokens(model, each, positions, chunk) for each in micro_batches]).sum(0)
+        else:
+            sums = _through_pipeline(pipeline, [*micro_batches], positions, chunk)
+        sums[1] /= mesh.layout.tp * mesh.layout.pp  # its ranks share the losses out, but have the same labels
         total, counted = all_reduce(sums, mesh["world"]).tolist()
         losses[name], tokens[name], domains[name] = total / max(counted, 1), round(counted), part.source.domain
         meta = part.held_out.meta
@@ -59,3 +68,24 @@ def held_out_loss(
     if not losses:
         raise DataError(f"no source in {prepared.directory} has a held-out document; raise data.held_out or add text, then prepare again")
     return Evaluated(step=step, losses=losses, domains=domains, bits_per_byte=bits, tokens=tokens)
+
+
+def _micro_batch(batch: Batch, mesh: Mesh, device: torch.device, *, document_mask: bool) -> MicroBatch:
+    """This rank's part of each sequence."""
+    inputs, labels, ids = (shard_tokens(x, mesh["cp"], dim=1).to(device) for x in (batch.inputs, batch.labels, batch.document_ids))
+    return MicroBatch(inputs, labels[None], ids if document_mask else None)
+
+
+def _loss_and_tokens(model: Transformer, at: MicroBatch, positions: Tensor, chunk: int) -> Tensor:
+    """The sum of the losses and the number of labels: [2] in fp64."""
+    hidden = model(at.inputs, positions=positions, document_ids=at.document_ids).hidden
+    return torch.stack((model.loss(hidden, at.targets[0], chunk=chunk).double(), (at.targets >= 0).sum().double()))
+
+
+def _through_pipeline(pipeline: ModelPipeline, micro_batches: list[MicroBatch], positions: Tensor, chunk: int) -> Tensor:
+    """The same over all micro-batches; only the rank of the last stage sees losses, which for others are 0."""
+    none = Weights(mtp=0.0, balance=0.0)
+    context = Context(positions=positions, weights=none, num_targets=[1], num_sequences=1, chunk=chunk)
+    losses = pipeline.evaluate(micro_batches, context)
+    labels = torch.stack([(each.targets >= 0).sum() for each in micro_batches])
+    return torch.stack((torch.stack([loss.main for loss in losses]).double().sum(), labels.sum().double()))

@@ -34,8 +34,7 @@ class AdamW:
         """Clip to the largest norm, update the masters of the buckets that have a gradient, and the weights after them. Consumes the
         gradients."""
         scale = min(self.settings.clip_norm / (gradient_norm + 1e-6), 1.0)
-        updated = self.parameters.updated()
-        for is_mtp in {self.parameters.is_mtp[i] for i, bucket in enumerate(self.parameters.buckets) if bucket in updated}:
+        for is_mtp in (False, True) if self.parameters.with_mtp else (False,):
             self.num_steps[is_mtp] += 1
         for i, bucket in enumerate(self.parameters.buckets):
             if bucket.has_gradient:

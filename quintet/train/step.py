@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from quintet.model.loss import Loss, Weights, count_targets, targets_by_depth, t
 from quintet.model.router import updated_bias
 from quintet.parallel.collectives import all_reduce
 from quintet.parallel.sequence import shard_positions, shard_tokens
+from quintet.parallel.stages import Context, MicroBatch
 from quintet.spec.curriculum import Settings
 from quintet.spec.run import Train
 from quintet.train.build import Built
@@ -45,12 +46,15 @@ def run_step(
     document_mask: bool,
     step: int,
     stop: Callable[[], bool] = lambda: False,
+    before_update: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """Update number `step` from this rank's rows of a batch of `settings.batch_sequences`, `train.micro_batch` rows at a time.
 
+    `before_update` is called before anything that a checkpoint holds changes: a save beside training copies it until then.
     Raises NumericsError, with weights and moments untouched, if loss or gradient is not finite.
     """
     sums, load = accumulate(built, batch, settings=settings, train=train, document_mask=document_mask)
+    before_update()
     return update(built, sums, load, settings=settings, step=step, stop=stop())
 
 
@@ -68,9 +72,9 @@ def update(built: Built, sums: Tensor, load: Tensor, *, settings: Settings, step
             "lower the learning rate in the run's recipe.toml, or look at the data of this step, and resume from the newest checkpoint"
         )
     built.optimizer.step(settings.learning_rate, gradient_norm)
-    for layer, counts in zip(built.model.moe_layers(), load, strict=True):
+    for number, layer in built.model.moe_layers().items():
         bias = layer.router.expert_bias
-        bias.copy_(updated_bias(bias, counts.to(bias.device), settings.bias_speed))
+        bias.copy_(updated_bias(bias, load[number].to(bias.device), settings.bias_speed))
     return StepResult(
         loss=total,
         main_loss=main,
@@ -89,37 +93,62 @@ def accumulate(built: Built, batch: Batch, *, settings: Settings, train: Train, 
     Returns this rank's shares of the sums [5] (losses: total, main, MTP, balance; dropped assignments) in fp64, and of the load
     [layers, E].
     """
-    model, mesh, device = built.model, built.mesh, built.model.embed.weight.device
+    model, mesh, device = built.model, built.mesh, built.device
     targets = targets_by_depth(batch.labels, model.model.num_mtp_modules)
-    num_targets = all_reduce(count_targets(targets).to(device), mesh["dp"]).tolist()
-    positions = shard_positions(batch.inputs.shape[1], mesh["cp"]).to(device)
-    sums: list[Tensor] = []
-    load: Tensor | None = None
-    built.parameters.begin_step(mtp=settings.mtp_weight > 0)
+    context = Context(
+        positions=shard_positions(batch.inputs.shape[1], mesh["cp"]).to(device),
+        weights=Weights(mtp=settings.mtp_weight, balance=train.balance_weight),
+        num_targets=all_reduce(count_targets(targets).to(device), mesh["dp"]).tolist(),
+        num_sequences=settings.batch_sequences,
+        chunk=train.loss_chunk,
+    )
+
+    def mine(x: Tensor) -> Tensor:
+        """This rank's part of each sequence, from whole ones [.., S]."""
+        return shard_tokens(x, mesh["cp"], dim=-1).to(device)
+
     # A rank whose share of the batch is smaller goes through its last micro-batch with fewer rows, or none: the others wait for it there.
-    begins = range(0, -(-settings.batch_sequences // mesh.layout.dp), train.micro_batch)
-    for begin in begins:
-        rows = slice(begin, begin + train.micro_batch)
-
-        def mine(x: Tensor) -> Tensor:
-            """This rank's part of each sequence, from whole ones [.., S]."""
-            return shard_tokens(x, mesh["cp"], dim=-1).to(device)
-
-        built.parameters.begin_micro_batch(last=begin == begins[-1])
-        loss: Loss = training_loss(
-            model,
-            mine(batch.inputs[rows]),
-            mine(targets[:, rows]),
-            positions=positions,
+    micro_batches = [
+        MicroBatch(
+            inputs=mine(batch.inputs[rows]),
+            targets=mine(targets[:, rows]),
             document_ids=mine(batch.document_ids[rows]) if document_mask else None,
-            weights=Weights(mtp=settings.mtp_weight, balance=train.balance_weight),
-            num_targets=num_targets,
-            num_sequences=settings.batch_sequences,
-            chunk=train.loss_chunk,
+        )
+        for i in range(mesh.layout.num_microbatches(settings.batch_sequences, train.micro_batch))
+        for rows in [slice(i * train.micro_batch, (i + 1) * train.micro_batch)]
+    ]
+    built.parameters.begin_step(mtp=settings.mtp_weight > 0)
+    losses = _through_pipeline(built, micro_batches, context) if mesh.layout.pp > 1 else _one_by_one(built, micro_batches, context)
+    sums = [torch.stack((loss.total.detach(), loss.main, loss.mtp, loss.balance, loss.dropped.sum())).double() for loss in losses]
+    return torch.stack(sums).sum(0), torch.stack([loss.load for loss in losses]).sum(0)
+
+
+def _one_by_one(built: Built, micro_batches: Sequence[MicroBatch], context: Context) -> list[Loss]:
+    """Each micro-batch forward and backward through the whole model."""
+    losses = []
+    for i, micro_batch in enumerate(micro_batches, 1):
+        built.parameters.begin_micro_batch(last=i == len(micro_batches))
+        loss = training_loss(
+            built.model,
+            micro_batch.inputs,
+            micro_batch.targets,
+            positions=context.positions,
+            document_ids=micro_batch.document_ids,
+            weights=context.weights,
+            num_targets=context.num_targets,
+            num_sequences=context.num_sequences,
+            chunk=context.chunk,
         )
         loss.total.backward()
         built.parameters.end_micro_batch()
-        sums.append(torch.stack((loss.total.detach(), loss.main, loss.mtp, loss.balance, loss.dropped.sum())).double())
-        load = loss.load if load is None else load + loss.load
-    assert load is not None
-    return torch.stack(sums).sum(0), load
+        losses.append(replace(loss, total=loss.total.detach()))
+    return losses
+
+
+def _through_pipeline(built: Built, micro_batches: Sequence[MicroBatch], context: Context) -> list[Loss]:
+    """All micro-batches through this rank's stages; their gradients are reduced at the end."""
+    assert built.pipeline is not None
+    built.parameters.begin_micro_batch(last=True)
+    losses = built.pipeline.train(micro_batches, context)
+    built.parameters.end_micro_batch()
+    return losses

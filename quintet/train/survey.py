@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from quintet.cost.balance import part_at
 from quintet.model.transformer import Transformer
 from quintet.parallel.collectives import Group
 from quintet.parallel.mesh import make_mesh
@@ -17,7 +18,7 @@ from quintet.parallel.parallelize import parallelize
 from quintet.parallel.zero import ShardedParameters
 from quintet.spec.placement import Box
 from quintet.spec.run import Run
-from quintet.spec.stage import Stage, stage_of
+from quintet.spec.stage import Part
 from quintet.train.optimizer import AdamW
 
 META = torch.device("meta")
@@ -43,7 +44,7 @@ class Holding:
     """A rank's groups by axis; its boxes of parameters, by name; and the bytes that these, and what ZeRO leaves of them, take."""
 
     groups: dict[str, Group]
-    stage: Stage
+    part: Part
     boxes: dict[str, Box]
     bytes: HeldBytes
 
@@ -54,17 +55,15 @@ def survey(run: Run, rank: int) -> Holding:
     Its mesh, parameters and optimizer come from the functions that training calls; tensors have shapes only, and groups send nothing.
     """
     layout = run.layout
-    stage = stage_of(run.model, layout, layout.coordinates(rank).pp)
     with _ranks_that_send_nothing(rank, layout.num_ranks):
         mesh = make_mesh(layout)
         with META:
             model = Transformer(run.model)
-        _keep(model, stage)
         parameters = parallelize(model, mesh, run.train, device=META)
         parameters.fill(lambda piece: torch.empty(piece.box.sizes, device=META))
         held = held_bytes(parameters, AdamW(parameters, run.optimizer))
         boxes = {piece.name: piece.box for bucket in parameters.buckets for piece in bucket.pieces}
-        return Holding(groups=mesh.groups, stage=stage, boxes=dict(sorted(boxes.items())), bytes=held)
+        return Holding(groups=mesh.groups, part=part_at(run.model, layout, mesh.at.pp), boxes=dict(sorted(boxes.items())), bytes=held)
 
 
 def held_bytes(parameters: ShardedParameters, optimizer: AdamW) -> HeldBytes:
@@ -89,12 +88,3 @@ def _ranks_that_send_nothing(rank: int, count: int) -> Iterator[None]:
     finally:
         dist.destroy_process_group()
 
-
-def _keep(model: Transformer, stage: Stage) -> None:
-    """Take the modules of other stages out of a model; the rest keep their names."""
-    for name in ("embed", "norm", "head", "mtp"):
-        if hasattr(model, name) and not stage.holds(name):
-            setattr(model, name, torch.nn.ModuleList())
-    for layer in [int(name) for name, _ in model.layers.named_children()]:
-        if layer not in stage.layers:
-            delattr(model.layers, str(layer))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import signal
@@ -10,23 +11,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from types import FrameType
 
 import torch
 from torch import Tensor
 
+from quintet.checkpoint.background import Failed
 from quintet.checkpoint.load import latest, list_checkpoints
 from quintet.cost.flops import flops_per_token
 from quintet.data.loader import Loader
 from quintet.data.prepare import Prepared, open_prepared
 from quintet.data.tokenizer import Tokenizer
-from quintet.errors import DONE, INTERRUPTED, UsageError
+from quintet.errors import DONE, INTERRUPTED
 from quintet.model.generate import generate
 from quintet.monitor.meter import Meter
 from quintet.monitor.metrics import Message, Record, Saved, truncate_after
 from quintet.monitor.report import write_report
 from quintet.monitor.sinks import Sink
 from quintet.parallel.mesh import make_mesh
+from quintet.parallel.recorder import Recorder
 from quintet.parallel.rendezvous import Ranks
 from quintet.spec import parse
 from quintet.spec.curriculum import PhaseCurves, Settings, Stretch, curriculum
@@ -35,9 +39,13 @@ from quintet.spec.run import Run
 from quintet.train import device as machine
 from quintet.train import directory, state
 from quintet.train.build import build
+from quintet.train.foresee import require_microbatches
 from quintet.train.held_out import held_out_loss
 from quintet.train.state import Position
 from quintet.train.step import StepResult, run_step
+
+_LAST_SAVE_SECONDS = 60.0
+"""How long a rank waits for the save that is under way when training fails; the reason may be that another rank is gone."""
 
 
 def train(run: Run, *, sinks: Sink, ranks: Ranks | None = None) -> int:
@@ -47,7 +55,7 @@ def train(run: Run, *, sinks: Sink, ranks: Ranks | None = None) -> int:
     NumericsError.
     """
     ranks = ranks or Ranks(make_mesh(run.layout), None)
-    refuse_pipelines(run)
+    require_microbatches(run)
     prepared = open_prepared(run.data, run.model.vocab_size)
     ranks.agree("prepared data", prepared.fingerprint)
     device = machine.prepare(run.train)
@@ -67,7 +75,7 @@ def resume(where: Path, *, sinks: Sink, ranks: Ranks | None = None, layout: Layo
     saved = parse.read(where / directory.RECIPE)
     run = replace(saved, layout=layout or saved.layout)
     ranks = ranks or Ranks(make_mesh(run.layout), None)
-    refuse_pipelines(run)
+    require_microbatches(run)
     prepared = open_prepared(run.data, run.model.vocab_size, recipe=where / directory.RECIPE)
     ranks.agree("prepared data", prepared.fingerprint)
     device = machine.prepare(run.train)
@@ -95,12 +103,6 @@ def resume(where: Path, *, sinks: Sink, ranks: Ranks | None = None, layout: Layo
         return session.loop(position)
 
 
-def refuse_pipelines(run: Run) -> None:
-    """Raise UsageError where the layout has pipeline stages, which this version does not run."""
-    if run.layout.pp > 1:
-        raise UsageError(f"layout.pp is {run.layout.pp}, but training in pipeline stages is not there yet; set layout.pp to 1")
-
-
 def _newest(root: Path, report: Callable[[str], None], *, verify_content: bool) -> Path | None:
     """The newest whole checkpoint; rank 0, which looks first, verifies every byte and moves what is damaged out of the others' sight."""
     return latest(root, verify_content=verify_content, report=report) if list_checkpoints(root) else None
@@ -119,7 +121,10 @@ class _Session:
 
     def __init__(self, run: Run, where: Path, prepared: Prepared, sinks: Sink, *, device: torch.device, ranks: Ranks) -> None:
         self.run, self.where, self.prepared, self.sinks, self.device, self.ranks = run, where, prepared, sinks, device, ranks
-        self.built = build(run, ranks.mesh, device, on_message=lambda text: sinks.write(Message(text=text)))
+        self.recorder = Recorder(ranks.mesh.rank, ranks.mesh["pp"].ranks, ranks.store)
+        self.built = build(run, ranks.mesh, device, on_message=lambda text: sinks.write(Message(text=text)), recorder=self.recorder)
+        self.saver = state.saver(where, run, seconds=ranks.seconds)
+        self.held_out, self.held_out_step = math.nan, -1
         self.stretches = curriculum(run)
         self.num_steps = sum(stretch.num_steps for stretch in self.stretches)
         self.peak_flops = machine.measured_peak(device, run.train.precision) * run.layout.num_ranks
@@ -133,15 +138,17 @@ class _Session:
         """Make the loader and the curves of a phase; the loader stands at the beginning of the data."""
         self.stretch: Stretch = self.stretches[phase]
         self.curves = PhaseCurves(self.stretch.phase)
-        length = self.stretch.phase.sequence_length
-        self.loader = Loader(self.prepared, self.run.data, sequence_length=length, seed=self.run.seed)
+        here = self.stretch.phase
+        length = here.sequence_length
+        self.loader = Loader(self.prepared, self.run.data, sequence_length=length, seed=self.run.seed, mixture=here.weights)
         # Without and with MTP, which does not run while its weight is 0.
         flops = (flops_per_token(self.run.model, sequence_length=length, mtp=mtp).total for mtp in (False, True))
         self.meters = tuple(Meter(flops_per_token=count, peak_flops=self.peak_flops) for count in flops)
 
     def loop(self, position: Position) -> int:
         """Train from `position` to the end or to a signal."""
-        with _stop_signals() as stop:
+        told = self.recorder.telling() if self.built.pipeline else nullcontext()
+        with _stop_signals() as stop, told, self._saves_finished():
             clock = _Clock(self.device, position.tokens)
             while position.step < self.num_steps:
                 if self.curves.is_over(position.phase_steps, position.phase_tokens):
@@ -158,11 +165,21 @@ class _Session:
                     if due.evaluation and (not stopping or position.step == self.num_steps):
                         self._evaluate(position)
                     if due.checkpoint or stopping:
-                        self._save(position)
+                        self._save(position, wait=stopping or position.step == self.num_steps)
+                    self._tell_of_saves()
                 if stopping and position.step < self.num_steps:
                     return INTERRUPTED
             self._finish(position)
         return DONE
+
+    @contextmanager
+    def _saves_finished(self) -> Iterator[None]:
+        """Leave no save half done, whatever ends the loop; where another rank may be gone, not for long."""
+        try:
+            yield
+        finally:
+            self.saver.finish(_LAST_SAVE_SECONDS if self.ranks.store else None)
+            self._tell_of_saves()
 
     def _step(self, position: Position, stop: _Stop) -> tuple[Position, StepResult, Settings]:
         settings, mesh = self.curves.settings(position.phase_steps, position.phase_tokens), self.ranks.mesh
@@ -176,6 +193,7 @@ class _Session:
                 document_mask=self.run.data.document_mask,
                 step=position.step + 1,
                 stop=lambda: bool(stop),
+                before_update=self.saver.settle,
             )
         return position.after_step(settings.batch_sequences * self.stretch.phase.sequence_length), result, settings
 
@@ -217,23 +235,39 @@ class _Session:
         length = self.stretch.phase.sequence_length
         with _during(f"the evaluation of step {position.step}"):
             found = held_out_loss(
-                self.built.model, self.prepared, self.run, sequence_length=length, step=position.step, mesh=self.ranks.mesh
+                self.built.model,
+                self.prepared,
+                self.run,
+                sequence_length=length,
+                step=position.step,
+                mesh=self.ranks.mesh,
+                pipeline=self.built.pipeline,
             )
+        self.held_out, self.held_out_step = fmean(found.losses.values()), position.step
         self.sinks.write(found)
 
-    def _save(self, position: Position) -> None:
-        begin = time.perf_counter()
-        gathered = state.gather(self.built, self.loader.state(), position)
+    def _save(self, position: Position, *, wait: bool) -> None:
+        loss = self.held_out if self.held_out_step == position.step else None
+        gathered = state.gather(self.built, self.loader.state(), position, loss=loss)
+        extras, rounded = state.extras(self.where, self.run), state.rounded(gathered)
         with _during(f"saving step {position.step}"):
-            path = state.write(self.where, self.run, gathered, step=position.step)
-        size = sum(file.stat().st_size for file in path.iterdir()) if self.ranks.is_lead else 0
-        self.sinks.write(Saved(step=position.step, path=str(path), seconds=time.perf_counter() - begin, num_bytes=size))
+            self.saver.save(gathered, step=position.step, extras=extras, rounded=rounded, wait=wait)
+
+    def _tell_of_saves(self) -> None:
+        for told in self.saver.told():
+            if isinstance(told, Failed):
+                self.sinks.write(Message(text=f"THE CHECKPOINT OF STEP {told.step} WAS NOT SAVED: {told.error}"))
+                continue
+            stall, whole = told.stall_seconds, told.seconds
+            self.sinks.write(Saved(step=told.step, path=str(told.path), seconds=stall, num_bytes=told.num_bytes, whole_seconds=whole))
+            if told.problem is not None:
+                self.sinks.write(Message(text=f"older checkpoints were not removed: {told.problem}"))
 
     def _finish(self, position: Position) -> None:
         if not self.ranks.is_lead:
             return
         layout, samples = self.run.layout, list[tuple[str, str]]()
-        if layout.tp == layout.cp == layout.ep == 1 and layout.zero < 3:  # else no rank has the whole model
+        if layout.tp == layout.cp == layout.ep == layout.pp == 1 and layout.zero < 3:  # else no rank has the whole model
             samples = [(prompt, self._sample(prompt)) for prompt in self.run.monitor.prompts]
         try:
             told = f"report: {write_report(self.where, recipe_toml=parse.dumps(self.run), samples=samples)}"

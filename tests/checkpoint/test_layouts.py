@@ -21,15 +21,15 @@ from quintet.train import state
 from quintet.train.build import build
 from quintet.train.state import Position
 from quintet.train.step import run_step
-from tests.parity.test_layouts import SETTINGS, a_run, batches
+from tests.parity.test_layouts import a_run, batches, settings_of
 from tests.ranks import on_ranks
 
 CPU = torch.device("cpu")
 
 
-def settings_of(step: int) -> Settings:
+def settings_at(step: int, run: Run) -> Settings:
     """MTP modules join in the third step, so that their updates count differently."""
-    return SETTINGS if step >= 3 else replace(SETTINGS, mtp_weight=0.0)
+    return settings_of(run) if step >= 3 else replace(settings_of(run), mtp_weight=0.0)
 
 
 def rows_of(batch: Batch, run: Run, rank: int) -> Batch:
@@ -47,10 +47,12 @@ def stretch(run: Run, root: Path, *, begin: int, end: int, copy: Path | None = N
             position, data = state.restore(root / f"step-{begin:08}", built)
             assert (position.step, data) == (begin, {"place": begin})
             if copy is not None:
-                save(state.gather(built, data, position), copy, step=begin)
+                gathered = state.gather(built, data, position)
+                save(gathered, copy, step=begin, rounded=state.rounded(gathered), codec="raw")
         for step, batch in enumerate(batches(run, count=end)[begin:], begin + 1):
-            run_step(built, rows_of(batch, run, rank), settings=settings_of(step), train=run.train, document_mask=False, step=step)
-        save(state.gather(built, {"place": end}, Position(step=end)), root, step=end)
+            run_step(built, rows_of(batch, run, rank), settings=settings_at(step, run), train=run.train, document_mask=False, step=step)
+        gathered = state.gather(built, {"place": end}, Position(step=end))
+        save(gathered, root, step=end, rounded=state.rounded(gathered))
 
     on_ranks(run.layout.num_ranks, work)
 
@@ -97,10 +99,21 @@ CHAINS: list[tuple[tuple[Layout, ...], dict[str, Any]]] = [
         {"tie_embeddings": True, "num_mtp_modules": 2, "moments": "bf16"},
     ),
     ((Layout(dp=2, zero=3), Layout(dp=2), Layout(tp=2, cp=2, zero=1), Layout(dp=2, ep=2, zero=3)), {"precision": "bf16"}),
+    (
+        (
+            Layout(pp=2, schedule="1f1b"),
+            Layout(dp=2, zero=3),
+            Layout(pp=2, dp=2, ep=2, zero=1, schedule="dualpipe"),
+            Layout(pp=3, schedule="zb1p"),
+            Layout(),
+            Layout(pp=2, tp=2, zero=1, schedule="interleaved"),
+        ),
+        {"num_layers": 4, "sequences": 9, "micro_batch": 1, "tie_embeddings": True},
+    ),
 ]
 
 
-@pytest.mark.parametrize(("layouts", "changes"), CHAINS, ids=["fp32", "tied", "bf16"])
+@pytest.mark.parametrize(("layouts", "changes"), CHAINS, ids=["fp32", "tied", "bf16", "pipelines"])
 def test_a_run_moves_from_layout_to_layout(layouts: tuple[Layout, ...], changes: dict[str, Any], tmp_path: Path) -> None:
     alone, moved = tmp_path / "alone", tmp_path / "moved"
     for step, layout in enumerate(layouts):
@@ -108,6 +121,10 @@ def test_a_run_moves_from_layout_to_layout(layouts: tuple[Layout, ...], changes:
         stretch(a_run(layout, **changes), moved, begin=step, end=step + 1, copy=copy)
         if step:
             assert_equal(moved / f"step-{step:08}", copy / f"step-{step:08}")
+        saved = read_manifest(moved / f"step-{step + 1:08}").tensors
+        stored = {name for name, tensor in saved.items() if name.startswith("model.") and tensor.pieces}
+        if changes.get("precision") == "bf16":  # all weights are their masters' rounding, and only the routers' biases are stored
+            assert stored == {name for name in saved if name.endswith("expert_bias")}
     stretch(a_run(Layout(), **changes), alone, begin=0, end=len(layouts))
     last = f"step-{len(layouts):08}"
     if changes.get("precision") == "bf16":  # rounding chooses other experts now and then, which moments and biases show

@@ -45,7 +45,7 @@ def test_nan_is_a_failure_and_stands_first() -> None:
     ("options", "expected"),
     [
         ([], "the layout is one device"),
-        (["--layout.pp", "2"], "training in pipeline stages is not there yet"),
+        (["--layout.pp", "2", "--layout.schedule", "dualpipe", "--sequences", "3"], "sequences (3) must be at least"),
         (["--layout.dp", "2", "--steps", "0"], "steps (0) and sequences (5) must be at least 1"),
         (["--layout.tp", "3"], "must be divisible by layout.tp (3)"),
     ],

@@ -85,11 +85,14 @@ def kept_after_forward(model: Model, train: Train, sequence_length: int, kernels
         )
 
     loss()  # compiles
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        held = loss()
-    assert held
-    assert profile.profiler and profile.profiler.kineto_results
-    return sum(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+    def kept() -> int:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            held = loss()
+        assert held and profile.profiler and profile.profiler.kineto_results
+        return sum(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+
+    # A message that gloo's thread is the last to hold is freed unseen: the least of a few passes has no such.
+    return kept() if mesh.layout.num_ranks == 1 else min(kept() for _ in range(3))
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
@@ -122,12 +125,11 @@ def test_activations_are_what_torch_keeps_on_every_rank(
     estimate = step_memory(model, train, sequence_length=256, layout=layout).activations
     heads = (1 + model.num_mtp_modules) * 4 * model.vocab_size // layout.tp * model.hidden_size
     found = on_ranks(layout.num_ranks, lambda rank: kept_after_forward(model, train, 256, fused, make_mesh(layout)))
-    # Messages that gloo has not let go of yet count, more or fewer of them.
     assert sum(found) / len(found) == pytest.approx(estimate + heads, rel=0.05)
 
 
 def test_the_constants_are_those_of_the_kernels() -> None:
-    assert (memory.BUCKET_NUMEL, memory.OPEN_BUCKETS) == (zero.BUCKET_NUMEL, zero.IN_FLIGHT + 1)
+    assert memory.IN_FLIGHT == zero.IN_FLIGHT
     assert (KEEP_PROBABILITIES_BELOW, QUERY_BLOCK) == (attention.KEEP_PROBABILITIES_BELOW, attention.QUERY_BLOCK)
     assert permute.ROW_ALIGNMENT == ROW_ALIGNMENT
 

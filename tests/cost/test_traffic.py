@@ -84,11 +84,17 @@ def test_padding_is_a_small_part_of_a_published_models_buckets() -> None:
 
 
 def test_rows_of_v3_to_other_nodes_outweigh_all_else_at_its_published_layout() -> None:
-    # V3's rank sees 4 sequences of 4,096 tokens; a row is 7,168 values there and back, in bf16, forward and backward, and its gate in fp32.
+    # V3's rank sees 4 sequences of 4,096 tokens, and each goes to 7.36 of 64 ranks: 7,168 values there and back, in bf16, forward and
+    # backward, and beside them 8 gates in fp32 and, forward, 8 numbers of experts.
     found = sent(Layout(dp=64, ep=64, zero=1), train=Train(micro_batch=4), batch=256)
-    rows = 59 * 4 * 4096 * 8 * 63 / 64
-    assert found["ep"] == pytest.approx(rows * (4 * 7168 * 2 + 2 * 4) + 59 * 8 * 256 * 63 / 64)
+    rows = 59 * 4 * 4096 * 7.35937 * 63 / 64
+    assert found["ep"] == pytest.approx(rows * (4 * 7168 * 2 + 8 * (4 + 2) + 8 * 4) + 59 * 16 * 63, rel=1e-5)
     assert found["ep"] > sum(value for axis, value in found.items() if axis != "ep")
+
+
+def test_experts_that_are_split_cost_a_step_within_a_node_and_spare_the_way_between() -> None:
+    whole, split = (sent(Layout(dp=8, tp=8, ep=8, expert_tp=size), batch=8) for size in (1, 8))
+    assert split["ep"] == whole["ep"] > 0 and split["tp"] > whole["tp"]
 
 
 def test_a_rank_with_fewer_sequences_sends_less_of_them_and_as_much_of_the_weights() -> None:

@@ -20,7 +20,7 @@ def build(model: Model, *, dtype: torch.dtype = torch.float32, steady: bool = Tr
     generator = torch.Generator().manual_seed(0)
     net = Transformer(model)
     net.load_state_dict(weights(model, generator))
-    for layer in net.moe_layers() if steady else ():
+    for layer in net.moe_layers().values() if steady else ():
         # Sums of two differ too, by more than two scores can.
         layer.router.expert_bias.copy_(4.0 * 2.0 ** torch.randperm(model.num_routed_experts, generator=generator))
     for parameter in net.parameters():

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quintet.model.loss import Loss, count_targets, targets_by_depth
+from quintet.model.moe import MoEStatistics
+from quintet.model.router import sequence_balance_loss
 from quintet.model.transformer import Transformer
 from quintet.ops.cross_entropy import IGNORED
 from tests.checkpoint.models import SMALL, like_small
@@ -42,14 +44,18 @@ def test_the_total_weighs_the_parts_and_alone_carries_the_graph() -> None:
     assert [part.requires_grad for part in (loss.total, loss.main, loss.mtp, loss.balance)] == [True, False, False, False]
 
 
+def balance(layer: MoEStatistics) -> float:
+    return sequence_balance_loss(layer.count, layer.affinity, SMALL.num_experts_per_token).item()
+
+
 def test_balance_and_load_come_from_every_mixture_of_experts_those_of_mtp_modules_last() -> None:
     net = build(SMALL)  # 2 of 3 layers are mixtures of experts, and the MTP module's block
     inputs, labels = padded_rows([10, 10])
     loss, output = loss_of(net, inputs, labels), net(inputs, targets=targets_by_depth(labels, 1))
-    assert loss.load.shape == (3, SMALL.num_routed_experts) == (len([*net.moe_layers()]), 8)
+    assert loss.load.shape == (3, SMALL.num_routed_experts) == (len(net.moe_layers()), 8)
     assert loss.load.sum(1).tolist() == [2 * LENGTH * SMALL.num_experts_per_token] * 3
-    assert loss.load.tolist() == [layer.load.tolist() for layer in output.moe]
-    assert loss.balance.item() == pytest.approx(sum(layer.balance_loss.item() for layer in output.moe) / 2)
+    assert loss.load.tolist() == [layer.load.tolist() for layer in output.moe.values()]
+    assert loss.balance.item() == pytest.approx(sum(balance(layer) for layer in output.moe.values()) / 2)
 
 
 def test_a_dense_model_has_no_load_and_no_balance_loss() -> None:

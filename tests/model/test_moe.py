@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from quintet.model.crossing import Crossing, Steps
 from quintet.model.moe import Experts, MixtureOfExperts
-from quintet.model.router import Routing, sequence_balance_loss
+from quintet.model.router import Routing, count_choices, sum_affinities
 from quintet.ops.permute import ROW_ALIGNMENT
 from quintet.ops.pointwise import REFERENCE
 from quintet.spec.model import Model
@@ -102,19 +104,25 @@ def test_in_bf16_output_and_gradients_stay_within_its_rounding() -> None:
         assert (a.grad - b.grad.float()).norm() / a.grad.norm() < 0.05, name
 
 
-def test_the_statistics_hold_the_balance_loss_of_the_scores() -> None:
+def test_the_statistics_hold_what_the_balance_loss_is_made_of() -> None:
     model = like_small()
     layer, x = mixture(model), torch.randn(3, 5, model.hidden_size)
+    statistics = layer(x)[1]
     scores = layer.router(x.flatten(0, 1)).scores
-    torch.testing.assert_close(layer(x)[1].balance_loss, sequence_balance_loss(scores, 3, model.num_experts_per_token))
+    count, affinity = count_choices(scores, 3, model.num_experts_per_token), sum_affinities(scores, 3)
+    torch.testing.assert_close((statistics.count, statistics.affinity), (count, affinity))
+    assert count.sum(1).tolist() == [5 * model.num_experts_per_token] * 3 and affinity.sum(1).tolist() == pytest.approx([5.0] * 3)
 
 
 def test_another_dispatch_takes_its_place_in_the_seam() -> None:
     model = like_small(num_shared_experts=0)
     layer = mixture(model)
 
-    def dispatch(x: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor, Tensor]:
-        return 2 * x, torch.full((experts.w2.shape[0],), routing.experts.numel())
+    def dispatch(
+        x: Tensor, routing: Routing, experts: Experts, beside: Callable[[], Crossing]
+    ) -> Steps[tuple[Tensor, Crossing, Tensor]]:
+        x, *others = yield x, *beside()
+        return 2 * x, tuple(others), torch.full((experts.w2.shape[0],), routing.experts.numel())
 
     layer.dispatch = dispatch
     x = torch.randn(2, 3, model.hidden_size)

@@ -107,7 +107,8 @@ def test_matrices_begin_with_the_published_deviation_norms_with_1_and_biases_wit
             spread = 4 / parameter.numel() ** 0.5  # four deviations of the estimate
             assert parameter.mean().item() == pytest.approx(0, abs=0.006 * spread), name
             assert parameter.std().item() == pytest.approx(0.006, rel=spread), name
-    assert all(not layer.router.expert_bias.any() and layer.router.expert_bias.dtype == torch.float32 for layer in net.moe_layers())
+    biases = [layer.router.expert_bias for layer in net.moe_layers().values()]
+    assert all(not bias.any() and bias.dtype == torch.float32 for bias in biases)
 
 
 def test_initializing_resets_what_was_there() -> None:
@@ -141,7 +142,7 @@ def test_a_built_model_has_the_parameters_that_the_spec_counts(model: Model) -> 
     with torch.device("meta"):
         net = Transformer(model)
     assert sum(parameter.numel() for parameter in net.parameters()) == parameters(model).total_with_mtp
-    assert len([*net.moe_layers()]) == model.num_moe_layers + model.num_mtp_modules
+    assert len(net.moe_layers()) == model.num_moe_layers + model.num_mtp_modules
 
 
 @pytest.mark.parametrize("recipe", ["laptop", "v3-16b", "v3-671b"])

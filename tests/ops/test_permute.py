@@ -16,7 +16,6 @@ from quintet.ops.permute import (
     ROW_ALIGNMENT,
     Permutation,
     collect,
-    regroup_by_expert,
     sort_by_expert,
     spread,
     spread_gates,
@@ -148,30 +147,33 @@ def test_a_small_row_is_not_lost_beside_large_ones_in_bf16() -> None:
         assert path(rows, torch.arange(5)[None]).item() == 260.0
 
 
-def test_rows_that_arrive_from_several_ranks_are_sorted_by_expert() -> None:
-    # From the first rank one row for expert 0 and two for expert 2; from the second two for 0 and one for 1.
-    to = regroup_by_expert(torch.tensor([[1, 0, 2], [2, 1, 0]]), 6)
-    assert to.token_of_row.tolist() == [0, 3, 4, 5, 1, 2]
-    assert to.row_of_slot.flatten().tolist() == [0, 4, 5, 1, 2, 3]
-    assert to.load.tolist() == [3, 1, 2] and to.ends.tolist() == [3, 4, 6] and to.ends.dtype == torch.int32
+def test_slots_that_the_host_knows_to_have_no_expert_take_no_room() -> None:
+    to = sort_by_expert(torch.tensor([[1, 3], [3, 3], [0, 1]]), 3, padded=False, spare=True, taken=3)
+    assert to.token_of_row[:3].tolist() == [2, 0, 2] and to.token_of_row.numel() == 4
+    assert to.row_of_slot.tolist() == [[1, 3], [3, 3], [0, 2]] and to.load.tolist() == [1, 2, 0]
 
 
-@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 4), st.data())
-def test_regrouping_is_sorting_without_a_sort(sources: int, num_experts: int, aligned: int, data: st.DataObject) -> None:
-    counts = torch.tensor(data.draw(st.lists(st.lists(st.integers(0, 9), min_size=num_experts, max_size=num_experts), min_size=sources)))
-    experts = torch.arange(num_experts).repeat(len(counts)).repeat_interleave(counts.flatten())
+@given(choices(), st.integers(1, 4), st.data())
+def test_taken_slots_stand_as_if_there_were_no_others(chosen: tuple[Tensor, int], aligned: int, data: st.DataObject) -> None:
+    experts, num_experts = chosen
+    dropped = torch.tensor(data.draw(st.lists(st.booleans(), min_size=experts.numel(), max_size=experts.numel()))).view_as(experts)
+    left = experts[~dropped]
     with alignment(aligned):
-        ours, theirs = regroup_by_expert(counts, experts.numel()), sort_by_expert(experts[:, None], num_experts)
-    for name in ("row_of_slot", "load", "ends"):
+        ours = sort_by_expert(experts.masked_fill(dropped, num_experts), num_experts, spare=True, taken=left.numel())
+        theirs = sort_by_expert(left[:, None], num_experts)
+    for name in ("load", "ends"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
-    (mine,), (yours,) = ours.token_of_row.shape, theirs.token_of_row.shape
-    assert torch.equal(ours.token_of_row[:yours], theirs.token_of_row) and not ours.token_of_row[yours:].any()
-    assert yours <= mine <= yours * 9 / 8
+    assert torch.equal(ours.row_of_slot[~dropped], theirs.row_of_slot.flatten())
+    assert bool((ours.row_of_slot[dropped] == ours.token_of_row.numel() - 1).all())
+    token = torch.arange(len(experts))[:, None].expand_as(experts)
+    assert torch.equal(ours.token_of_row[ours.row_of_slot[~dropped]], token[~dropped])
 
 
 def test_arriving_rows_come_in_few_sizes() -> None:
-    sizes = {regroup_by_expert(torch.tensor([[count, 0]]), count).token_of_row.numel() for count in range(1000, 2000)}
-    assert sizes == {1152, 1280, 1408, 1536, 1664, 1792, 1920, 2048}
+    def size(count: int) -> int:
+        return sort_by_expert(torch.zeros(count, 1, dtype=torch.int64), 2, spare=True, taken=count).token_of_row.numel()
+
+    assert {size(count) for count in range(1000, 2000)} == {1152, 1280, 1408, 1536, 1664, 1792, 1920, 2048}
 
 
 def test_slots_without_an_expert_have_the_spare_row() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,6 +19,7 @@ from quintet.spec.placement import local_box
 from quintet.spec.run import Recompute
 from tests.checkpoint.models import like_small
 from tests.model.build import build, some_tokens
+from tests.parallel.rows import rows_noted
 from tests.ranks import on_ranks
 
 LENGTH = 8
@@ -39,6 +40,7 @@ class Case:
     documents: bool = False
     chunk: int = 5
     mtp: float = 0.3
+    balance: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Result:
     gradients: Mapping[str, Tensor]
     traffic: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """Bytes and calls by axis."""
+    rows: Sequence[Sequence[int]] = ()
+    """Of each dispatch, rows for each rank of ep."""
 
 
 def on_one_device(case: Case) -> Result:
@@ -67,9 +71,10 @@ def on_layout(case: Case, layout: Layout) -> Result:
     apply_tensor(net, mesh)
     apply_expert(net, mesh)
     rows = torch.arange(case.num_sequences).tensor_split(layout.dp)[mesh.at.dp]
-    result = _run(net, case, rows)
+    with rows_noted() as noted:
+        result = _run(net, case, rows)
     traffic = {axis: (group.traffic.num_bytes, group.traffic.num_calls) for axis, group in mesh.groups.items()}
-    return Result(result.losses, result.load, result.dropped, result.gradients, traffic)
+    return replace(result, traffic=traffic, rows=noted)
 
 
 def cut(net: torch.nn.Module, layout: Layout, rank: int, *, prefix: str = "") -> None:
@@ -140,7 +145,7 @@ def _run(net: Transformer, case: Case, rows: Tensor | slice) -> Result:
         tokens[rows, :-1],
         targets[:, rows],
         document_ids=None if ids is None else ids[rows],
-        weights=Weights(mtp=case.mtp, balance=0.1),
+        weights=Weights(mtp=case.mtp, balance=case.balance),
         num_targets=count_targets(targets).tolist(),
         num_sequences=case.num_sequences,
         chunk=case.chunk,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from quintet.cost.expert_comm import mean_rows
 from quintet.cost.traffic import Rows, step_traffic
@@ -19,12 +18,14 @@ from quintet.data.loader import Batch
 from quintet.model.transformer import Transformer
 from quintet.parallel.collectives import Group
 from quintet.parallel.mesh import Mesh, make_mesh
-from quintet.parallel.zero import ShardedParameters, holders
+from quintet.parallel.zero import ShardedParameters
 from quintet.spec.layout import GROUPS, Layout
 from quintet.spec.model import Model
+from quintet.spec.placement import holders
 from quintet.spec.run import Run
 from quintet.train.build import build
 from quintet.train.step import accumulate, update
+from tests.parallel.rows import rows_between, rows_noted
 from tests.parity.test_layouts import CPU, LENGTH, SETTINGS, a_run, batches
 from tests.ranks import on_ranks
 from tests.spec.strategies import layouts, models
@@ -32,10 +33,10 @@ from tests.spec.strategies import layouts, models
 
 @dataclass(frozen=True)
 class Seen:
-    """Of one rank and step: bytes by axis, and the tokens that chose each expert [layers, E]."""
+    """Of one rank and step: bytes by axis, and the rows that it had for each rank of ep."""
 
     sent: Mapping[str, int]
-    load: Tensor
+    rows: Sequence[int]
 
 
 def a_step(run: Run, *, mtp: bool) -> Seen:
@@ -47,9 +48,12 @@ def a_step(run: Run, *, mtp: bool) -> Seen:
     for step, batch in enumerate(batches(run, count=1 if mtp else 2), 1):
         before = {axis: group.traffic.num_bytes for axis, group in mesh.groups.items()}
         own = Batch(inputs=batch.inputs[rows], labels=batch.labels[rows], document_ids=batch.document_ids[rows])
-        sums, load = accumulate(built, own, settings=now, train=run.train, document_mask=run.data.document_mask)
+        with rows_noted() as noted:
+            sums, load = accumulate(built, own, settings=now, train=run.train, document_mask=run.data.document_mask)
         update(built, sums, load, settings=now, step=step)
-    return Seen({axis: group.traffic.num_bytes - before[axis] for axis, group in mesh.groups.items()}, load)
+    times = 2 if run.train.recompute == "full" else 1  # recomputation notes the same rows again
+    rows = [sum(to) // times for to in zip(*noted, strict=True)]
+    return Seen({axis: group.traffic.num_bytes - before[axis] for axis, group in mesh.groups.items()}, rows)
 
 
 def foretold(run: Run, rank: int, *, mtp: bool, rows: Rows | None) -> dict[str, float]:
@@ -68,17 +72,9 @@ def foretold(run: Run, rank: int, *, mtp: bool, rows: Rows | None) -> dict[str, 
 
 
 def rows_of(layout: Layout, rank: int, seen: list[Seen]) -> Rows:
-    """The rows that a rank exchanged, by the loads that all ranks saw."""
-
-    def sent(source: int) -> list[int]:
-        """Rows that a rank sends to each of its ep group."""
-        sharing = layout.group_of(source, "tp") if layout.expert_tp > 1 else (source,)
-        load = torch.stack([seen[other].load for other in sharing]).sum((0, 1))
-        return load.view(layout.ep, -1).sum(1).tolist()
-
-    at = layout.coordinates(rank).ep
-    others = [other for other in layout.group_of(rank, "ep") if other != rank]
-    return Rows(out=sum(sent(rank)) - sent(rank)[at], into=sum(sent(other)[at] for other in others))
+    """The rows that a rank exchanged."""
+    noted = [each.rows for each in seen]
+    return rows_between(layout, rank, noted) if noted[0] else Rows(out=0, into=0)
 
 
 MTP, NO_MTP = True, False
@@ -144,13 +140,13 @@ def test_buckets_are_those_that_zero_makes(model: Model, data: st.DataObject) ->
     numel = data.draw(st.sampled_from([1, 300, 5_000, 10**9]))
     with torch.device("meta"):
         net = Transformer(model)
-    names = {name: holders(name, layout) for name, _ in net.named_parameters()}
-    made = ShardedParameters(net, without_processes(layout), dtype=torch.float32, device=torch.device("meta"), bucket_numel=numel)
+    names = {name: holders(name, layout, model) for name, _ in net.named_parameters()}
+    made = ShardedParameters(net, without_processes(layout), dtype=torch.float32, device=torch.device("meta"), closed_at=numel)
     expected = [
         (names[bucket.pieces[0].name], bucket.numel, is_mtp, bucket.shard.size, bucket.replicate.size)
         for bucket, is_mtp in zip(made.buckets, made.is_mtp, strict=True)
     ]
-    found = bucket_sizes(model, layout, bucket_numel=numel)
+    found = bucket_sizes(model, layout, closed_at=numel)
     shards = [len(layout.group_of(0, f"{bucket.holders}.shard")) for bucket in found]
     assert [
         (bucket.holders, bucket.numel, bucket.mtp, size, num_replicas(layout, bucket.holders))

@@ -16,7 +16,7 @@ from quintet.errors import NumericsError
 from quintet.evaluate.parity import first_failure, judge, trace_reference, trace_steps
 from quintet.model.transformer import Transformer
 from quintet.parallel import bucket as buckets
-from quintet.parallel import collectives, zero
+from quintet.parallel import collectives, expert, zero
 from quintet.parallel.bucket import Bucket
 from quintet.parallel.collectives import Group
 from quintet.parallel.mesh import make_mesh, single
@@ -26,7 +26,7 @@ from quintet.spec.layout import Layout
 from quintet.spec.run import Run
 from quintet.train.build import Built, build
 from quintet.train.step import run_step
-from tests.parity.test_layouts import SETTINGS, a_run, batches
+from tests.parity.test_layouts import MODEL, SETTINGS, a_run, batches
 from tests.ranks import on_ranks
 
 CPU = torch.device("cpu")
@@ -82,15 +82,15 @@ def test_every_rank_makes_the_same_calls_in_the_same_order(layout: Layout, monke
 
         def call(tensor: Tensor, *rest: Any, **named: Any) -> Any:
             group = next(value for value in rest if isinstance(value, Group))
-            calls.append((name, group.ranks, 0 if name == "all_to_all" else tensor.numel()))
+            calls.append((name, group.ranks, 0 if name == "start_all_to_all" else tensor.numel()))
             return real(tensor, *rest, **named)
 
         return call
 
-    for name in ("start_all_reduce", "start_reduce_scatter", "start_all_gather", "all_to_all"):
+    for name in ("start_all_reduce", "start_reduce_scatter", "start_all_gather", "start_all_to_all"):
         replaced = noted(name)
         monkeypatch.setattr(collectives, name, replaced)
-        for module in (buckets, zero):
+        for module in (buckets, expert, zero):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, replaced)
 
@@ -195,7 +195,7 @@ def test_whole_gradients_are_given_away_while_backward_runs(stage: int, most: fl
     """`most` of all gradients exist at a time; stage 1 keeps all of them while micro-batches add up."""
     defaults = ShardedParameters.__init__.__kwdefaults__
     assert defaults is not None
-    monkeypatch.setitem(defaults, "bucket_numel", 3000)
+    monkeypatch.setitem(defaults, "closed_at", 3000)
     run = a_run(Layout(dp=2, zero=stage), num_layers=8, micro_batch=1)  # type: ignore[arg-type]
 
     def work(rank: int) -> tuple[float, float]:
@@ -220,6 +220,36 @@ def test_whole_gradients_are_given_away_while_backward_runs(stage: int, most: fl
         assert (gradients > 0.9) == (stage == 1), "the measure sees what there is"
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_weights_arrive_beside_the_next_forward_and_each_part_waits_for_its_own(stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    defaults = ShardedParameters.__init__.__kwdefaults__
+    assert defaults is not None
+    monkeypatch.setitem(defaults, "closed_at", 3000)
+    run = a_run(Layout(dp=2, zero=stage), num_layers=6)  # type: ignore[arg-type]
+
+    def work(rank: int) -> None:
+        made = built(run)
+        step(made, run, batches(run)[0])
+        awaited = [bucket for bucket in made.parameters.buckets if bucket._gathering is not None]
+        assert awaited == made.parameters.buckets and len(awaited) > 5
+
+        def under_way() -> set[str]:
+            return set().union(*(names_of(bucket) for bucket in made.parameters.buckets if bucket._gathering is not None))
+
+        seen = {}
+        for part in (*made.model.layers, made.model.norm):
+            part.register_forward_hook(lambda module, args, output: seen.update({module: under_way()}))
+        made.model(batches(run)[1].inputs)
+        for i, part in enumerate(made.model.layers):
+            assert f"layers.{i}" not in seen[part]
+        assert "layers.5" in seen[made.model.layers[0]], "what comes later is still under way"
+        assert {"head.weight", "norm.weight"} & seen[made.model.norm] == set() and "mtp.0" in seen[made.model.norm]
+        made.parameters.finish_gathering()
+        assert under_way() == set()
+
+    on_ranks(2, work)
+
+
 def test_buckets_are_closed_by_the_elements_of_a_rank() -> None:
     """The experts of 7 layers have 3,072 elements each, but a rank has a quarter of them."""
 
@@ -227,7 +257,7 @@ def test_buckets_are_closed_by_the_elements_of_a_rank() -> None:
         run = a_run(Layout(dp=4, ep=4), num_layers=8, num_mtp_modules=0)
         with torch.device("meta"):
             model = Transformer(run.model)
-        parameters = ShardedParameters(model, make_mesh(run.layout), dtype=torch.float32, device=CPU, bucket_numel=5000)
+        parameters = ShardedParameters(model, make_mesh(run.layout), dtype=torch.float32, device=CPU, closed_at=5000)
         return [bucket.numel for bucket in parameters.buckets if any(".experts." in piece.name for piece in bucket.pieces)]
 
     assert on_ranks(4, work) == [[7 * 3072 // 4]] * 4
@@ -248,6 +278,7 @@ class _Parts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList(_Part() for _ in range(3))
+        self.model = MODEL
 
     def forward(self, x: Tensor) -> Tensor:
         for part in self.layers:

@@ -18,11 +18,12 @@ from torch import Tensor
 from quintet.data.loader import Batch
 from quintet.evaluate.parity import Reference, Row, first_failure, judge, trace_reference, trace_steps
 from quintet.ops.cross_entropy import IGNORED
-from quintet.parallel import bucket, collectives, zero
+from quintet.parallel import bucket, collectives, expert, zero
 from quintet.parallel.collectives import Group, Pending
 from quintet.parallel.mesh import make_mesh
+from quintet.schedule import fewest_microbatches
 from quintet.spec.curriculum import Settings
-from quintet.spec.layout import Layout
+from quintet.spec.layout import ARRANGEMENT, Layout
 from quintet.spec.model import Model
 from quintet.spec.run import Data, Optimizer, Phase, Run, Source, Train
 from tests.ranks import on_ranks
@@ -58,29 +59,34 @@ MODEL = Model(
 def a_run(layout: Layout, **changes: Any) -> Run:
     """A tiny run; changes go to the train section, or to the model where it has such a field."""
     model = replace(MODEL, **{name: changes.pop(name) for name in list(changes) if hasattr(MODEL, name)})
-    mask, moments = changes.pop("document_mask", False), changes.pop("moments", "fp32")
+    mask, moments, sequences = changes.pop("document_mask", False), changes.pop("moments", "fp32"), changes.pop("sequences", 5)
     train: dict[str, Any] = dict(micro_batch=2, precision="fp32", compile=False, device="cpu", balance_weight=0.01, loss_chunk=24)
     return Run(
         name="parity",
         model=model,
         data=Data(sources=(Source(name="s", paths=("x",), domain="code", weight=1.0),), directory="none", document_mask=mask),
-        phases=(Phase(name="only", length="9 steps", sequence_length=LENGTH, batch=("5",), learning_rate=("1e-2",)),),
+        phases=(Phase(name="only", length="9 steps", sequence_length=LENGTH, batch=(str(sequences),), learning_rate=("1e-2",)),),
         train=Train(**(train | changes)),
         optimizer=Optimizer(moments=moments),
         layout=layout,
     )
 
 
+def settings_of(run: Run) -> Settings:
+    """Of every step."""
+    return replace(SETTINGS, batch_sequences=int(run.phases[0].batch[0]))
+
+
 def batches(run: Run, *, count: int = 2) -> list[Batch]:
     """Random rows, an uneven number of them, with padding at some ends and two documents in each."""
     generator = torch.Generator().manual_seed(7)
-    made = []
+    made, num_rows = [], settings_of(run).batch_sequences
     for _ in range(count):
-        tokens = torch.randint(run.model.vocab_size, (SETTINGS.batch_sequences, LENGTH + 1), generator=generator)
+        tokens = torch.randint(run.model.vocab_size, (num_rows, LENGTH + 1), generator=generator)
         labels = tokens[:, 1:].clone()
         labels[1, -5:] = IGNORED
-        labels[4, 3:] = IGNORED
-        ids = (torch.arange(LENGTH) > torch.tensor([[9], [20], [1], [30], [16]])).int()
+        labels[-1, 3:] = IGNORED
+        ids = (torch.arange(LENGTH) > torch.tensor([[9], [20], [1], [30], [16]]).repeat(-(-num_rows // 5), 1)[:num_rows]).int()
         made.append(Batch(inputs=tokens[:, :-1].contiguous(), labels=labels, document_ids=ids))
     return made
 
@@ -92,7 +98,7 @@ def reference(run: Run) -> Reference:
     """The single device's traces, once for each run."""
     key = repr(replace(run, layout=Layout()))
     if key not in _REFERENCES:
-        _REFERENCES[key] = trace_reference(run, batches(run), SETTINGS, device=CPU)
+        _REFERENCES[key] = trace_reference(run, batches(run), settings_of(run), device=CPU)
     return _REFERENCES[key]
 
 
@@ -100,7 +106,7 @@ def rows_of(run: Run) -> list[Row]:
     """The layout's comparisons with one device."""
     expected = reference(run)
     assert all(math.isfinite(step.gradient_norm) for step in expected.exact)
-    found = on_ranks(run.layout.num_ranks, lambda rank: trace_steps(run, make_mesh(run.layout), batches(run), SETTINGS, device=CPU))
+    found = on_ranks(run.layout.num_ranks, lambda rank: trace_steps(run, make_mesh(run.layout), batches(run), settings_of(run), device=CPU))
     return judge(expected, found)
 
 
@@ -143,6 +149,21 @@ LAYOUTS: list[tuple[Layout, dict[str, Any]]] = [
     (Layout(dp=2, ep=2, zero=3), {"precision": "bf16"}),
     (Layout(dp=2, tp=2, cp=2, ep=2, zero=1), {"precision": "bf16"}),
     (Layout(dp=2, ep=2), {"capacity_factor": 1.0}),
+    *((Layout(pp=2, schedule=name), {"micro_batch": 1, "num_layers": 4}) for name in ARRANGEMENT),
+    (Layout(pp=3, schedule="zbv"), {"num_layers": 7, "num_mtp_modules": 0, "sequences": 3}),
+    (Layout(pp=4, schedule="1f1b", cut=(2, 1, 3, 0)), {"num_layers": 6}),
+    (Layout(pp=2, dp=2, zero=1, schedule="1f1b"), {"tie_embeddings": True}),
+    (Layout(pp=2, dp=2, zero=1), {"num_layers": 4, "recompute": "full"}),
+    (Layout(pp=2, dp=2, ep=2, zero=1), {"num_layers": 4, "micro_batch": 1, "sequences": 9}),
+    (Layout(pp=2, dp=2, ep=2, zero=1, schedule="dualpipe"), {"micro_batch": 1, "sequences": 9}),
+    (Layout(pp=2, tp=2, schedule="interleaved"), {"num_layers": 4, "tie_embeddings": True}),
+    (Layout(pp=2, cp=2, schedule="zb1p"), {"document_mask": True}),
+    (Layout(pp=2, dp=2, schedule="interleaved-zb"), {"num_layers": 5, "recompute": "selective", "num_mtp_modules": 2}),
+    (Layout(pp=4, dp=2, ep=2, schedule="dualpipe"), {"num_layers": 7, "micro_batch": 1, "sequences": 17}),
+    (Layout(pp=2, tp=2, cp=2, ep=2, zero=1), {"num_layers": 4, "micro_batch": 1}),
+    (Layout(pp=8, schedule="dualpipe"), {"num_layers": 9, "micro_batch": 1, "sequences": 16}),
+    (Layout(pp=2, dp=2, tp=2, cp=2, ep=4, zero=1, node_size=16), {"num_layers": 4, "micro_batch": 1, "sequences": 9}),
+    (Layout(pp=2, dp=2, tp=2, ep=2, zero=1, schedule="dualpipe"), {"micro_batch": 1, "sequences": 9, "precision": "bf16"}),
 ]
 
 
@@ -158,9 +179,17 @@ def test_a_layout_computes_what_one_device_computes(layout: Layout, changes: dic
 @settings(max_examples=6)
 @given(st.data())
 def test_random_legal_layouts_compute_what_one_device_computes(data: st.DataObject) -> None:
-    layout = data.draw(layouts(MODEL, [LENGTH]).filter(lambda layout: 1 < layout.num_ranks <= 8 and layout.pp == 1))
-    recompute = data.draw(st.sampled_from(["none", "selective", "full"]))
-    assert first_failure(rows_of(a_run(layout, recompute=recompute, document_mask=data.draw(st.booleans())))) is None
+    model = replace(MODEL, num_layers=5)
+    layout = data.draw(layouts(model, [LENGTH]).filter(lambda layout: 1 < layout.num_ranks <= 8))
+    fewest = fewest_microbatches(layout.pipeline, layout.pp) if layout.pp > 1 else 1
+    run = a_run(
+        layout,
+        num_layers=model.num_layers,
+        sequences=max(5, layout.dp * 2 * fewest),
+        recompute=data.draw(st.sampled_from(["none", "selective", "full"])),
+        document_mask=data.draw(st.booleans()),
+    )
+    assert first_failure(rows_of(run)) is None
 
 
 def forgets_to_sum(tensor: Tensor, group: Group) -> Pending:
@@ -173,9 +202,13 @@ def sums_twice(tensor: Tensor, group: Group, **named: Any) -> Pending:
     return Pending(collectives.start_all_reduce(tensor, group, **named).wait() * 2, None)
 
 
-def to_the_neighbour(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    """The way back of rows, with each rank's rows in another order."""
-    return collectives.all_to_all(grads[0].flip(0), ctx.group, send=ctx.receive, receive=ctx.send), None, None, None
+_back = expert._Back.wait
+
+
+def in_another_order(back: expert._Back) -> Tensor:
+    """The gradients of rows as they come back, but each for another row."""
+    arrived = _back(back)
+    return torch.cat((arrived[:-1].flip(0), arrived[-1:]))  # the last one may be spare
 
 
 def own_part(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -194,7 +227,7 @@ def zeros_instead(shift: collectives.Shift) -> list[Tensor]:
 FAULTS: dict[str, tuple[Layout, object, str, Any]] = {
     "a reduce-scatter that does not sum": (Layout(dp=2, zero=1), bucket, "start_reduce_scatter", forgets_to_sum),
     "an all-reduce that sums twice": (Layout(dp=2), zero, "start_all_reduce", sums_twice),
-    "row gradients in a wrong order": (Layout(dp=2, ep=2), collectives._Exchange, "backward", staticmethod(to_the_neighbour)),
+    "row gradients in a wrong order": (Layout(dp=2, ep=2), expert._Back, "wait", in_another_order),
     "tokens gathered whose gradients are not summed": (Layout(tp=2), collectives._Gather, "backward", staticmethod(own_part)),
     "a ring that passes zeros on": (Layout(cp=2), collectives.Shift, "wait", zeros_instead),
 }

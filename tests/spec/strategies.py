@@ -7,7 +7,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from quintet.spec.layout import Layout
+from quintet.spec.layout import ARRANGEMENT, Layout, PipelineName
 from quintet.spec.model import Model, Yarn
 from quintet.spec.run import Checkpoint, Data, Evaluation, Monitor, Optimizer, Phase, Run, Source, Train
 
@@ -92,6 +92,18 @@ def divisor(count: int, *, at_most: int = 8) -> st.SearchStrategy[int]:
 
 
 @st.composite
+def pipelines(draw: st.DrawFn, num_layers: int) -> tuple[int, PipelineName | None, int]:
+    """Ways to split so many layers, a schedule that does it, and its chunks."""
+    schedule = draw(st.sampled_from(sorted(ARRANGEMENT)))
+    chunks = draw(small(2, 3))
+    per_rank = {"line": 1, "loop": chunks, "v": 2, "mirror": 1}[ARRANGEMENT[schedule]]
+    pp = draw(small(1, max(num_layers // per_rank, 1)))
+    if pp == 1 or (ARRANGEMENT[schedule] == "mirror" and pp % 2):
+        return 1, draw(st.sampled_from([None, schedule])), chunks
+    return pp, schedule, chunks
+
+
+@st.composite
 def layouts(draw: st.DrawFn, model: Model, sequence_lengths: list[int]) -> Layout:
     """Legal layouts of a model."""
     length = math.gcd(*sequence_lengths)
@@ -100,11 +112,14 @@ def layouts(draw: st.DrawFn, model: Model, sequence_lengths: list[int]) -> Layou
     tp = draw(divisor(math.gcd(split, model.dense_ffn_size if model.num_dense_layers else 0)))
     ep = draw(divisor(model.num_routed_experts))
     dp = ep * draw(small(1, 4))
-    zero: Any = draw(st.sampled_from([0, 1, 2, 3]))
+    pp, schedule, chunks = draw(pipelines(model.num_layers))
+    zero: Any = draw(st.sampled_from([0, 1, 2, 3] if pp == 1 else [0, 1]))
     return Layout(
         dp=dp,
         tp=tp,
-        pp=draw(small(1, model.num_layers)),
+        pp=pp,
+        schedule=schedule,
+        chunks=chunks,
         ep=ep,
         cp=cp,
         expert_tp=draw(st.sampled_from([1, tp])) if model.expert_ffn_size % tp == 0 else 1,

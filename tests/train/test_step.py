@@ -86,7 +86,7 @@ def test_the_routers_bias_moves_once_per_step_by_the_load_of_the_whole_batch(
 
     monkeypatch.setattr(step_module, "updated_bias", noted)
     made, result = one_step(run, batch_of(prepared, run, 4), micro_batch=1)
-    layers = [*made.model.moe_layers()]
+    layers = [*made.model.moe_layers().values()]
     assert len(loads) == len(layers) == 2
     for i, layer in enumerate(layers):
         assert torch.equal(loads[i], result.load[i])
@@ -99,7 +99,7 @@ def test_a_bias_speed_of_zero_leaves_the_bias(run: Run, prepared: Prepared) -> N
     made = built(run)
     settings = replace(SETTINGS, bias_speed=0.0)
     run_step(made, batch_of(prepared, run, 4), settings=settings, train=run.train, document_mask=False, step=1)
-    assert all(not layer.router.expert_bias.any() for layer in made.model.moe_layers())
+    assert all(not layer.router.expert_bias.any() for layer in made.model.moe_layers().values())
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
