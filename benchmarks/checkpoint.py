@@ -4,8 +4,8 @@
 
 size: the tensors of a real checkpoint (`--checkpoint`, of a run in bf16) through the codec, one thread: stored share, GB/s of plain bytes.
 rates: a state of bf16 weights, fp32 master and fp32 moments (14 bytes a parameter), its rows shared out over gloo ranks, is saved and
-loaded by both codecs; between them every rank writes and reads as many plain bytes of its own to a file by itself. Writes end with fsync, reads
-begin without the file in memory. A ratio is the disk's time over ours, of the same round.
+loaded by both codecs; between them every rank writes and reads as many plain bytes of its own to a file by itself. Writes end with fsync,
+reads begin without the file in memory. A ratio is the disk's time over ours, of the same round.
 stall: one process saves the same state in turn synchronously, in the background, by `dcp.save` and by `dcp.async_save`. Stall is what the
 trainer waits: in the call, and before its next update, `--compute` seconds of matrix products later. How many of these products a second
 there are while a save is written is told too.

@@ -67,7 +67,7 @@ class RankMemory:
 
 def rank_memory(setup: Setup, parts: tuple[Part, ...]) -> tuple[RankMemory, ...]:
     """Of each rank of the pipeline, first to last."""
-    held = ranks_of(setup.schedule, setup.layout.pp, len(parts))
+    held = ranks_of(setup.layout)
     peaks = peaks_in_flight(setup.schedule, setup.layout.pp, setup.num_microbatches, setup.chunks)
     policy = policy_of(setup)
     kinds = {moe: _block(setup, policy, moe=moe) for moe in (False, True)}

@@ -36,15 +36,14 @@ def setup_of(name: str = "v3-16b", *, software: str = "deepseek", precision: str
         recipe(name),
         software=generation(software),
         batch_sequences=max(batch, 128),
-        schedule="1f1b",
-        chunks=1,
         precision=precision,  # type: ignore[arg-type]
     )
     return replace(base, batch_sequences=batch, **changes)  # type: ignore[arg-type]
 
 
 def deepseek() -> Estimate:
-    setup = setup_of("v3-671b", precision="fp8", batch=15360, schedule="dualpipe", moments_bytes=2)
+    layout = replace(recipe("v3-671b").layout, schedule="dualpipe")
+    setup = setup_of("v3-671b", precision="fp8", batch=15360, layout=layout, moments_bytes=2)
     return estimate(setup, named("h800", num_gpus=2048))
 
 
@@ -112,9 +111,9 @@ def test_activations_of_our_model_are_near_those_of_the_memory_formulas(recomput
 
 def test_v3_in_bf16_needs_what_was_published_for_256_devices() -> None:
     """arXiv 2603.07685, GB per device at PP4 x VPP4 x EP64: weights and gradients 36.4, optimizer 32.1, activations 131."""
-    layout = Layout(pp=4, dp=64, ep=64, zero=1)
+    layout = Layout(pp=4, dp=64, ep=64, zero=1, schedule="interleaved", chunks=4)
     found = estimate(
-        setup_of("v3-671b", batch=2048, layout=layout, schedule="interleaved", chunks=4, recompute="none", software="bridge 26"),
+        setup_of("v3-671b", batch=2048, layout=layout, recompute="none", software="bridge 26"),
         named("h100", num_gpus=256),
     )
     middle = found.memory[2]
@@ -187,7 +186,7 @@ def test_comparing_tells_the_largest_difference_first() -> None:
 
 def test_a_page_shows_every_part(tmp_path: Path) -> None:
     cluster: Cluster = named("h100", num_gpus=8)
-    found = estimate(setup_of(layout=Layout(dp=2, pp=4, ep=2, zero=1), schedule="zbv"), cluster)
+    found = estimate(setup_of(layout=Layout(dp=2, pp=4, ep=2, zero=1, schedule="zbv")), cluster)
     other = estimate(setup_of(layout=Layout(dp=8, ep=8, zero=1)), cluster)
     text = page(found, [other], title="a <plan>", scaling=Scaling(weak=[found], strong=[other]), notes=["a note"])
     for part in (
