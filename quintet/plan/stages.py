@@ -93,7 +93,7 @@ def parts(setup: Setup, found: Blocks) -> tuple[Part, ...]:
         weigh = tuple(round(_weight(time), 9) for time in (found.dense, found.moe, found.embedding, found.head))
         ranks = ranks_of(layout)
         sizes = list(_balanced(a.num_layers - a.num_moe_layers, a.num_moe_layers, ranks, weigh, setup.num_mtp))
-    return tuple(_part(setup, sizes, stage) for stage in range(num_stages))
+    return _parts(a, tuple(sizes), setup.num_mtp)
 
 
 @lru_cache(maxsize=4096)
@@ -103,13 +103,17 @@ def _cut(a: Architecture, num_stages: int) -> tuple[int, ...]:
     return cut(layers, num_stages, behind=behind)
 
 
-def _part(setup: Setup, sizes: Sequence[int], stage: int) -> Part:
-    a = setup.architecture
-    begin, end = sum(sizes[:stage]), sum(sizes[: stage + 1])
-    dense = a.num_layers - a.num_moe_layers
-    num_dense = max(0, min(end, dense) - begin)
-    last = stage == len(sizes) - 1
-    return Part(num_dense=num_dense, num_moe=end - begin - num_dense, num_mtp=setup.num_mtp if last else 0, embedding=stage == 0, head=last)
+@lru_cache(maxsize=20_000)
+def _parts(a: Architecture, sizes: tuple[int, ...], num_mtp: int) -> tuple[Part, ...]:
+    """The stages with so many layers each."""
+    dense, begin, found = a.num_layers - a.num_moe_layers, 0, []
+    for stage, size in enumerate(sizes):
+        last = stage == len(sizes) - 1
+        num_dense = max(0, min(begin + size, dense) - begin)
+        part = Part(num_dense=num_dense, num_moe=size - num_dense, num_mtp=num_mtp if last else 0, embedding=stage == 0, head=last)
+        found.append(part)
+        begin += size
+    return tuple(found)
 
 
 def _weight(time: BlockTime) -> float:
