@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import tomli_w
 from rich.console import Console, Group, RenderableType
 from rich.rule import Rule
 from rich.table import Table
@@ -26,7 +25,7 @@ from quintet.plan.search import Found, Goal, Space, allowed, nearest_possible, s
 from quintet.plan.setup import Precision, Setup, of_run
 from quintet.plan.software import generation
 from quintet.spec import parse
-from quintet.spec.cluster import Cluster, as_tree, named
+from quintet.spec.cluster import Cluster, as_tree, dumps, named
 from quintet.spec.curriculum import curriculum
 from quintet.spec.curve import Curve
 from quintet.spec.layout import Layout, require_legal
@@ -102,7 +101,7 @@ def main(arguments: list[str]) -> int:
     run = given.run if chosen is None else _with_layout(given.run, chosen.layout)
     cluster = _cluster(given, run)
     if given.write_cluster:
-        given.write_cluster.write_text(tomli_w.dumps(_without_none(as_tree(cluster))))
+        given.write_cluster.write_text(dumps(cluster))
         Console().print(f"wrote {given.write_cluster}", highlight=False)
         return 0
     with Bar("searching layouts"):
@@ -449,7 +448,3 @@ def _write(given: Arguments, run: Run, planned: Planned, sizes: page.Scaling | N
         given.write.write_text(parse.dumps(replace(run, layout=setup.layout, train=train)))
         if not given.json:
             Console().print(f"wrote {given.write}: quintet train {given.write}", highlight=False)
-
-
-def _without_none(value: Any) -> Any:
-    return {name: _without_none(inner) for name, inner in value.items() if inner is not None} if isinstance(value, dict) else value
