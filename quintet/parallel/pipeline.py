@@ -88,6 +88,7 @@ class Pipeline:
         self.schedule = program.schedule
         self.num_stages = program.schedule.num_stages
         row: tuple[Step, ...] = program.rows[self.group.rank]
+        self.recorder.begin_row()
         for position, step in enumerate(row):
             self.recorder.begin(step, position)
             self._handlers[step.kind](step)
@@ -100,20 +101,27 @@ class Pipeline:
         assert not self._arriving and not self._made, (list(self._arriving), list(self._made))
 
     def _forward(self, op: Op) -> None:
-        self._deliver(op, _drained(self.works[op.stage].forward(op.microbatch, self._input(op))))
+        x = self._input(op)
+        with self.recorder.computing(op):
+            y = _drained(self.works[op.stage].forward(op.microbatch, x))
+        self._deliver(op, y)
 
     def _backward(self, op: Op) -> None:
-        work = self.works[op.stage].backward(op.microbatch, self._input(op), put_off=op.kind == "I")
-        self._deliver(op, _drained(work))
+        gradient = self._input(op)
+        with self.recorder.computing(op):
+            result = _drained(self.works[op.stage].backward(op.microbatch, gradient, put_off=op.kind == "I"))
+        self._deliver(op, result)
 
     def _weights(self, op: Op) -> None:
-        self.works[op.stage].weights(op.microbatch)
+        with self.recorder.computing(op):
+            self.works[op.stage].weights(op.microbatch)
 
     def _pair(self, pair: Pair) -> None:
         forward, backward = pair
         x, gradient = self._input(forward), self._input(backward)
-        back = self.works[backward.stage].backward(backward.microbatch, gradient, put_off=False)
-        outputs = _in_turns(back, self.works[forward.stage].forward(forward.microbatch, x))
+        with self.recorder.computing(pair):
+            back = self.works[backward.stage].backward(backward.microbatch, gradient, put_off=False)
+            outputs = _in_turns(back, self.works[forward.stage].forward(forward.microbatch, x))
         self._deliver(backward, outputs[0])
         self._deliver(forward, outputs[1])
 

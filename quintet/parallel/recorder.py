@@ -1,8 +1,8 @@
 """The flight recorder of a pipeline: what each rank did last and what it waits for, always on, told when something hangs.
 
-Every rank notes each op as it begins, in memory. A thread tells the others now and then, through the store, so that what a rank did
-last is known even where it can no longer speak. When a wait fails, the error names the op, the rank that did not send, and every rank's
-last op.
+Every rank notes each op as it begins, and when the last row's ops computed, in memory. A thread tells the others now and then, through
+the store, so that what a rank did last is known even where it can no longer speak. When a wait fails, the error names the op, the rank
+that did not send, and every rank's last op.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from quintet.errors import RankError
+from quintet.schedule.op import Work
 
 TELL_SECONDS = 1.0
 """How often a rank tells the others where it is, if it has moved on."""
@@ -34,7 +35,20 @@ class Recorder:
         self.rank, self.ranks, self.store, self.clock = rank, tuple(ranks), store, clock
         self.steps: deque[tuple[float, int, object]] = deque(maxlen=KEPT)
         """(seconds, place in the row, step), newest last."""
+        self.times: list[tuple[Work, float, float]] = []
+        """Of the last row, when each op's computation began and ended, in seconds of `clock`; on CUDA: when it had been launched."""
         self.waits_for = ""
+
+    def begin_row(self) -> None:
+        """A row begins."""
+        self.times = []
+
+    @contextmanager
+    def computing(self, work: Work) -> Iterator[None]:
+        """An op computes, its input being there."""
+        begun = self.clock()
+        yield
+        self.times.append((work, begun, self.clock()))
 
     def begin(self, step: object, position: int) -> None:
         """A step begins."""
