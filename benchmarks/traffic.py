@@ -76,13 +76,14 @@ REPEATS = 5
 
 
 def run_of(recipe: Path, text: str, *, sequences: int, precision: str = "bf16") -> Run:
-    """The recipe on a layout written as "dp=2 zero=1 recompute=full", with micro-batches of half a rank's sequences. Raises SpecError."""
+    """The recipe on a layout written as "dp=2 zero=1 recompute=full", with micro-batches of half a rank's sequences or `micro_batch`.
+    Raises SpecError."""
     run, given = parse.read(recipe), dict(part.split("=", 1) for part in text.split())
-    recompute = given.pop("recompute", "none")
-    layout = Layout(**{name: int(value) for name, value in given.items()})  # type: ignore[arg-type]
+    recompute, micro_batch = given.pop("recompute", "none"), int(given.pop("micro_batch", "0"))
+    layout = Layout(**{name: value if name == "schedule" else int(value) for name, value in given.items()})  # type: ignore[arg-type]
     require_legal(layout, run.model, [run.phases[0].sequence_length])
     changes: dict[str, Any] = {"recompute": recompute, "precision": precision}
-    micro_batch = max(-(-sequences // layout.dp) // 2, 1)
+    micro_batch = micro_batch or max(-(-sequences // layout.dp) // 2, 1)
     return replace(run, layout=layout, train=replace(run.train, micro_batch=micro_batch, compile=False, device="cpu", **changes))
 
 

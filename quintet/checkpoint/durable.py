@@ -7,6 +7,7 @@ import fcntl
 import itertools
 import os
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
@@ -19,6 +20,8 @@ TEMPORARY = ".tmp-"
 """How the names of unfinished directories begin."""
 _CHUNK = 1 << 20
 """Bytes that are hashed and written (or read and hashed) at once: what stays in the cache in between, a third of the time of 16 MiB."""
+_EARLY = 64 << 20
+"""Bytes after which a long file is synced for the first time, and again."""
 _REMEDY = {
     errno.ENOSPC: "the disk is full; free some space, or keep fewer checkpoints (checkpoint.keep_last)",
     errno.EDQUOT: "the disk quota is used up; free some space, or keep fewer checkpoints (checkpoint.keep_last)",
@@ -29,15 +32,18 @@ _REMEDY = {
 
 
 class FileWriter:
-    """A new file that is hashed while it is written and on disk when the `with` block ends.
+    """A new file that is hashed while it is written, unless its content has hashes of its own, and on disk when the `with` block ends.
 
     Raises OSError, as the system calls do; FileExistsError if the name is taken, which includes a symbolic link.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, hashed: bool = True) -> None:
         self.path = path
         self.size = 0
-        self._hash = blake3()  # One thread: a pool of threads would hang in a forked child.
+        self._hash = blake3() if hashed else None  # One thread: a pool of threads would hang in a forked child.
+        self._early = 0
+        self._syncer: ThreadPoolExecutor | None = None
+        self._syncing: Future[None] | None = None
 
     def __enter__(self) -> FileWriter:
         self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
@@ -47,18 +53,28 @@ class FileWriter:
         """Append bytes."""
         view = memoryview(data)
         while len(view):
-            written = os.write(self._fd, view[:_CHUNK])
-            self._hash.update(view[:written])
+            written = os.write(self._fd, view[:_CHUNK] if self._hash else view)
+            if self._hash is not None:
+                self._hash.update(view[:written])
             self.size += written
             view = view[written:]
+        if self.size - self._early >= _EARLY and (self._syncing is None or self._syncing.done()):
+            self._sync_early()
 
-    def pad(self, alignment: int) -> None:
-        """Append zeros up to a multiple of `alignment` bytes."""
-        self.write(bytes(-self.size % alignment))
+    def _sync_early(self) -> None:
+        """Let the disk begin while more is on its way."""
+        if self._syncing is not None:
+            self._syncing.result()
+        self._syncer = self._syncer or ThreadPoolExecutor(1, thread_name_prefix="sync")
+        self._syncing, self._early = self._syncer.submit(os.fdatasync, self._fd), self.size
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
+            if self._syncer is not None:
+                self._syncer.shutdown()
             if kind is None:
+                if self._syncing is not None:
+                    self._syncing.result()  # what it was refused, no later sync would tell again
                 os.fsync(self._fd)
         finally:
             os.close(self._fd)
@@ -66,7 +82,7 @@ class FileWriter:
     @property
     def file(self) -> File:
         """Name, size and hash of what has been written."""
-        return File(path=self.path.name, size=self.size, blake3=self._hash.hexdigest())
+        return File(path=self.path.name, size=self.size, blake3=self._hash.hexdigest() if self._hash else None)
 
 
 def write_file(path: Path, data: bytes) -> File:

@@ -17,7 +17,8 @@ from torch import Tensor
 from quintet.checkpoint import hub_config, hub_files, hub_names, hub_stored, shards
 from quintet.checkpoint.durable import TemporaryDirectory, failure, write_file
 from quintet.checkpoint.hub_names import Part, Shape
-from quintet.checkpoint.store import dtype_name
+from quintet.checkpoint.load import Stored
+from quintet.checkpoint.pieces import dtype_name
 from quintet.errors import CheckpointError, UsageError, did_you_mean
 from quintet.spec.model import Model
 
@@ -42,7 +43,8 @@ def export(
 ) -> None:
     """Write a new directory that transformers' AutoModelForCausalLM and AutoTokenizer, and servers that read V3, load.
 
-    state: the tensors of `hub_names.shapes(model)`; only one is copied at a time. tokenizer_file: a tokenizer.json, of which the two ids
+    state: the tensors of `hub_names.shapes(model)`, each asked for when it is written: those of a checkpoint (Stored) never are in memory
+    all at once. tokenizer_file: a tokenizer.json, of which the two ids
     say what begins and ends a text (generation stops at the latter). dtype: of the weights in the files, float32, bfloat16 or float16;
     router biases stay float32. `on_progress` hears of the bytes. The directory appears whole or not at all.
 
@@ -142,11 +144,11 @@ def _sources(model: Model) -> dict[str, tuple[Part, str | None]]:
 def _check_state(state: Mapping[str, Tensor], model: Model) -> None:
     expected = hub_names.shapes(model)
     problems = [f"{name} is missing" for name in expected if name not in state]
-    for name, tensor in state.items():
+    for name in state:
         if name not in expected:
             problems.append(f"{name} is unknown{did_you_mean(name, expected)}")
-        elif tuple(tensor.shape) != expected[name]:
-            problems.append(f"{name} is {list(tensor.shape)} instead of {list(expected[name])}")
+        elif (shape := state.shape(name) if isinstance(state, Stored) else tuple(state[name].shape)) != expected[name]:
+            problems.append(f"{name} is {list(shape)} instead of {list(expected[name])}")
     _refuse("the state is not this model's", problems)
 
 

@@ -2,10 +2,15 @@
 
 `manifest.json` is one JSON object whose first member is the BLAKE3 of the bytes of the second:
 
-    {"blake3":"<64 hex digits>","manifest":{"format":1,"step":100,"files":[...],"tensors":{...},"values":{...}}}
+    {"blake3":"<64 hex digits>","manifest":{"format":2,"step":100,"files":[...],"tensors":{...},"values":{...}}}
 
-so a reader hashes before it parses. A tensor is a list of pieces; a piece is a box of the tensor (offsets, sizes) that lies row by row,
-little-endian, at `offset` of a file. A piece names its codec: "raw" is the only one of format 1.
+so a reader hashes before it parses, and `step` binds the directory's name to that hash. A tensor is a list of pieces; a piece is a box of
+the tensor (offsets, sizes), whose elements, row by row, are cut into blocks of `BLOCK` elements. At `offset` of a file stand the blocks,
+each as its codec says (see `codec`), and behind them one row of 40 bytes for each block: its stored length (8 bytes, little-endian) and the
+BLAKE3 of its stored bytes (32). The piece's own hash is that of these rows. So whoever reads a part of a piece reads and verifies just the
+blocks that hold it. The pieces of a data file lie one behind the other without a gap: every byte of a checkpoint is under a hash.
+
+A tensor with `rounded_from` may lack pieces: its other elements are those of that fp32 tensor, rounded to bf16 (`codec.rounded`).
 """
 
 from __future__ import annotations
@@ -22,7 +27,11 @@ from blake3 import blake3
 
 from quintet.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
+BLOCK = 1 << 18
+"""Elements of a block."""
+ROW = 40
+"""Bytes of a block's row: its stored length and its hash."""
 NAME = "manifest.json"
 ITEM_SIZE = {
     **dict.fromkeys(("float64", "int64", "uint64", "complex64"), 8),
@@ -33,6 +42,8 @@ ITEM_SIZE = {
     "complex128": 16,
 }
 """Bytes per element of every dtype that a checkpoint may hold, by torch's name."""
+PLANES = {"float32": 3, "bfloat16": 2}
+"""The dtypes that the codec "planes" takes, and the number of planes."""
 
 Values = dict[str, Any]
 """Plain values by name: None, booleans, integers of any size, finite floats, strings, lists and dictionaries of them."""
@@ -51,8 +62,12 @@ class File:
     """Name in the directory; there are no subdirectories."""
     size: int
     """Bytes."""
-    blake3: str
-    """BLAKE3 of the content, 64 hex digits."""
+    blake3: str | None
+    """BLAKE3 of the content, 64 hex digits; null for a data file, which consists of pieces with hashes of their own."""
+
+
+Codec = Literal["raw", "planes"]
+"""How the elements of a block become bytes: as they are, or as `codec.encode` says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,23 +81,37 @@ class Piece:
     file: str
     """Name of the file."""
     offset: int
-    """First byte in the file, a multiple of the dtype's size."""
+    """First byte in the file."""
     length: int
-    """Bytes in the file."""
-    codec: Literal["raw"] = "raw"
+    """Bytes in the file, the rows included."""
+    codec: Codec
     """How elements became bytes."""
+    blake3: str
+    """BLAKE3 of the rows, 64 hex digits."""
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return math.prod(self.sizes)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks, and rows."""
+        return -(-self.numel // BLOCK)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tensor:
-    """A whole tensor, of which the pieces cover every element once."""
+    """A whole tensor, of which the pieces cover every element once, or at most once where it has `rounded_from`."""
 
     dtype: str
     """torch's name of the dtype."""
     shape: tuple[int, ...]
     """Global shape."""
     pieces: tuple[Piece, ...]
-    """The boxes; none where the tensor has no elements."""
+    """The boxes that are stored."""
+    rounded_from: str | None = None
+    """The fp32 tensor of the same shape of which the elements that no piece covers are the rounding to bf16."""
 
     def __str__(self) -> str:
         return f"{self.dtype}{list(self.shape)}"
@@ -100,6 +129,11 @@ class Manifest:
     """Tensors by name."""
     values: Values
     """Plain values by name."""
+
+    @property
+    def digest(self) -> str:
+        """The BLAKE3 that the file begins with, 64 hex digits; it is over every other hash."""
+        return blake3(_body(self)).hexdigest()
 
 
 def directory_name(step: int) -> str:
@@ -149,14 +183,18 @@ def dumps(manifest: Manifest) -> bytes:
     for name, value in manifest.values.items():
         check_value(value, name=name)
     _check(manifest)
-    body = b'{"format":%d,"step":%d,"files":%b,"tensors":%b,"values":%b}' % (
+    body = _body(manifest)
+    return _HEAD + blake3(body).hexdigest().encode() + _MIDDLE + body + _TAIL
+
+
+def _body(manifest: Manifest) -> bytes:
+    return b'{"format":%d,"step":%d,"files":%b,"tensors":%b,"values":%b}' % (
         FORMAT,
         manifest.step,
         msgspec.json.encode(manifest.files),
         msgspec.json.encode(manifest.tensors),
         json.dumps(manifest.values, separators=(",", ":"), allow_nan=False).encode(),
     )
-    return _HEAD + blake3(body).hexdigest().encode() + _MIDDLE + body + _TAIL
 
 
 def loads(data: bytes) -> Manifest:
@@ -208,15 +246,18 @@ def _check(manifest: Manifest) -> None:
     if len(sizes) < len(manifest.files):
         raise CheckpointError(f"{NAME} names a file twice")
     for file in manifest.files:
-        if file.size < 0 or not _DIGEST.fullmatch(file.blake3):
+        if file.size < 0 or not _DIGEST.fullmatch(file.blake3 or "0" * 64):
             raise CheckpointError(f"{NAME}: {file.path} has the size {file.size} and the hash {file.blake3!r}")
     for name, tensor in manifest.tensors.items():
-        _check_tensor(name, tensor, sizes)
+        _check_tensor(name, tensor)
+        if tensor.rounded_from is not None:
+            _check_rounded(name, tensor, manifest.tensors.get(tensor.rounded_from))
+    _check_data(manifest)
     if both := manifest.tensors.keys() & manifest.values.keys():
         raise CheckpointError(f"{NAME}: {min(both)!r} is both a tensor and a value")
 
 
-def _check_tensor(name: str, tensor: Tensor, file_sizes: dict[str, int]) -> None:
+def _check_tensor(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in ITEM_SIZE:
         raise CheckpointError(f"{NAME}: tensor {name!r} has the unknown dtype {tensor.dtype!r}")
     if any(size < 0 for size in tensor.shape):
@@ -228,13 +269,42 @@ def _check_tensor(name: str, tensor: Tensor, file_sizes: dict[str, int]) -> None
         )
         if not inside:
             raise CheckpointError(f"{NAME}: tensor {name!r}, {tensor}, has a piece at {piece.offsets} of {piece.sizes}, outside of it")
-        item = ITEM_SIZE[tensor.dtype]
-        if piece.length != math.prod(piece.sizes) * item or piece.offset % item:
-            raise CheckpointError(f"{NAME}: tensor {name!r} has a piece of {piece.length} bytes at {piece.offset}, which {tensor} forbids")
-        if piece.offset < 0 or piece.offset + piece.length > file_sizes.get(piece.file, -1):
-            raise CheckpointError(f"{NAME}: tensor {name!r} has a piece outside of the file {piece.file!r}")
-    if sum(math.prod(piece.sizes) for piece in tensor.pieces) != math.prod(tensor.shape) or _overlap(tensor.pieces):
+        _check_length(name, tensor, piece)
+    covered = sum(piece.numel for piece in tensor.pieces)
+    if _overlap(tensor.pieces) or (covered != math.prod(tensor.shape) and tensor.rounded_from is None):
         raise CheckpointError(f"{NAME}: the pieces of tensor {name!r} do not cover it once")
+
+
+def _check_length(name: str, tensor: Tensor, piece: Piece) -> None:
+    plain = piece.numel * ITEM_SIZE[tensor.dtype] + piece.num_blocks * ROW
+    if piece.codec == "planes" and tensor.dtype not in PLANES:
+        raise CheckpointError(f"{NAME}: tensor {name!r} has a piece of codec 'planes', which is for {' and '.join(PLANES)} only")
+    most = plain + 4 * PLANES.get(tensor.dtype, 0) * piece.num_blocks
+    if not (piece.num_blocks * ROW < piece.length <= most if piece.codec == "planes" else piece.length == plain):
+        raise CheckpointError(f"{NAME}: tensor {name!r} has a piece of {piece.length} bytes at {piece.offset}, which {tensor} forbids")
+    if not _DIGEST.fullmatch(piece.blake3):
+        raise CheckpointError(f"{NAME}: tensor {name!r} has a piece with the hash {piece.blake3!r}")
+
+
+def _check_rounded(name: str, tensor: Tensor, source: Tensor | None) -> None:
+    fits = source is not None and source.rounded_from is None and (source.dtype, source.shape) == ("float32", tensor.shape)
+    if not fits or tensor.dtype != "bfloat16":
+        raise CheckpointError(f"{NAME}: tensor {name!r}, {tensor}, cannot be {tensor.rounded_from!r}, {source}, rounded")
+
+
+def _check_data(manifest: Manifest) -> None:
+    """The pieces of a data file lie one behind the other from its first byte to its last; other files have a hash, and no pieces."""
+    ends = {file.path: 0 for file in manifest.files if file.blake3 is None}
+    pieces = ((piece, name) for name, tensor in manifest.tensors.items() for piece in tensor.pieces)
+    for piece, name in sorted(pieces, key=lambda found: (found[0].file, found[0].offset)):
+        if piece.file not in ends:
+            raise CheckpointError(f"{NAME}: tensor {name!r} has a piece in {piece.file!r}, which is none of its data files")
+        if piece.offset != ends[piece.file]:
+            raise CheckpointError(f"{NAME}: tensor {name!r} has a piece at {piece.offset} of {piece.file}, not at {ends[piece.file]}")
+        ends[piece.file] += piece.length
+    for file in manifest.files:
+        if ends.get(file.path, file.size) != file.size:
+            raise CheckpointError(f"{NAME}: {file.path} has {file.size} bytes, but its pieces {ends[file.path]}")
 
 
 def _overlap(pieces: Sequence[Piece]) -> bool:

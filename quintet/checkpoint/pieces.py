@@ -1,18 +1,16 @@
-"""A rank's part of a tensor whose whole is spread over ranks: boxes of the global tensor, for saving and for loading.
-
-DCP's planners ask such an object for what it writes and what it wants (the protocol of torch.distributed._checkpointable); boxes that
-several ranks hold are written once.
-"""
+"""A rank's part of a tensor whose whole is spread over ranks: boxes of the global tensor, for saving and for loading."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""Offsets and sizes of a part of a tensor."""
 
 
 class Pieces:
@@ -22,26 +20,39 @@ class Pieces:
         self.shape, self.dtype = torch.Size(shape), dtype
         self.boxes = {offsets: tensor for offsets, tensor in boxes if tensor.numel()}
 
-    def __create_write_items__(self, fqn: str, object: object) -> list[WriteItem]:
-        return [
-            WriteItem(
-                index=MetadataIndex(fqn, torch.Size(offsets)),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk=ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=tensor.shape),
-                    properties=TensorProperties(dtype=self.dtype),
-                    size=self.shape,
-                ),
-            )
-            for offsets, tensor in self.boxes.items()
-        ]
 
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=tensor.shape) for offsets, tensor in self.boxes.items()]
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16` for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
 
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        assert index.offset is not None
-        return self.boxes[tuple(index.offset)]
+
+def boxes_here(value: Tensor | Pieces) -> Mapping[tuple[int, ...], Tensor]:
+    """What is here of a tensor, by offsets: a plain tensor is one box."""
+    if isinstance(value, Pieces):
+        return value.boxes
+    return {(0,) * value.ndim: value} if value.numel() else {}
+
+
+def tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor | Pieces]:
+    """What of a state is no plain value."""
+    return {name: value for name, value in state.items() if isinstance(value, Tensor | Pieces)}
+
+
+def values_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a state is a plain value."""
+    return {name: value for name, value in state.items() if not isinstance(value, Tensor | Pieces)}
+
+
+def meet(one: Box, two: Box) -> Box | None:
+    """The box that two boxes of one tensor share, or None."""
+    begins = tuple(map(max, one[0], two[0]))
+    sizes = tuple(min(a + n, b + m) - begin for a, n, b, m, begin in zip(*one, *two, begins, strict=True))
+    return (begins, sizes) if all(size > 0 for size in sizes) else None
+
+
+def within(box: Box, offsets: tuple[int, ...], tensor: Tensor) -> Tensor:
+    """The view of a box, in the coordinates of the whole, of a tensor that begins at `offsets`."""
+    return tensor[tuple(slice(a - begin, a - begin + size) for a, size, begin in zip(*box, offsets, strict=True))]
 
 
 def run_of_boxes(shape: Sequence[int], begin: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:

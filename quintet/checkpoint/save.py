@@ -4,53 +4,139 @@ The protocol (the only one of five that survived every crash state of its model:
 directory synced, rename, parent synced, then the caller is told):
 
 1. sweep what dead processes left;
-2. write the tensors' files into a new `.tmp-...` directory, each synced;
-3. write the extra files and then the manifest;
-4. sync the directory, rename it to `step-00000100`, sync the parent.
+2. each rank writes its pieces into a data file of its own in a new `.tmp-...` directory, and syncs it;
+3. rank 0, once all have done so, writes the extra files and then the manifest;
+4. it syncs the directory, renames it to `step-00000100`, and syncs the parent.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import state_dict_saver as dcp
 
-from quintet.checkpoint.durable import TemporaryDirectory, failure, sweep, sync_directory, write_file
+from quintet.checkpoint.agreement import Company
+from quintet.checkpoint.durable import FileWriter, TemporaryDirectory, failure, sweep, sync_directory, write_file
 from quintet.checkpoint.load import verify
-from quintet.checkpoint.manifest import ITEM_SIZE, NAME, Manifest, check_file_name, check_value, directory_name, dumps
-from quintet.checkpoint.pieces import Pieces
-from quintet.checkpoint.store import SaveValues, Writer, dtype_name, phases
+from quintet.checkpoint.manifest import (
+    ITEM_SIZE,
+    NAME,
+    Codec,
+    File,
+    Manifest,
+    Piece,
+    Tensor,
+    Values,
+    check_file_name,
+    check_value,
+    directory_name,
+    dumps,
+)
+from quintet.checkpoint.pieces import Pieces, boxes_here, dtype_name, meet, tensors_of, values_of, within
+from quintet.checkpoint.plan import Item, Plan, make_plan
+from quintet.checkpoint.store import Source, Threads, drop_from_cache, is_rounding, verify_data, write_pieces
 from quintet.errors import CheckpointError
 
 
-def save(state: Mapping[str, Any], root: Path, *, step: int, extras: Mapping[str, str] | None = None) -> Path:
-    """Save `state` as the checkpoint of `step` under `root`; all ranks of a process group call it together.
+def save(
+    state: Mapping[str, Any],
+    root: Path,
+    *,
+    step: int,
+    extras: Mapping[str, str] | None = None,
+    rounded: Mapping[str, str] | None = None,
+    codec: Codec = "planes",
+) -> Path:
+    """Save `state` as the checkpoint of `step` under `root`; all ranks of the default process group, where there is one, call it together.
 
-    state: tensors (DTensors and Pieces are saved by shards, others once) and plain values (None, bool, int, finite float, str, list,
-        dict) by name.
+    state: tensors (a rank's Pieces of those that are spread over ranks; others, which are equal on all, once) and plain values (None, bool,
+        int, finite float, str, list, dict; rank 0's count) by name.
     extras: text files that are stored beside the tensors, by file name.
+    rounded: name of a bf16 tensor -> of the fp32 one that it is expected to be the rounding of; a box where it is so is not stored.
 
     Returns the checkpoint's directory, `root/step-00000100`. If that step is there already, whole and with the same content, nothing
-    changes; if it is there but damaged, it is moved aside to `step-00000100.corrupt-0`. Raises CheckpointError if the state cannot be
-    saved, if another content has this step already, or if the file system refuses: then the temporary directory is removed and earlier
-    checkpoints are untouched.
+    changes; if it is there but damaged, it is moved aside to `step-00000100.corrupt-0`. Raises CheckpointError, on all ranks, if the state
+    cannot be saved, if another content has this step already, or if the file system refuses: then the temporary directory is removed and
+    earlier checkpoints are untouched.
     """
-    _check(state, step, extras or {})
-    attempt = _Attempt(root, step, extras or {})
+    company = Company(doing=f"saving {root / directory_name(step)}")
+    company.share(lambda: check(state, step, extras or {}))
+    plan = make_plan(state, rounded or {}, company)
+    job = Job(step=step, tensors=tensors_of(state), values=values_of(state), plan=plan, extras=extras or {}, codec=codec)
+    with Threads(num_ranks=company.size) as threads:
+        return write(job, root, company=company, threads=threads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What one save writes."""
+
+    step: int
+    tensors: Mapping[str, torch.Tensor | Pieces]
+    values: Values
+    plan: Plan
+    extras: Mapping[str, str]
+    codec: Codec
+
+
+def write(job: Job, root: Path, *, company: Company, threads: Threads, read_back: bool = False) -> Path:
+    """Write a planned state as `save` does; with `read_back` every rank reads what it wrote from the disk again before it counts."""
+    attempt = _Attempt(root, job)
     try:
-        with phases(f"saving {attempt.final}"):
-            dcp.save(dict(state), storage_writer=Writer(step=step, begin=attempt.begin, commit=attempt.commit), planner=SaveValues())
+        directory = Path(company.lead(lambda: str(attempt.begin())))
+        path = directory / f"data-{company.rank:05d}.bin"
+        company.collect(lambda: _write_share(path, job, threads, read_back=read_back), attempt.commit)
     finally:
         attempt.close()
     return attempt.final
 
 
-def _check(state: Mapping[str, Any], step: int, extras: Mapping[str, str]) -> None:
+@dataclass(frozen=True)
+class _Share:
+    """What a rank has written."""
+
+    file: File | None
+    pieces: list[tuple[str, Piece]]
+
+
+def _write_share(path: Path, job: Job, threads: Threads, *, read_back: bool) -> _Share:
+    with FileWriter(path, hashed=False) as writer:
+        pieces = write_pieces(writer, _sources(job, threads), job.codec, threads)
+    if not pieces:
+        path.unlink()
+        return _Share(None, [])
+    if read_back:
+        drop_from_cache(path)
+        verify_data(path.parent, [piece for _, piece in pieces], threads)
+    return _Share(writer.file, pieces)
+
+
+def _sources(job: Job, threads: Threads) -> Iterator[Source]:
+    """What this rank's items store: the twin of an item only where it is not its rounding."""
+    for item in job.plan.items:
+        tensor = held(job.tensors[item.name], item)
+        yield Source(item.name, item.box, tensor)
+        if item.twin is not None:
+            twin = held(job.tensors[item.twin], item)
+            if not is_rounding(tensor, twin, threads):
+                yield Source(item.twin, item.box, twin)
+
+
+def held(value: torch.Tensor | Pieces, item: Item) -> torch.Tensor:
+    """The view of an item's box in what is here of a tensor."""
+    for offsets, tensor in boxes_here(value).items():
+        if meet((offsets, tuple(tensor.shape)), item.box) == item.box:
+            return within(item.box, offsets, tensor)
+    raise AssertionError(item)
+
+
+def check(state: Mapping[str, Any], step: int, extras: Mapping[str, str]) -> None:
+    """Raise CheckpointError for a state that cannot be saved."""
     if not 0 <= step < 10**18:
         raise CheckpointError(f"step ({step}) must lie between 0 and 10^18 - 1")
     for name in extras:
@@ -72,9 +158,9 @@ def _check(state: Mapping[str, Any], step: int, extras: Mapping[str, str]) -> No
 class _Attempt:
     """One save on the coordinator: its temporary directory, and how it becomes the final one."""
 
-    def __init__(self, root: Path, step: int, extras: Mapping[str, str]) -> None:
-        self.root, self.extras = root, extras
-        self.final = root / directory_name(step)
+    def __init__(self, root: Path, job: Job) -> None:
+        self.root, self.job = root, job
+        self.final = root / directory_name(job.step)
         self._temporary: TemporaryDirectory | None = None
 
     def begin(self) -> Path:
@@ -83,13 +169,24 @@ class _Attempt:
         self._temporary = TemporaryDirectory(self.root, self.final.name)
         return self._temporary.path
 
-    def commit(self, manifest: Manifest) -> None:
+    def commit(self, shares: list[_Share]) -> None:
         assert self._temporary is not None
-        extras = [write_file(self._temporary.path / name, text.encode()) for name, text in self.extras.items()]
-        whole = Manifest(step=manifest.step, files=(*manifest.files, *extras), tensors=manifest.tensors, values=manifest.values)
+        files = [share.file for share in shares if share.file is not None]
+        files += [write_file(self._temporary.path / name, text.encode()) for name, text in self.job.extras.items()]
+        whole = self._manifest(shares, files)
         write_file(self._temporary.path / NAME, dumps(whole))
         if not os.path.lexists(self.final) or not self._is_saved(whole):
             self._temporary.move_to(self.final)
+
+    def _manifest(self, shares: list[_Share], files: list[File]) -> Manifest:
+        pieces: dict[str, list[Piece]] = {}
+        for name, piece in (found for share in shares for found in share.pieces):
+            pieces.setdefault(name, []).append(piece)
+        tensors = {
+            name: Tensor(dtype=whole.dtype, shape=whole.shape, pieces=tuple(pieces.get(name, ())), rounded_from=whole.rounded_from)
+            for name, whole in self.job.plan.tensors.items()
+        }
+        return Manifest(step=self.job.step, files=tuple(files), tensors=tensors, values=self.job.values)
 
     def _is_saved(self, whole: Manifest) -> bool:
         """Whether the final directory holds just this; another content is an error, a damaged one is moved aside."""

@@ -1,193 +1,235 @@
-"""Tensors to raw files and back, planned by torch's distributed checkpoint (DCP), with no pickle on disk.
+"""Tensors to the blocks of a data file and back: each block is encoded and hashed when it is written, hashed and decoded when it is read.
 
-DCP's planners decide which rank writes which piece, and which pieces a rank must read to fill its shards; `Writer` and `Reader` are their
-storage. A rank writes one file, `data-<rank>.bin`, in which each piece begins at a multiple of 64 bytes. Plain values travel as JSON to the
-coordinator, who hands the finished `Manifest` to `commit`. Everything that may fail runs inside DCP's phases, so that a failure on one
-rank is known on all.
+Several threads work on blocks while one writes or plans; numpy, zstd and BLAKE3 let go of Python's lock. See `manifest` for the form.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import io
-import json
-import math
+import itertools
 import os
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
+import numpy as np
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner, WriteItem, WriteItemType
-from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
-from torch.futures import Future
+from blake3 import blake3
+from torch import Tensor
 
-from quintet.checkpoint.durable import FileWriter, failure, hash_file, open_regular
-from quintet.checkpoint.manifest import File, Manifest, Piece, Tensor, check_value
-from quintet.checkpoint.pieces import Pieces
+from quintet.checkpoint import codec as codecs
+from quintet.checkpoint.codec import Bytes
+from quintet.checkpoint.durable import FileWriter, hash_file, open_regular
+from quintet.checkpoint.manifest import BLOCK, ITEM_SIZE, PLANES, ROW, Codec, File, Piece
+from quintet.checkpoint.pieces import Box, dtype_name
 from quintet.errors import CheckpointError
 
-_ALIGNMENT = 64
+A = TypeVar("A")
+B = TypeVar("B")
+
+_AHEAD = 4
+"""Blocks of a thread that wait for it, or for the one who takes them."""
+_SMALL = 4096
+"""Elements of a piece below which coding gains nothing worth its lengths."""
+_ROW = np.dtype([("length", "<u8"), ("digest", "u1", 32)])
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
-class SaveValues(DefaultSavePlanner):
-    """DCP's planner over a flat state, with plain values as JSON instead of pickles."""
-
-    def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        """The tensor or value to write."""
-        found = self.state_dict[index.fqn]
-        return found.__get_tensor_shard__(index) if isinstance(found, Pieces) else super().lookup_object(index)
-
-    def transform_object(self, write_item: WriteItem, object: Any) -> Any:
-        """A tensor as it is, anything else as JSON bytes; raises CheckpointError for what JSON cannot hold."""
-        if write_item.type != WriteItemType.BYTE_IO:
-            return object
-        check_value(object, name=write_item.index.fqn)
-        return io.BytesIO(json.dumps(object, allow_nan=False).encode())
+_RANKS_OF_A_NODE = 8
+"""Ranks that are supposed to share a node's cores, where there are so many."""
 
 
-class LoadTensors(DefaultLoadPlanner):
-    """DCP's planner over a flat state."""
+class Threads:
+    """A few threads for blocks."""
 
-    def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+    def __init__(self, *, num_ranks: int = 1, beside_training: bool = False) -> None:
+        """As many as the process has cores, shared out among the ranks of a node; half of them beside training."""
+        cores = len(os.sched_getaffinity(0)) // (2 if beside_training else 1)
+        self.count = min(max(cores // min(num_ranks, _RANKS_OF_A_NODE), 1), 16)
+        self._pool = ThreadPoolExecutor(self.count, thread_name_prefix="blocks")
 
-    def set_up_planner(self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
-        """Take the state as it is: torch's own would put None in the place of Pieces, in its search for tensors on the meta device."""
-        self.state_dict = self.original_state_dict = state_dict
-        self.metadata, self.is_coordinator = metadata, is_coordinator
+    def __enter__(self) -> Threads:
+        return self
 
-    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
-        """The tensor to fill."""
-        found = self.state_dict[index.fqn]
-        return found.__get_tensor_shard__(index) if isinstance(found, Pieces) else super().lookup_tensor(index)
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def start(self, work: Callable[[], B]) -> Future[B]:
+        """Begin some work that is not of blocks."""
+        return self._pool.submit(work)
+
+    def in_order(self, work: Callable[[A], B], jobs: Iterable[A]) -> Iterator[B]:
+        """`work` of each job, in order; only a few are done ahead of what is taken."""
+        pending: deque[Future[B]] = deque()
+        for job in jobs:
+            pending.append(self._pool.submit(work, job))
+            if len(pending) > _AHEAD * self.count:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
-class Writer(StorageWriter):
-    """Writes this rank's pieces; on the coordinator, `begin` makes the directory and `commit` finishes it."""
+@dataclass(frozen=True)
+class Source:
+    """A box of a tensor that is to be written, and where its elements lie."""
 
-    def __init__(self, *, step: int, begin: Callable[[], Path], commit: Callable[[Manifest], None]) -> None:
-        self._step, self._begin, self._commit = step, begin, commit
-        self._rank = 0
+    name: str
+    box: Box
+    tensor: Tensor
 
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Nothing is kept from one save to the next."""
 
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Learn this rank's number, which names its file."""
-        self._rank = int(kwargs.get("rank", 0))
+def write_pieces(writer: FileWriter, sources: Iterable[Source], codec: Codec, threads: Threads) -> list[tuple[str, Piece]]:
+    """Write boxes one behind the other -> the name of the tensor and the piece of each. Raises OSError."""
 
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Nothing to add."""
-        return plan
+    def form(source: Source) -> Codec:
+        return codec if dtype_name(source.tensor.dtype) in PLANES and source.tensor.numel() >= _SMALL else "raw"
 
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Make the directory and tell every rank its name."""
-        directory = str(self._begin())
-        return [dataclasses.replace(plan, storage_data=directory) for plan in plans]
+    def blocks() -> Iterator[tuple[Source, Bytes]]:
+        for source in sources:
+            data = np.frombuffer(bytes_of(source.tensor), np.uint8)
+            size = BLOCK * source.tensor.dtype.itemsize
+            yield from ((source, data[begin : begin + size]) for begin in range(0, data.size, size))
 
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's tensors into its file; the results carry a Piece, a value's JSON, or (the last one) the File."""
-        results: list[WriteResult] = []
-        with FileWriter(Path(plan.storage_data) / f"data-{self._rank:05d}.bin") as writer:
-            for item in plan.items:
-                data = planner.resolve_data(item)
-                record = data.getvalue() if isinstance(data, io.BytesIO) else _write_piece(writer, item, data)
-                results.append(WriteResult(index=item.index, size_in_bytes=0, storage_data=record))
-        if results:
-            results.append(WriteResult(index=results[0].index, size_in_bytes=0, storage_data=writer.file))
-        else:
-            writer.path.unlink()
-        future: Future[list[WriteResult]] = Future()
-        future.set_result(results)
-        return future
+    def stored(job: tuple[Source, Bytes]) -> tuple[Source, list[Bytes], bytes]:
+        source, block = job
+        dtype = dtype_name(source.tensor.dtype)
+        parts = codecs.encode(block, dtype) if form(source) == "planes" else [block]
+        digest = blake3()  # One thread: a pool of threads would hang in a forked child.
+        for part in parts:
+            digest.update(part.data)
+        return source, parts, digest.digest()
 
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Put all ranks' records together and commit."""
-        files: list[File] = []
-        pieces: dict[str, list[Piece]] = {}
-        values: dict[str, Any] = {}
-        for result in (result for rank in results for result in rank):
-            match result.storage_data:
-                case File() as file:
-                    files.append(file)
-                case Piece() as piece if math.prod(piece.sizes):
-                    pieces.setdefault(result.index.fqn, []).append(piece)
-                case bytes() as value:
-                    values[result.index.fqn] = json.loads(value)
-        tensors = {
-            name: Tensor(dtype=dtype_name(known.properties.dtype), shape=tuple(known.size), pieces=tuple(pieces.get(name, ())))
-            for name, known in metadata.state_dict_metadata.items()
-            if isinstance(known, TensorStorageMetadata)
-        }
-        self._commit(Manifest(step=self._step, files=tuple(files), tensors=tensors, values=values))
+    pieces: list[tuple[str, Piece]] = []
+    for source, done in itertools.groupby(threads.in_order(stored, blocks()), key=lambda found: found[0]):
+        begin, rows = writer.size, b""
+        for _, parts, digest in done:
+            for part in parts:
+                writer.write(part.data)
+            rows += sum(part.size for part in parts).to_bytes(8, "little") + digest
+        writer.write(rows)
+        piece = Piece(
+            offsets=source.box[0],
+            sizes=source.box[1],
+            file=writer.path.name,
+            offset=begin,
+            length=writer.size - begin,
+            codec=form(source),
+            blake3=blake3(rows).hexdigest(),
+        )
+        pieces.append((source.name, piece))
+    return pieces
 
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """DCP's automatic choice of a storage does not choose this one."""
+
+def is_rounding(of: Tensor, tensor: Tensor, threads: Threads) -> bool:
+    """Whether every bf16 element of `tensor` has the bits of the fp32 one of `of` after rounding; both of one shape."""
+    wide, narrow = (np.frombuffer(bytes_of(each), np.uint8) for each in (of, tensor))
+    if dtype_name(of.dtype) != "float32" or dtype_name(tensor.dtype) != "bfloat16":
         return False
 
+    def same(begin: int) -> bool:
+        return np.array_equal(codecs.rounded(wide[2 * begin : 2 * begin + 4 * BLOCK]), narrow[begin : begin + 2 * BLOCK])
 
-class Reader(StorageReader):
-    """Fills this rank's tensors, after the hash of every file that it needs has been verified."""
+    return all(threads.in_order(same, range(0, narrow.size, 2 * BLOCK)))
 
-    def __init__(self, directory: Path, manifest: Manifest) -> None:
-        self._directory, self._manifest = directory, manifest
-        self._pieces = {(name, piece.offsets): piece for name, tensor in manifest.tensors.items() for piece in tensor.pieces}
 
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Nothing is kept from one load to the next."""
+@dataclass(frozen=True)
+class Block:
+    """Where a block of a piece lies in its file, and its hash."""
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """DCP's view of the manifest."""
-        return Metadata(state_dict_metadata={name: _metadata(tensor) for name, tensor in self._manifest.tensors.items()})
+    number: int
+    offset: int
+    length: int
+    digest: bytes
 
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing to set up."""
 
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Verify the files that this rank will read; no rank fills a tensor before all have done so."""
-        needed = {self._piece(item).file for item in plan.items}
-        for file in self._manifest.files:
-            if file.path in needed:
-                verify_file(self._directory, file)
-        return plan
+class DataFiles:
+    """The files of a checkpoint, open for reading; what is read is verified. Raises CheckpointError for damage, OSError."""
 
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Nothing to coordinate."""
-        return plans
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._fds: dict[str, int] = {}
 
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Fill the tensors, file by file in the order of their bytes."""
-        fds = {path: open_regular(self._directory / path) for path in {self._piece(item).file for item in plan.items}}
-        try:
-            for item in sorted(plan.items, key=lambda item: (self._piece(item).file, self._piece(item).offset)):
-                target = planner.resolve_tensor(item).detach()
-                assert dtype_name(target.dtype) == self._manifest.tensors[item.storage_index.fqn].dtype
-                _read_box(fds[self._piece(item).file], self._piece(item), item, target)
-                planner.commit_tensor(item, target)
-        finally:
-            for fd in fds.values():
-                os.close(fd)
-        future: Future[None] = Future()
-        future.set_result(None)
-        return future
+    def __enter__(self) -> DataFiles:
+        return self
 
-    def _piece(self, item: ReadItem) -> Piece:
-        return self._pieces[item.storage_index.fqn, tuple(item.storage_index.offset or ())]
+    def __exit__(self, *error: object) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
 
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """DCP's automatic choice of a storage does not choose this one."""
-        return False
+    def open(self, names: Iterable[str]) -> None:
+        """Open files, which the other methods then may read from any thread."""
+        for name in names:
+            if name not in self._fds:
+                self._fds[name] = open_regular(self.directory / name)
+
+    def blocks(self, piece: Piece) -> list[Block]:
+        """The blocks of a piece, as its verified rows say."""
+        size = piece.num_blocks * ROW
+        rows = self._read(piece.file, piece.offset + piece.length - size, size)
+        if blake3(rows.data).hexdigest() != piece.blake3:
+            raise self._damaged(piece.file)
+        table = rows.view(_ROW)
+        ends = list(itertools.accumulate(table["length"].tolist(), initial=piece.offset))
+        if ends[-1] != piece.offset + piece.length - size:
+            raise self._damaged(piece.file)
+        digests = (row.tobytes() for row in table["digest"])
+        return [Block(i, ends[i], ends[i + 1] - ends[i], digest) for i, digest in enumerate(digests)]
+
+    def soon(self, jobs: Iterable[tuple[Piece, Block]]) -> Iterator[tuple[Piece, Block]]:
+        """The jobs, each of whose blocks the system begins to read when it is taken."""
+        for piece, block in jobs:
+            self.will_read(piece, block)
+            yield piece, block
+
+    def will_read(self, piece: Piece, block: Block) -> None:
+        """Let the system begin to read a block, as far as it can do that."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._fds[piece.file], block.offset, block.length, os.POSIX_FADV_WILLNEED)
+
+    def stored(self, piece: Piece, block: Block, out: Bytes | None = None) -> Bytes:
+        """The stored bytes of a block, in `out` if given."""
+        stored = self._read(piece.file, block.offset, block.length, out)
+        if blake3(stored.data).digest() != block.digest:
+            raise self._damaged(piece.file)
+        return stored
+
+    def elements(self, piece: Piece, block: Block, dtype: str, out: Bytes | None = None) -> Bytes:
+        """The bytes of a block's elements, in `out` if given (which may hold anything after an error)."""
+        numel = min(BLOCK, piece.numel - block.number * BLOCK)
+        if piece.codec == "planes":
+            return codecs.decode(self.stored(piece, block), numel, dtype, out)
+        if block.length != numel * ITEM_SIZE[dtype]:
+            raise self._damaged(piece.file)
+        return self.stored(piece, block, out)
+
+    def _read(self, name: str, offset: int, length: int, out: Bytes | None = None) -> Bytes:
+        data = np.empty(length, np.uint8) if out is None else out
+        view = data.data
+        while len(view):
+            count = os.preadv(self._fds[name], [view], offset)
+            if count == 0:
+                raise CheckpointError(f"{self.directory / name} became shorter while it was read; use another checkpoint")
+            view, offset = view[count:], offset + count
+        return data
+
+    def _damaged(self, name: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.directory / name} is damaged: its content does not have the hash that the manifest says; use another checkpoint"
+        )
+
+
+def verify_data(
+    directory: Path, pieces: Sequence[Piece], threads: Threads, *, on_bytes: Callable[[int], None] = lambda count: None
+) -> None:
+    """Raise CheckpointError unless every byte of the pieces has its hash; `on_bytes` hears how many more have. Raises OSError."""
+    with DataFiles(directory) as files:
+        files.open({piece.file for piece in pieces})
+        rows = threads.in_order(lambda piece: (piece, files.blocks(piece)), pieces)
+        jobs = ((piece, block) for piece, blocks in rows for block in blocks)
+        for size in threads.in_order(lambda job: files.stored(*job).size + ROW, files.soon(jobs)):
+            on_bytes(size)
 
 
 def verify_file(directory: Path, file: File) -> None:
@@ -198,77 +240,34 @@ def verify_file(directory: Path, file: File) -> None:
         )
 
 
-@contextmanager
-def phases(doing: str) -> Iterator[None]:
-    """Run a DCP call: no warning about a missing process group, and failures of its phases as the errors that they are.
-
-    Raises CheckpointError for a refusing file system, and otherwise the first rank's own exception.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-            yield
-    except CheckpointException as failed:
-        rank, (error, _) = min(failed.failures.items(), key=lambda failure: failure[0])
-        on_rank = f" on rank {rank}" if torch.distributed.is_initialized() else ""
-        raise failure(error, doing=doing + on_rank) if isinstance(error, OSError) else error from None
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """`bfloat16` for torch.bfloat16."""
-    return str(dtype).removeprefix("torch.")
-
-
-def bytes_of(tensor: torch.Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     """The elements of a tensor row by row, as bytes: its own memory where that is contiguous on the host, else a copy."""
     plain = tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
     return plain.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _write_piece(writer: FileWriter, item: WriteItem, tensor: torch.Tensor) -> Piece:
-    writer.pad(_ALIGNMENT)
-    begin = writer.size
-    writer.write(bytes_of(tensor))
-    assert item.tensor_data is not None
-    chunk = item.tensor_data.chunk
-    return Piece(offsets=tuple(chunk.offsets), sizes=tuple(chunk.sizes), file=writer.path.name, offset=begin, length=writer.size - begin)
+def flat_memory(tensor: Tensor) -> Bytes | None:
+    """The memory of a tensor as bytes, row by row; None where it does not lie on the host like that."""
+    if not tensor.is_cpu or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+        return None
+    memory: Bytes = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return memory
 
 
-def _read_box(fd: int, piece: Piece, item: ReadItem, target: torch.Tensor) -> None:
-    """Fill `target` with the box of a piece that `item` asks for: its rows along the first dim are read, other dims cut in memory."""
-    sizes, first = list(piece.sizes), 0
-    row = piece.length
-    if sizes:
-        row //= sizes[0]
-        first, sizes[0] = item.storage_offsets[0], item.lengths[0]
-    offset = piece.offset + first * row
-    if target.is_cpu and target.is_contiguous() and not target.is_conj() and not target.is_neg() and list(item.lengths) == sizes:
-        _read_exactly(fd, bytes_of(target), offset)
-        return
-    rows = torch.empty(sizes, dtype=target.dtype)
-    _read_exactly(fd, bytes_of(rows), offset)
-    for dim in range(1, len(sizes)):
-        rows = rows.narrow(dim, item.storage_offsets[dim], item.lengths[dim])
-    target.copy_(rows)
+def fill(target: Tensor, values: Tensor) -> None:
+    """Copy host values into a tensor of their shape, by the bits and in this thread: torch's own copy would start a team of threads."""
+    if target.is_cpu and not target.is_conj() and not target.is_neg():
+        bits = _BITS[target.dtype.itemsize]
+        np.copyto(target.detach().view(bits).numpy(), values.view(bits).numpy())
+    else:
+        target.detach().copy_(values)
 
 
-def _read_exactly(fd: int, view: memoryview, offset: int) -> None:
-    while len(view):
-        count = os.preadv(fd, [view], offset)
-        if count == 0:
-            raise CheckpointError("a checkpoint's file became shorter while it was read; use another checkpoint")
-        view, offset = view[count:], offset + count
-
-
-def _metadata(tensor: Tensor) -> TensorStorageMetadata:
-    return TensorStorageMetadata(
-        properties=TensorProperties(dtype=_dtype(tensor.dtype)),
-        size=torch.Size(tensor.shape),
-        chunks=[ChunkStorageMetadata(offsets=torch.Size(piece.offsets), sizes=torch.Size(piece.sizes)) for piece in tensor.pieces],
-    )
-
-
-def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
+def drop_from_cache(path: Path) -> None:
+    """Let what is read of a file next come from the disk and not from memory, as far as the system can do that. Raises OSError."""
+    fd = open_regular(path)
+    try:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)

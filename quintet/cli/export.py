@@ -29,20 +29,19 @@ def main(arguments: list[str]) -> int:
     import torch
 
     from quintet.checkpoint import huggingface
-    from quintet.train.trained import master_weights, open_trained
+    from quintet.train.trained import open_kept, stored_weights
 
     huggingface.refuse_existing(given.directory)
-    with Bar(f"reading {given.model}"):
-        trained = open_trained(given.model)
-        state = master_weights(trained) if given.dtype == "fp32" else trained.model.state_dict()
+    kept = open_kept(given.model)
+    state = stored_weights(kept, master=given.dtype == "fp32")
     with Bar(f"exporting to {given.directory}") as bar:
         huggingface.export(
             state,
-            trained.run.model,
+            kept.run.model,
             given.directory,
-            tokenizer_file=trained.tokenizer_file,
-            bos_token_id=trained.tokenizer.bos_id,
-            eos_token_id=trained.tokenizer.eos_id,
+            tokenizer_file=kept.tokenizer_file,
+            bos_token_id=kept.tokenizer.bos_id,
+            eos_token_id=kept.tokenizer.eos_id,
             dtype=torch.bfloat16 if given.dtype == "bf16" else torch.float32,
             on_progress=bar,
         )

@@ -15,15 +15,18 @@ from quintet.errors import KEYBOARD_INTERRUPT, QuintetError, UsageError, did_you
 
 COMMANDS = {
     "prepare": "turn the text of a recipe into token shards, once",
+    "data": "say which quality rules a document passes, and why",
     "train": "train a model as a recipe says",
     "resume": "continue a run from its newest checkpoint",
     "generate": "continue a prompt with a trained model",
     "evaluate": "measure the loss on held-out documents",
+    "checkpoint": "list, inspect, compare, verify, keep and rewrite checkpoints",
     "export": "write a checkpoint as a Hugging Face model",
     "import": "make a run of a Hugging Face model",
     "info": "describe a recipe, a run or a Hugging Face model",
     "verify": "prove that a layout computes what one device computes",
     "layout": "show who sits where in a layout, and what a rank holds",
+    "plan": "tell memory, time and cost of a run on a cluster, and the best layout",
     "schedule": "simulate and draw a pipeline schedule",
     "doctor": "tell what this machine can do, and what is missing",
 }

@@ -14,8 +14,10 @@ from rich.text import Text
 
 from quintet.cli.options import Overrides, Recipe, Switch, read_with_recipe
 from quintet.data import prepare as data
-from quintet.data.encode import Statistics
+from quintet.data.engine import Engine, EngineName, engine_of
+from quintet.data.report import write_report
 from quintet.data.sources import REMEDIES
+from quintet.data.statistics import Statistics
 from quintet.monitor.units import count, num_bytes
 from quintet.spec.run import Run
 
@@ -30,6 +32,12 @@ class Arguments:
     """One training run."""
     replace: Switch = False
     """Replace what was prepared in data.directory from other text or settings; runs that depend on it cannot go on then."""
+    engine: EngineName = "local"
+    """Who makes the parts: this machine's processes; Daft here; or Daft on a Ray cluster."""
+    workers: int | None = None
+    """Parts that are made at a time (default: the cores, where there is much text)."""
+    address: str | None = None
+    """Of the Ray cluster, such as ray://head:10001 (default: one started here)."""
     json: Switch = False
     """Print the statistics as JSON."""
 
@@ -37,15 +45,19 @@ class Arguments:
 def main(arguments: list[str]) -> int:
     """Run the command and return its exit code."""
     given = read_with_recipe(Arguments, arguments, command="prepare")
-    prepared = prepare(given.run, Console(stderr=True), recipe=given.recipe, on_other="replace" if given.replace else "refuse")
+    engine = engine_of(given.engine, workers=given.workers, address=given.address)
+    console = Console(stderr=True)
+    prepared = prepare(given.run, console, recipe=given.recipe, on_other="replace" if given.replace else "refuse", engine=engine)
+    report = write_report(prepared)
     if given.json:
         print(json.dumps({name: asdict(part.statistics) for name, part in prepared.sources.items()}, indent=2))
     else:
         Console().print(statistics(prepared))
+        console.print(f"report: {report}", markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
-def prepare(run: Run, console: Console, *, recipe: Path, on_other: data.OnOther = "refuse") -> data.Prepared:
+def prepare(run: Run, console: Console, *, recipe: Path, on_other: data.OnOther = "refuse", engine: Engine | None = None) -> data.Prepared:
     """Prepare the run's data, with bars on `console` while there is work, and return it opened; see `data.prepare` for `on_other`."""
     with Bars(console) as bars:
         return data.prepare(
@@ -54,6 +66,7 @@ def prepare(run: Run, console: Console, *, recipe: Path, on_other: data.OnOther 
             seed=run.seed,
             on_other=on_other,
             recipe=recipe,
+            engine=engine,
             progress=bars,
             on_message=bars.tell,
         )
@@ -99,8 +112,20 @@ def statistics(prepared: data.Prepared) -> Group:
     for name in prepared.sources:
         table.add_column(name, justify="right")
     for row in columns[0]:
+        if row in _IF_ANY and all(column[row] == _IF_ANY[row] for column in columns):
+            continue
         table.add_row(row, *(column[row] for column in columns))
-    return Group(table, *(Text(line) for name, part in prepared.sources.items() for line in _skipped(name, part.statistics)))
+    told = (line for name, part in prepared.sources.items() for line in (*_skipped(name, part.statistics), *_warned(name, part.statistics)))
+    return Group(table, *map(Text, told))
+
+
+def _warned(name: str, s: Statistics) -> Iterator[str]:
+    for rule, share in s.warnings.items():
+        yield f"warning: {rule} dropped {share:.1%} of the documents of {name}; look at the report's samples and at its limits"
+
+
+_IF_ANY = {"dropped by rules": "0", "duplicates": "0 exact, 0 near"}
+"""Rows that are left out where they say only this."""
 
 
 def _skipped(name: str, s: Statistics) -> Iterator[str]:
@@ -122,5 +147,7 @@ def _column(s: Statistics) -> dict[str, str]:
         "median document": f"{s.length_percentiles[50]:,} tokens",
         "longest document": f"{s.length_percentiles[100]:,} tokens",
         "skipped": f"{sum(s.skipped.values()):,}",
+        "dropped by rules": f"{s.emptied + sum(s.dropped.values()):,}",
+        "duplicates": f"{s.exact_duplicates:,} exact, {s.near_duplicates:,} near",
         "work": "done before" if s.reused else f"{count(s.tokens_per_second)} tokens/s",
     }

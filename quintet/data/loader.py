@@ -5,8 +5,9 @@ B sequences of a batch, L tokens of a sequence; a row has L + 1 tokens, of which
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -35,13 +36,15 @@ class Batch:
 class Loader:
     """The endless stream of training rows, mixed by the sources' weights.
 
-    Row k depends on the seed and on k alone, never on how rows are divided into batches; the state is a few integers, and a
-    loader that restores it goes on exactly.
+    Row k depends on the seed and on k alone, never on how rows are divided into batches or among ranks; the state is a few integers, and
+    a loader that restores it, on any number of ranks, goes on exactly.
     """
 
-    def __init__(self, prepared: Prepared, data: Data, *, sequence_length: int, seed: int) -> None:
+    def __init__(
+        self, prepared: Prepared, data: Data, *, sequence_length: int, seed: int, mixture: Mapping[str, float] = MappingProxyType({})
+    ) -> None:
+        """`mixture` replaces the weights of the sources that it names; 0 leaves one out. Raises SpecError for an unknown source."""
         self.sequence_length = sequence_length
-        self._mixture = Mixture([part.source.weight for part in prepared.sources.values()])
         self._fingerprints = {"data": int(prepared.fingerprint[:12], 16), "seed": seed}
         self._rows = {
             name: Rows(
@@ -55,25 +58,65 @@ class Loader:
             for name, part in prepared.sources.items()
         }
         self._streams = list(self._rows.values())
+        self._taken = [0] * len(self._streams)
+        replaced = {source.name: weight for source, weight in zip(data.sources, data.weights(mixture), strict=True)}
+        self._weights = [replaced[name] for name in prepared.sources]
+        self._most_epochs = [part.source.epochs for part in prepared.sources.values()]
+        self._begin_mixture()
 
     def next_batch(self, num_sequences: int, *, part: int = 0, num_parts: int = 1) -> Batch:
         """Of the next `num_sequences` rows those whose place in the batch is `part` modulo `num_parts` (B of the batch); the others are
-        passed over, so loaders of all parts go on alike."""
-        streams = [self._streams[self._mixture.next()] for _ in range(num_sequences)]
-        return _batch(streams, self.sequence_length, part=part, num_parts=num_parts)
+        passed over, so loaders of all parts go on alike. Raises DataError where no source may be seen once more."""
+        streams = (self._next_stream() for _ in range(num_sequences))
+        return _batch(streams, num_sequences, self.sequence_length, part=part, num_parts=num_parts)
+
+    def skip(self, num_sequences: int) -> None:
+        """Pass over the next rows, without touching their tokens: for a rank that needs none of them."""
+        for _ in range(num_sequences):
+            self._next_stream().skip()
+
+    def _begin_mixture(self) -> None:
+        """Mix the sources that may still be seen, from the beginning."""
+        self._mixed = tuple(i for i, weight in enumerate(self._weights) if weight and not self._is_over(i))
+        self._mixture = Mixture([self._weights[i] for i in self._mixed]) if self._mixed else None
+        self._last = -1
+
+    def _is_over(self, i: int) -> bool:
+        most = self._most_epochs[i]
+        return most is not None and self._streams[i].epoch >= most
+
+    def _next_stream(self) -> Rows:
+        if self._last >= 0 and self._is_over(self._last):
+            self._begin_mixture()
+        if self._mixture is None:
+            raise DataError(
+                "every source of the mixture was seen as often as its epochs allow; raise data.sources.epochs, add text, or shorten the "
+                "phases"
+            )
+        self._last = self._mixed[self._mixture.next()]
+        self._taken[self._last] += 1
+        return self._streams[self._last]
 
     def state(self) -> dict[str, int]:
         """Where the stream is: plain integers, for JSON."""
-        state = dict(self._fingerprints, sequence_length=self.sequence_length)
-        for (name, rows), count in zip(self._rows.items(), self._mixture.counts, strict=True):
-            state |= {f"{name}.rows": count, f"{name}.epoch": rows.epoch, f"{name}.window": rows.window, f"{name}.offset": rows.offset}
+        if self._last >= 0 and self._is_over(self._last):
+            self._begin_mixture()
+        state = dict(self._fingerprints, sequence_length=self.sequence_length, mixture=self._mixture_key())
+        counts = dict(zip(self._mixed, self._mixture.counts if self._mixture else (), strict=True))
+        for i, (name, rows) in enumerate(self._rows.items()):
+            state |= {f"{name}.rows": self._taken[i], f"{name}.mixed": counts.get(i, 0)}
+            state |= {f"{name}.epoch": rows.epoch, f"{name}.window": rows.window, f"{name}.offset": rows.offset}
         return state
+
+    def _mixture_key(self) -> int:
+        """Tells one mixture from another: 48 bits."""
+        return stream_key(repr([(i, self._weights[i]) for i in self._mixed])) >> 16
 
     def restore(self, state: Mapping[str, int]) -> None:
         """Go to where `state` was taken.
 
         After a change of the sequence length (a new phase) each source goes on with its next window of documents: what was left
-        of the current one is passed over, and no document comes twice.
+        of the current one is passed over, and no document comes twice. Another mixture begins anew, at these documents.
 
         Raises DataError if the state is of other data, another seed or other sources.
         """
@@ -88,10 +131,14 @@ class Loader:
                     f"on; give back the {what} of the run, or start a new run"
                 )
         for i, (name, rows) in enumerate(self._rows.items()):
-            self._mixture.counts[i] = state[f"{name}.rows"]
+            self._taken[i] = state[f"{name}.rows"]
             rows.epoch, rows.window, rows.offset = (state[f"{name}.{part}"] for part in ("epoch", "window", "offset"))
             if state["sequence_length"] != self.sequence_length and rows.offset:
                 rows.skip_window()
+        self._begin_mixture()
+        if self._mixture and state["mixture"] == self._mixture_key():
+            names = list(self._rows)
+            self._mixture.counts = [state[f"{names[i]}.mixed"] for i in self._mixed]
 
 
 def held_out_batches(
@@ -111,13 +158,13 @@ def held_out_batches(
     while taken < num_sequences and rows.epoch == 0:
         left = rows.packed().num_rows - rows.offset
         size = min(batch_size, num_sequences - taken, left)
-        yield _batch([rows] * size, sequence_length, part=part, num_parts=num_parts)
+        yield _batch([rows] * size, size, sequence_length, part=part, num_parts=num_parts)
         taken += size
 
 
-def _batch(streams: list[Rows], sequence_length: int, *, part: int, num_parts: int) -> Batch:
-    """One row from each of `streams`, in order: those at places that are `part` modulo `num_parts`, the others are passed over."""
-    tokens = np.empty((len(range(part, len(streams), num_parts)), sequence_length + 1), np.int64)
+def _batch(streams: Iterable[Rows], num_rows: int, sequence_length: int, *, part: int, num_parts: int) -> Batch:
+    """One row from each of `num_rows` streams, in order: those at places that are `part` modulo `num_parts`, the others are passed over."""
+    tokens = np.empty((len(range(part, num_rows, num_parts)), sequence_length + 1), np.int64)
     document_ids = np.empty(tokens.shape, np.int32)
     for i, rows in enumerate(streams):
         if i % num_parts == part:

@@ -23,7 +23,7 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from quintet.data.shards import Shard
+from quintet.data.shards import Documents
 from quintet.data.tokenizer import Fim
 
 Ints = NDArray[np.int64]
@@ -141,7 +141,7 @@ def pack(documents: Ints, lengths: Ints, *, row_length: int, key: int, cuts: dic
 class Rows:
     """The endless stream of one shard's rows; `epoch`, `window` and `offset` (rows taken from the window) are its whole state."""
 
-    def __init__(self, shard: Shard, *, row_length: int, key: int, eos_id: int, fim: Fim | None = None, fim_rate: float = 0.0) -> None:
+    def __init__(self, shard: Documents, *, row_length: int, key: int, eos_id: int, fim: Fim | None = None, fim_rate: float = 0.0) -> None:
         """`key` seeds the order and the cuts (see `stream_key`); without `fim`, documents stay as they are."""
         assert shard.num_documents > 0
         self.shard = shard

@@ -1,8 +1,14 @@
-"""Token shards: documents as one memory-mapped run of token ids, with an index, sizes and fingerprints, committed as a whole.
+"""Token shards: documents as memory-mapped runs of token ids, with an index, sizes and fingerprints, committed as a whole.
 
-tokens.bin      ids of all documents, one after another: uint16 where the vocabulary fits, else uint32, little-endian
-documents.bin   uint64[num_documents + 1]: where each document begins, in tokens
-meta.json       `Meta`
+A shard is a folder that never changes:
+    tokens.bin      ids of all documents, one after another: uint16 where the vocabulary fits, else uint32, little-endian
+    documents.bin   uint64[num_documents + 1]: where each document begins, in tokens
+    meta.json       `Meta`
+
+A selection is a folder that says which documents of which shards are read, in which order, without a copy of them:
+    begins.bin      uint64[num_documents]: where each document begins, in the tokens of all its shards one after another
+    lengths.bin     uint32[num_documents]: its tokens
+    meta.json       `SelectionMeta`
 """
 
 from __future__ import annotations
@@ -10,11 +16,13 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -24,8 +32,9 @@ from numpy.typing import NDArray
 
 from quintet.errors import DataError
 
-FORMAT = 1
+FORMAT = 2
 """Version of the files; another one is prepared again."""
+T = TypeVar("T")
 Tokens = NDArray[np.unsignedinteger[Any]]
 
 
@@ -54,6 +63,16 @@ def token_dtype(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
+class DiskFull(DataError):
+    """There is no room for what is to be written."""
+
+
+def free_again(path: Path, wanted: int, *, sleep: Callable[[float], None] = time.sleep) -> None:
+    """Wait until there are `wanted` free bytes at `path`."""
+    while shutil.disk_usage(path).free < wanted:
+        sleep(5.0)
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn an error of the operating system while writing under `path` into a DataError with a remedy."""
@@ -62,7 +81,8 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         remedy = "free some space there, raise the quota or limit," if full else "check that the folder may be written,"
-        raise DataError(f"cannot write prepared data under {path}: {error.strerror}; {remedy} or set data.directory elsewhere; "
+        kind = DiskFull if error.errno == errno.ENOSPC else DataError
+        raise kind(f"cannot write prepared data under {path}: {error.strerror}; {remedy} or set data.directory elsewhere; "
                         "nothing half-written was kept, run prepare again") from error  # fmt: skip
 
 
@@ -116,7 +136,7 @@ def _sync(path: Path) -> None:
 
 
 class ShardWriter:
-    """Writes one shard into a folder that does not exist yet, inside `committed_folder`: `append` documents, then `finish`."""
+    """Writes one shard into a new folder, inside `committed_folder`: `append` documents, then `finish`."""
 
     def __init__(self, directory: Path, *, dtype: str) -> None:
         self.directory = directory
@@ -125,7 +145,7 @@ class ShardWriter:
         self._hash = blake3()
         self._lengths: list[NDArray[np.uint64]] = []
         with disk_errors(directory):
-            directory.mkdir(parents=True)
+            directory.mkdir(parents=True, exist_ok=True)
             self._tokens: IO[bytes] = open(directory / "tokens.bin", "wb")  # noqa: SIM115 -- closed by `finish` or `__exit__`
 
     def __enter__(self) -> ShardWriter:
@@ -166,6 +186,20 @@ class ShardWriter:
             (self.directory / "meta.json").write_bytes(orjson.dumps(asdict(meta), option=orjson.OPT_INDENT_2))
 
 
+class Documents(Protocol):
+    """Documents in a fixed order, of which each can be reached."""
+
+    @property
+    def num_documents(self) -> int:
+        """Documents."""
+
+    def lengths(self, documents: NDArray[np.int64] | slice = slice(None)) -> NDArray[np.int64]:
+        """Tokens of the given documents, end-of-document included."""
+
+    def document(self, index: int) -> Tokens:
+        """The ids of one document: a view, not a copy."""
+
+
 class Shard:
     """A shard opened for reading; the ids stay on disk until they are touched."""
 
@@ -175,37 +209,13 @@ class Shard:
         Raises DataError if something does not match.
         """
         self.directory = directory
-        try:
-            self.meta = msgspec.json.decode((directory / "meta.json").read_bytes(), type=Meta)
-            sizes = {name: (directory / name).stat().st_size for name in ("tokens.bin", "documents.bin")}
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise self._damaged(f"is incomplete ({error})") from None
-        meta = self.meta
-        if meta.format != FORMAT:
-            raise self._damaged(f"has format {meta.format}, this version reads {FORMAT}")
-        if meta.dtype not in ("uint16", "uint32") or min(meta.num_documents, meta.num_tokens) < 0:
-            raise self._damaged("has a meta.json that makes no sense")
-        if tokenizer is not None and meta.tokenizer != tokenizer:
-            raise DataError(
-                f"the token shard {directory} was made by tokenizer {meta.tokenizer[:12]}, not by {tokenizer[:12]}, so its ids mean "
-                "other tokens; run quintet prepare with this recipe again, or give back the tokenizer that it was prepared with"
-            )
+        self.meta = meta = _read_meta(directory, Meta, tokenizer=tokenizer)
         dtype = np.dtype(meta.dtype).newbyteorder("<")
-        for name, expected in (("tokens.bin", meta.num_tokens * dtype.itemsize), ("documents.bin", (meta.num_documents + 1) * 8)):
-            if sizes[name] != expected:
-                raise self._damaged(f"has a {name} of {sizes[name]} bytes instead of {expected}")
+        sizes = {"tokens.bin": meta.num_tokens * dtype.itemsize, "documents.bin": (meta.num_documents + 1) * 8}
+        _check_files(directory, sizes, content=meta.content if verify else None)
         self.tokens: Tokens = _map(directory / "tokens.bin", dtype)
         self.offsets: NDArray[np.uint64] = _map(directory / "documents.bin", np.dtype("<u8"))
         """Where each document begins, and the end: [num_documents + 1]."""
-        if verify:
-            content = blake3(max_threads=blake3.AUTO)
-            for name in ("tokens.bin", "documents.bin"):
-                content.update_mmap(directory / name)
-            if content.hexdigest() != meta.content:
-                raise self._damaged("does not match its fingerprint")
-
-    def _damaged(self, what: str) -> DataError:
-        return DataError(f"the token shard {self.directory} {what}; run quintet prepare with this recipe to make it anew")
 
     @property
     def num_documents(self) -> int:
@@ -224,6 +234,154 @@ class Shard:
     def document(self, index: int) -> Tokens:
         """The ids of one document: a view, not a copy."""
         return self.tokens[int(self.offsets[index]) : int(self.offsets[index + 1])]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionMeta:
+    """What a selection's meta.json says."""
+
+    format: int
+    """Version of the files."""
+    shards: tuple[str, ...]
+    """Folders of its shards, relative to the folder that the selection's own lies in."""
+    contents: tuple[str, ...]
+    """The shards' fingerprints."""
+    num_documents: int
+    """Documents that are selected."""
+    num_tokens: int
+    """Their token ids."""
+    num_bytes: int
+    """UTF-8 bytes of the text behind them."""
+    tokenizer: str
+    """Fingerprint of the tokenizer that made the ids."""
+    index: str
+    """blake3 of begins.bin followed by lengths.bin, hexadecimal."""
+
+    @property
+    def content(self) -> str:
+        """Fingerprint of the selected documents and their order."""
+        return blake3(orjson.dumps([self.contents, self.index])).hexdigest()
+
+
+def write_selection(
+    directory: Path, shards: Sequence[Shard], selected: Sequence[NDArray[np.int64]], *, root: Path, num_bytes: int, tokenizer: str
+) -> None:
+    """Write into the new folder `directory` which documents of each of the `shards` are read.
+
+    `root` is the folder whose names the shards keep when all of it moves. Raises DataError if the disk refuses.
+    """
+    starts = np.cumsum([0, *(shard.num_tokens for shard in shards)])
+    begins = [start + shard.offsets[:-1][chosen] for start, shard, chosen in zip(starts[:-1], shards, selected, strict=True)]
+    lengths = [shard.lengths(chosen) for shard, chosen in zip(shards, selected, strict=True)]
+    files = {
+        "begins.bin": np.concatenate([np.empty(0, "<u8"), *begins]).astype("<u8").tobytes(),
+        "lengths.bin": np.concatenate([np.empty(0, "<u4"), *lengths]).astype("<u4").tobytes(),
+    }
+    meta = SelectionMeta(
+        format=FORMAT,
+        shards=tuple(str(shard.directory.relative_to(root)) for shard in shards),
+        contents=tuple(shard.meta.content for shard in shards),
+        num_documents=sum(map(len, selected)),
+        num_tokens=int(sum(int(part.sum()) for part in lengths)),
+        num_bytes=num_bytes,
+        tokenizer=tokenizer,
+        index=blake3(files["begins.bin"] + files["lengths.bin"]).hexdigest(),
+    )
+    with disk_errors(directory):
+        directory.mkdir(parents=True)
+        for name, content in files.items():
+            (directory / name).write_bytes(content)
+        (directory / "meta.json").write_bytes(orjson.dumps(asdict(meta), option=orjson.OPT_INDENT_2))
+
+
+class Selection:
+    """Chosen documents of several shards, opened for reading."""
+
+    def __init__(self, directory: Path, *, root: Path, tokenizer: str | None = None, verify: bool = False) -> None:
+        """Open `directory`, whose shards are named relative to `root`; checks and raises as `Shard`, for the shards too."""
+        self.directory = directory
+        self.meta = meta = _read_meta(directory, SelectionMeta, tokenizer=tokenizer)
+        _check_files(
+            directory,
+            {"begins.bin": meta.num_documents * 8, "lengths.bin": meta.num_documents * 4},
+            content=meta.index if verify else None,
+        )
+        self._shards = shards = [Shard(root / name, tokenizer=tokenizer, verify=verify) for name in meta.shards]
+        if [shard.meta.content for shard in shards] != list(meta.contents):
+            raise _damaged(directory, "names shards that are no longer the same")
+        self._tokens = [shard.tokens for shard in shards]
+        self._starts = np.cumsum([0, *(shard.num_tokens for shard in shards)]).tolist()
+        self._begins: NDArray[np.uint64] = _map(directory / "begins.bin", np.dtype("<u8"))
+        self._lengths: NDArray[np.uint32] = _map(directory / "lengths.bin", np.dtype("<u4"))
+
+    @property
+    def num_documents(self) -> int:
+        """Documents."""
+        return self.meta.num_documents
+
+    @property
+    def num_tokens(self) -> int:
+        """Token ids."""
+        return self.meta.num_tokens
+
+    def lengths(self, documents: NDArray[np.int64] | slice = slice(None)) -> NDArray[np.int64]:
+        """Tokens of the given documents, end-of-document included."""
+        return self._lengths[documents].astype(np.int64)
+
+    def document(self, index: int) -> Tokens:
+        """The ids of one document: a view, not a copy."""
+        begin = int(self._begins[index])
+        shard = bisect_right(self._starts, begin) - 1
+        begin -= self._starts[shard]
+        return self._tokens[shard][begin : begin + int(self._lengths[index])]
+
+    def chosen(self, name: str) -> NDArray[np.int64]:
+        """The documents of the shard `name` that are selected."""
+        i = self.meta.shards.index(name)
+        begins = np.asarray(self._begins)
+        mine = begins[(begins >= self._starts[i]) & (begins < self._starts[i + 1])] - np.uint64(self._starts[i])
+        return np.searchsorted(self._shards[i].offsets[:-1], mine).astype(np.int64)
+
+
+def _read_meta(directory: Path, kind: type[T], *, tokenizer: str | None) -> T:
+    """meta.json, of this format, made by `tokenizer`."""
+    try:
+        content = (directory / "meta.json").read_bytes()
+        found = msgspec.json.decode(content).get("format")
+        if found != FORMAT:
+            raise _damaged(directory, f"has format {found}, this version reads {FORMAT}")
+        meta: Any = msgspec.json.decode(content, type=kind)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, AttributeError) as error:
+        raise _damaged(directory, f"is incomplete ({error})") from None
+    if getattr(meta, "dtype", "uint16") not in ("uint16", "uint32") or min(meta.num_documents, meta.num_tokens) < 0:
+        raise _damaged(directory, "has a meta.json that makes no sense")
+    if tokenizer is not None and meta.tokenizer != tokenizer:
+        raise DataError(
+            f"the token shard {directory} was made by tokenizer {meta.tokenizer[:12]}, not by {tokenizer[:12]}, so its ids mean "
+            "other tokens; run quintet prepare with this recipe again, or give back the tokenizer that it was prepared with"
+        )
+    return meta
+
+
+def _check_files(directory: Path, sizes: Mapping[str, int], *, content: str | None) -> None:
+    """Refuse files of other sizes or, where `content` is the fingerprint of all of them in order, of other bytes."""
+    for name, expected in sizes.items():
+        try:
+            found = (directory / name).stat().st_size
+        except OSError as error:
+            raise _damaged(directory, f"is incomplete ({error})") from None
+        if found != expected:
+            raise _damaged(directory, f"has a {name} of {found} bytes instead of {expected}")
+    if content is not None:
+        total = blake3(max_threads=blake3.AUTO)
+        for name in sizes:
+            total.update_mmap(directory / name)
+        if total.hexdigest() != content:
+            raise _damaged(directory, "does not match its fingerprint")
+
+
+def _damaged(directory: Path, what: str) -> DataError:
+    return DataError(f"the token shard {directory} {what}; run quintet prepare with this recipe to make it anew")
 
 
 def _map(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Literal, Protocol, get_args
 
+import fsspec
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,7 +34,7 @@ from quintet.spec.run import Source
 
 Reason = Literal[
     "empty", "over_long", "nul_bytes", "invalid_utf8", "corrupt_json", "missing_text", "not_a_string", "truncated", "corrupt_file",
-    "unreadable", "not_python", "not_text",
+    "unreadable", "bomb", "not_python", "not_text",
 ]  # fmt: skip
 Kind = Literal["text", "jsonl", "parquet", "docstrings", "topics"]
 
@@ -48,6 +49,7 @@ REMEDIES: Mapping[str, str] = {
     "truncated": "the compressed file ends early; fetch or compress it again",
     "corrupt_file": "the file cannot be decoded to its end; fetch or write it again",
     "unreadable": "the file cannot be opened; check that it exists and may be read",
+    "bomb": "it expands to more than 250 times its size, which text does not; write the file again",
     "not_python": "the file does not parse as Python",
     "not_text": "the name is not that of a text file; name the file itself to read it all the same",
 }
@@ -69,6 +71,7 @@ _DOCS_WITHOUT = _STDLIB_WITHOUT | frozenset("test tests idle_test".split())
 _SPECIAL = ("python:stdlib", "python:docs")
 
 _CHUNK = 1 << 20
+_BOMB_BYTES, _BOMB_RATIO = 1 << 28, 250
 _PARQUET_ROWS = 64
 
 
@@ -83,7 +86,16 @@ class File:
     num_bytes: int
     """Size in bytes."""
     mtime_ns: int
-    """Time of last change, in nanoseconds."""
+    """Time of last change, in nanoseconds; 0 for a file that no local disk holds."""
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the path is a URL."""
+        return "://" in self.path
+
+    def open(self) -> IO[bytes]:
+        """Open for reading. Raises OSError."""
+        return fsspec.open(self.path, "rb").open() if self.is_remote else open(self.path, "rb")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +136,8 @@ class Skips:
     """Documents left out; a file that breaks off counts once."""
     examples: dict[Reason, list[str]] = field(default_factory=dict)
     """The first three origins of each reason."""
+    quarantine: list[tuple[str, Reason, str]] = field(default_factory=list)
+    """Origin, reason and detail of all that was left out, but for files left out by name."""
 
     def add(self, reason: Reason, origin: str, detail: str = "", *, count: int = 1) -> None:
         """Count `count` documents, or raise DataError if `strict`; files left out by name never raise."""
@@ -133,6 +147,8 @@ class Skips:
                 "such documents"
             )
         self.counts[reason] += count
+        if reason != "not_text":
+            self.quarantine.append((origin, reason, detail))
         examples = self.examples.setdefault(reason, [])
         if len(examples) < 3:
             examples.append(f"{origin} ({detail})" if detail else origin)
@@ -156,6 +172,8 @@ def list_files(source: Source) -> Listing:
     for path in source.paths:
         if path.startswith("python:"):
             found, ignored = _special_files(path, source), 0
+        elif "://" in path:
+            found, ignored = _remote_files(path, source)
         else:
             found, ignored = _path_files(os.path.expanduser(path), source)
         if not found:
@@ -189,6 +207,33 @@ def _path_files(path: str, source: Source) -> tuple[list[File], int]:
     return files, num_not_text
 
 
+def _remote_files(path: str, source: Source) -> tuple[list[File], int]:
+    """The files at a URL: one file, all below a folder, or a glob's."""
+    try:
+        system, inner = fsspec.core.url_to_fs(path)
+        infos = system.glob(inner, detail=True) if glob.has_magic(inner) else system.find(inner, detail=True)
+    except (ImportError, ValueError) as error:
+        raise DataError(f"source {source.name!r}: {path!r} cannot be reached: {error}; install that package, or correct the URL") from None
+    except Exception as error:  # every store has errors of its own
+        raise DataError(f"source {source.name!r}: {path!r} cannot be listed: {error}; check the URL and the credentials") from None
+    found = [info for name, info in sorted(infos.items()) if info["type"] == "file"]
+    texts = [info for info in found if len(found) == 1 or _is_text_or_container(info["name"])]
+    files = [_remote_file(system.unstrip_protocol(info["name"]), int(info["size"] or 0)) for info in texts]
+    return files, len(found) - len(texts)
+
+
+def _remote_file(url: str, num_bytes: int) -> File:
+    return File(path=url, kind=_container(url) or "text", num_bytes=num_bytes, mtime_ns=0)
+
+
+def remote_digest(file: File) -> str:
+    """What the store of a remote file says that changes with its content."""
+    system, inner = fsspec.core.url_to_fs(file.path)
+    info = system.info(inner)
+    told = next((info[key] for key in ("ETag", "etag", "md5Hash", "sha256", "blob_id", "oid", "created", "mtime") if info.get(key)), "")
+    return f"{told}:{info['size']}"
+
+
 def _walk(top: str, *, without: frozenset[str]) -> Iterator[str]:
     for folder, folders, names in os.walk(top):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in without)
@@ -203,8 +248,11 @@ def _regular(path: str, kind: Kind | None = None) -> File | None:
         return None
     if not stat.S_ISREG(status.st_mode):
         return None
-    container = next((found for suffix, found in _CONTAINERS.items() if path.endswith(suffix)), None)
-    return File(path=path, kind=kind or container or "text", num_bytes=status.st_size, mtime_ns=status.st_mtime_ns)
+    return File(path=path, kind=kind or _container(path) or "text", num_bytes=status.st_size, mtime_ns=status.st_mtime_ns)
+
+
+def _container(path: str) -> Kind | None:
+    return next((found for suffix, found in _CONTAINERS.items() if path.endswith(suffix)), None)
 
 
 def _is_text_or_container(path: str) -> bool:
@@ -259,8 +307,14 @@ class Reader:
                 yield from readers[file.kind](file)
             except _Broken as broken:
                 self.skips.add(broken.reason, _shown(file.path), str(broken))
+            except DataError:
+                raise
             except OSError as error:
                 self.skips.add("unreadable", _shown(file.path), error.strerror or str(error))
+            except Exception as error:  # every store of remote files has errors of its own
+                if not file.is_remote:
+                    raise
+                self.skips.add("unreadable", file.path, f"{type(error).__name__}: {error}")
             done += file.num_bytes
             self.bytes_read = done
 
@@ -282,7 +336,7 @@ class Reader:
 
     def _whole(self, file: File) -> bytes | None:
         """The file's bytes without byte-order mark; None, counted, if there are too many."""
-        with open(file.path, "rb") as stream:
+        with file.open() as stream:
             raw = stream.read(self.max_document_bytes + 4)
         self.bytes_read += file.num_bytes
         raw = raw.removeprefix(b"\xef\xbb\xbf")
@@ -330,7 +384,7 @@ class Reader:
     def _chunks(self, file: File) -> Iterator[bytes]:
         """The file's content, decompressed by its suffix; raises _Broken where it cannot be read further."""
         start = self.bytes_read
-        with open(file.path, "rb") as stream:
+        with file.open() as stream:
             if file.path.endswith(".gz"):
                 chunks = _decompress(stream, lambda: zlib.decompressobj(wbits=31), 1 << 14)
             elif file.path.endswith(".zst"):
@@ -344,7 +398,7 @@ class Reader:
     def _parquet(self, file: File) -> Iterator[Document]:
         start, row, origin = self.bytes_read, 0, _shown(file.path)
         try:
-            with pq.ParquetFile(file.path, pre_buffer=False) as table:
+            with file.open() as stream, pq.ParquetFile(stream, pre_buffer=False) as table:
                 num_rows = table.metadata.num_rows
                 if self.text_key not in table.schema_arrow.names:
                     near = did_you_mean(self.text_key, table.schema_arrow.names)
@@ -429,14 +483,19 @@ class _Decoder(Protocol):
 def _decompress(stream: IO[bytes], new_decoder: Callable[[], _Decoder], chunk_size: int) -> Iterator[bytes]:
     """The content of concatenated compressed members. `chunk_size` is small because one chunk may expand thousands of times."""
     decoder = new_decoder()
+    stored = content_size = 0
     try:
         while chunk := stream.read(chunk_size):
+            stored += len(chunk)
             while chunk:
                 if decoder.eof:
                     if not chunk.strip(b"\0"):
                         break  # Padding between or after members.
                     decoder = new_decoder()
                 if content := decoder.decompress(chunk):
+                    content_size += len(content)
+                    if content_size > _BOMB_BYTES and content_size > _BOMB_RATIO * stored:
+                        raise _Broken("bomb", f"{stored} bytes became {content_size}")
                     yield content
                 chunk = decoder.unused_data
     except (zlib.error, zstandard.ZstdError) as error:

@@ -81,7 +81,8 @@ class Tokenizer:
         """Read the `text` of a tokenizer.json that came from `origin`; `on_message` gets notices. Raises DataError."""
         self.origin = origin
         self._text = text
-        self._on_message = on_message
+        self.on_message = on_message
+        """Gets notices, one line each."""
         try:
             self._spec: dict[str, Any] = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -150,7 +151,7 @@ class Tokenizer:
             return [text]
         found = [*pieces(text, size)] if self._can_cut else [text]
         if (longest := max(map(len, found))) > _TOLD_CHARS:
-            self._on_message(
+            self.on_message(
                 f"a document has {longest / 1e6:.0f} million characters without a place where its tokens can surely be cut: they are "
                 "encoded in one go, which shows no progress and which Ctrl-C waits for"
             )
@@ -169,9 +170,18 @@ class Tokenizer:
             pairs = zip(_encode_fast(self._fast, texts), _encode_reference(self._reference, texts), strict=True)
             num_different = sum(not np.array_equal(fast, reference) for fast, reference in pairs)
         if num_different:
-            self._fast = None
+            self.use_reference()
             self._notice(f"gigatoken encodes {num_different} of {len(texts)} documents differently")
         return num_different
+
+    def use_reference(self) -> None:
+        """Encode with the reference from now on."""
+        self._fast = None
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether the fast encoder is used."""
+        return self._fast is not None
 
     @cached_property
     def _reference(self) -> tokenizers.Tokenizer:
@@ -207,7 +217,7 @@ class Tokenizer:
         return json.dumps(spec, ensure_ascii=False)
 
     def _notice(self, why: str) -> None:
-        self._on_message(f"{self.origin}: {why}; encoding with Hugging Face tokenizers instead, which is many times slower")
+        self.on_message(f"{self.origin}: {why}; encoding with Hugging Face tokenizers instead, which is many times slower")
 
     @contextmanager
     def _contained(self, doing: str) -> Iterator[None]:

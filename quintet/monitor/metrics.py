@@ -98,6 +98,8 @@ class Saved:
     """Seconds that training stood still for it."""
     num_bytes: int
     """Its size."""
+    whole_seconds: float | None = None
+    """Seconds from the end of its step until it was complete; training went on meanwhile."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,16 +149,21 @@ def read_events(path: Path) -> list[Event]:
 def truncate_after(path: Path, step: int) -> None:
     """Cut the file before the first event of a step after `step`, so that it tells one history when a run resumes from there.
 
-    A torn last line goes too. A missing file is left missing. Raises DataError as `read_events`.
+    What tells of a checkpoint of `step` or before stays: it was written beside later steps. A torn last line goes too. A missing file is
+    left missing. Raises DataError as `read_events`.
     """
     if not path.exists():
         return
-    end = 0
+    end, is_cut, saved = 0, False, list[dict[str, Any]]()
     for after, tree in _lines(path):
-        if tree.get("step", 0) > step:
-            break
-        end = after
+        is_cut = is_cut or tree.get("step", 0) > step
+        if not is_cut:
+            end = after
+        elif tree.get("kind") == "saved" and tree.get("step", 0) <= step:
+            saved.append(tree)
     os.truncate(path, end)
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(tree) + "\n" for tree in saved)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

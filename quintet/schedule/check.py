@@ -37,9 +37,14 @@ def check(schedule: Schedule) -> Checked:
     check_program(program)
     return Checked(
         program=program,
-        peak_activations=tuple(_peak(row, begin="F", end="BW") for row in schedule.table),
+        peak_activations=in_flight(schedule),
         peak_deferred=tuple(_peak(row, begin="I", end="W") for row in schedule.table),
     )
+
+
+def in_flight(schedule: Schedule) -> tuple[int, ...]:
+    """Per rank, the most stage activations kept at once: from a forward to the end of its weight gradient."""
+    return tuple(_peak(row, begin="F", end="BW") for row in schedule.table)
 
 
 def check_complete(schedule: Schedule) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from quintet.errors import SpecError
+from quintet.errors import SpecError, did_you_mean
 from quintet.spec.curve import Curve, Place
 from quintet.spec.layout import Layout, require_legal
 from quintet.spec.model import Model
+from quintet.spec.quality import Dedup, Quality
 
 Domain = Literal["code", "prose"]
 Precision = Literal["bf16", "fp32"]
@@ -44,6 +46,8 @@ class Source:
     """Share of the training tokens, relative to the other sources' weights."""
     text_key: str = "text"
     """Field or column that holds the text, in jsonl and parquet."""
+    epochs: int | None = None
+    """Most times that its documents are seen; then the other sources share its place. Absent: as often as its weight asks for."""
 
     def __post_init__(self) -> None:
         if not self.name or not all(c.isalnum() or c in "-_" for c in self.name):
@@ -51,6 +55,8 @@ class Source:
         if not self.paths:
             raise SpecError(f"source {self.name!r} has no paths; name at least one file, folder or glob")
         _positive(self, "weight")
+        if self.epochs is not None:
+            _positive(self, "epochs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +79,10 @@ class Data:
     """Stop at the first unreadable document instead of counting and skipping it."""
     max_document_bytes: int = 10_000_000
     """Longer documents are skipped and counted, in bytes."""
+    quality: Quality | None = None
+    """Rules that documents must pass; absent: every document that can be read is kept."""
+    dedup: Dedup | None = None
+    """How duplicates are found; absent: they are kept."""
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -82,6 +92,17 @@ class Data:
             raise SpecError(f"source names must differ, got {names}")
         _share(self, "held_out", "fim_rate")
         _positive(self, "max_document_bytes")
+
+    def weights(self, mixture: Mapping[str, float], *, phase: str = "") -> tuple[float, ...]:
+        """The weight of every source where `mixture` replaces some. Raises SpecError for an unknown source, or if nothing is left."""
+        names = [source.name for source in self.sources]
+        if unknown := sorted(set(mixture) - set(names)):
+            near = did_you_mean(unknown[0], names)
+            raise SpecError(f"phase {phase!r}, mixture: there is no source {unknown[0]!r}{near}; sources are {', '.join(names)}")
+        found = tuple(mixture.get(source.name, source.weight) for source in self.sources)
+        if not any(found):
+            raise SpecError(f"phase {phase!r}, mixture: every source has the weight 0; give one of {', '.join(names)} a larger one")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +147,8 @@ class Phase:
     """Curve of the weight of the MTP losses' mean (lambda); while it is 0 the modules cost nothing."""
     bias_speed: tuple[str, ...] = ("0.001",)
     """Curve of the router bias update speed (gamma)."""
+    mixture: tuple[str, ...] = ()
+    """Weights of sources in this phase, such as 'code 40'; a source that is not named keeps its own, and 0 leaves it out."""
 
     def __post_init__(self) -> None:
         _positive(self, "sequence_length")
@@ -140,6 +163,23 @@ class Phase:
                 raise SpecError(f"phase {self.name!r}, {name} goes below 0")
         if min(min(s.start, s.end) for s in Curve.parse(self.batch).segments) < 1:
             raise SpecError(f"phase {self.name!r}, batch must be at least 1 sequence")
+        if len(self.weights) < len(self.mixture):
+            raise SpecError(f"phase {self.name!r}, mixture {list(self.mixture)} names a source twice")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The mixture, by source. Raises SpecError for an entry that is not a name and a weight."""
+        found = {}
+        for entry in self.mixture:
+            name, _, weight = entry.rpartition(" ")
+            try:
+                found[name.strip()] = float(weight)
+            except ValueError:
+                found[name.strip()] = math.nan
+            if not name.strip() or not 0 <= found[name.strip()] < math.inf:
+                rule = "must be a source's name and a weight of 0 or more, such as 'code 40'"
+                raise SpecError(f"phase {self.name!r}, mixture: {entry!r} {rule}")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,9 +244,21 @@ class Checkpoint:
     """Newest checkpoints that are kept."""
     keep_every: int | None = None
     """Also keep each checkpoint whose step is a multiple of this."""
+    keep_best: int = 0
+    """Also keep so many with the lowest held-out loss, among those of steps that were evaluated."""
+    codec: Literal["planes", "raw"] = "planes"
+    """planes: floats coded without loss into about 5/6 of their bytes (fp32) or 2/3 (bf16); raw: as they are, for slow processors
+    before fast disks."""
+    background: bool = True
+    """Write while training goes on; it takes host memory for a copy of what each rank writes."""
+    tolerated_failures: int = 1
+    """Background saves that may fail one after the other before the run ends; each is told at once."""
 
     def __post_init__(self) -> None:
         _positive(self, "keep_last")
+        for name in ("keep_best", "tolerated_failures"):
+            if getattr(self, name) < 0:
+                raise SpecError(f"{name} ({getattr(self, name)}) must not be negative")
         for name in ("every", "keep_every"):
             if getattr(self, name) is not None:
                 _positive(self, name)
@@ -271,6 +323,8 @@ class Run:
                     f"phase {phase.name!r}: sequence_length ({phase.sequence_length}) must be at most model.max_context "
                     f"({self.model.max_context}); raise max_context (and extend it with model.yarn) or shorten the sequence"
                 )
+        for phase in self.phases:
+            self.data.weights(phase.weights, phase=phase.name)
         require_legal(self.layout, self.model, (phase.sequence_length for phase in self.phases))
         if not 0 <= self.seed < 2**63:
             raise SpecError(f"seed ({self.seed}) must lie between 0 and 2^63 - 1")

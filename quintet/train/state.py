@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from quintet.checkpoint.load import load
+from quintet.checkpoint.background import Saver
+from quintet.checkpoint.load import LOSS, load
 from quintet.checkpoint.pieces import Pieces, run_of_boxes
 from quintet.checkpoint.retention import prune
 from quintet.checkpoint.save import save
@@ -107,21 +109,40 @@ def boxes_of(box: Box, runs: list[tuple[int, int, Tensor]]) -> list[tuple[tuple[
     return boxes
 
 
-def gather(built: Built, data: Mapping[str, int], position: Position) -> dict[str, Any]:
-    """Everything to be saved, by name: live tensors, and plain values; `data` is the loader's state."""
+def gather(built: Built, data: Mapping[str, int], position: Position, *, loss: float | None = None) -> dict[str, Any]:
+    """Everything to be saved, by name: live tensors, and plain values; `data` is the loader's state, `loss` the mean held-out loss where
+    it was evaluated at this step."""
+    built.parameters.finish_gathering()  # those of other ranks may still be on their way
     state: dict[str, Any] = {**tensors(built), "random.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["random.cuda"] = torch.cuda.get_rng_state()
-    return state | {"position": asdict(position), "optimizer_steps": built.optimizer.counts(), "data": dict(data)}
+    return state | {"position": asdict(position), "optimizer_steps": built.optimizer.counts(), "data": dict(data), LOSS: loss}
+
+
+def rounded(state: Mapping[str, Any]) -> dict[str, str]:
+    """Name of each weight -> of the master that it is the rounding of, where it has one."""
+    prefix = "optimizer.master."
+    return {f"model.{name.removeprefix(prefix)}": name for name in state if name.startswith(prefix)}
+
+
+def extras(directory: Path, run: Run) -> dict[str, str]:
+    """The files that stand beside the tensors of a checkpoint of the run in `directory`."""
+    return {RECIPE: parse.dumps(run), TOKENIZER: (directory / TOKENIZER).read_text(encoding="utf-8")}
+
+
+def saver(directory: Path, run: Run, *, seconds: float) -> Saver:
+    """Who saves the run in `directory` beside training; all ranks call it together, and then speak through a group of its own, in which
+    one may be silent for so many seconds."""
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds)) if dist.is_initialized() else None
+    return Saver(directory / CHECKPOINTS, run.checkpoint, group=group)
 
 
 def write(directory: Path, run: Run, state: dict[str, Any], *, step: int) -> Path:
     """Save a gathered state as a checkpoint of the run in `directory`, with recipe and tokenizer, and drop those not kept."""
     root = directory / CHECKPOINTS
-    extras = {RECIPE: parse.dumps(run), TOKENIZER: (directory / TOKENIZER).read_text(encoding="utf-8")}
-    path = save(state, root, step=step, extras=extras)
+    path = save(state, root, step=step, extras=extras(directory, run), rounded=rounded(state), codec=run.checkpoint.codec)
     if not dist.is_initialized() or dist.get_rank() == 0:
-        prune(root, last=run.checkpoint.keep_last, every=run.checkpoint.keep_every)
+        prune(root, run.checkpoint)
     return path
 
 

@@ -46,12 +46,15 @@ def run_step(
     document_mask: bool,
     step: int,
     stop: Callable[[], bool] = lambda: False,
+    before_update: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """Update number `step` from this rank's rows of a batch of `settings.batch_sequences`, `train.micro_batch` rows at a time.
 
+    `before_update` is called before anything that a checkpoint holds changes: a save beside training copies it until then.
     Raises NumericsError, with weights and moments untouched, if loss or gradient is not finite.
     """
     sums, load = accumulate(built, batch, settings=settings, train=train, document_mask=document_mask)
+    before_update()
     return update(built, sums, load, settings=settings, step=step, stop=stop())
 
 

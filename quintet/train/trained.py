@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quintet.checkpoint import huggingface
-from quintet.checkpoint.load import latest, load, read_extra, read_manifest
+from quintet.checkpoint import hub_names, huggingface
+from quintet.checkpoint.load import Stored, latest, load, read_extra, read_manifest
 from quintet.checkpoint.manifest import step_of
 from quintet.cost.memory import step_memory
 from quintet.data.tokenizer import Tokenizer
@@ -49,6 +49,20 @@ class Trained:
     """Optimizer steps done."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """A checkpoint that is opened, and not read yet."""
+
+    run: Run
+    """The recipe that it was trained with."""
+    checkpoint: Path
+    """Where it lies."""
+    tokenizer: Tokenizer
+    """The one that its data was made with."""
+    tokenizer_file: Path
+    """Its tokenizer.json."""
+
+
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint that `path` is, or the newest complete one of the run that it is. Raises CheckpointError."""
     if step_of(path.name) is not None:
@@ -60,37 +74,46 @@ def find_checkpoint(path: Path) -> Path:
 
 def open_trained(path: Path) -> Trained:
     """The weights of a run's newest checkpoint, or of the checkpoint that `path` names. Raises CheckpointError, DataError."""
-    checkpoint = find_checkpoint(path)
-    step = read_manifest(checkpoint).step
-    # A run's own recipe may have been edited since, to name other data for example, and `resume` follows it too.
-    run = parse.read(path / RECIPE) if checkpoint != path else parse.loads(read_extra(checkpoint, RECIPE), origin=f"{checkpoint}/{RECIPE}")
-    device = machine.prepare(Train(num_threads=run.train.num_threads))
+    kept = open_kept(path)
+    device = machine.prepare(Train(num_threads=kept.run.train.num_threads))
     with torch.device("meta"):
-        model = Transformer(run.model)
-    cast(model, run.train.precision)
+        model = Transformer(kept.run.model)
+    cast(model, kept.run.train.precision)
     model.to_empty(device=device)
-    load({f"model.{name}": tensor for name, tensor in model.state_dict().items()}, checkpoint, strict=False)
-    read_extra(checkpoint, TOKENIZER)  # verified before it is parsed
-    file = checkpoint / TOKENIZER
+    load({f"model.{name}": tensor for name, tensor in model.state_dict().items()}, kept.checkpoint, strict=False)
     return Trained(
-        run=run, checkpoint=checkpoint, model=model, tokenizer=Tokenizer.from_file(file), tokenizer_file=file, device=device, step=step
+        run=kept.run,
+        checkpoint=kept.checkpoint,
+        model=model,
+        tokenizer=kept.tokenizer,
+        tokenizer_file=kept.tokenizer_file,
+        device=device,
+        step=read_manifest(kept.checkpoint).step,
     )
 
 
-def master_weights(trained: Trained) -> dict[str, Tensor]:
-    """The model's tensors as training keeps them: in place of weights rounded to bf16 the fp32 master weights of the checkpoint.
+def open_kept(path: Path) -> Kept:
+    """What `open_trained` opens, its weights left where they are. Raises CheckpointError, DataError."""
+    checkpoint = find_checkpoint(path)
+    # A run's own recipe may have been edited since, to name other data for example, and `resume` follows it too.
+    run = parse.read(path / RECIPE) if checkpoint != path else parse.loads(read_extra(checkpoint, RECIPE), origin=f"{checkpoint}/{RECIPE}")
+    read_extra(checkpoint, TOKENIZER)  # verified before it is parsed
+    file = checkpoint / TOKENIZER
+    return Kept(run=run, checkpoint=checkpoint, tokenizer=Tokenizer.from_file(file), tokenizer_file=file)
 
-    Raises CheckpointError for a checkpoint that lacks them.
-    """
-    rounded = {name: tensor for name, tensor in trained.model.named_parameters() if tensor.dtype != torch.float32}
-    masters = {f"optimizer.master.{name}": torch.empty(tensor.shape) for name, tensor in rounded.items()}
-    if missing := masters.keys() - read_manifest(trained.checkpoint).tensors.keys():
-        raise CheckpointError(
-            f"{trained.checkpoint} lacks {len(missing)} of the {len(masters)} fp32 master weights, such as {min(missing)}; "
-            "export it as bf16, or name another checkpoint"
-        )
-    load(masters, trained.checkpoint, strict=False)
-    return trained.model.state_dict() | {name.removeprefix("optimizer.master."): tensor for name, tensor in masters.items()}
+
+def stored_weights(kept: Kept, *, master: bool) -> Stored:
+    """The model's tensors as the checkpoint has them, each read when it is asked for; with `master`, in place of weights that were rounded
+    to bf16 the fp32 master weights. Raises CheckpointError for a checkpoint that lacks them."""
+    names = {name: f"model.{name}" for name in hub_names.shapes(kept.run.model)}
+    saved = read_manifest(kept.checkpoint).tensors
+    if master:
+        rounded = [name for name, full in names.items() if full in saved and saved[full].dtype != "float32"]
+        names |= {name: f"optimizer.master.{name}" for name in rounded}
+    if missing := set(names.values()) - saved.keys():
+        remedy = "export it as bf16, or name another checkpoint" if master else "name another checkpoint"
+        raise CheckpointError(f"{kept.checkpoint} lacks {len(missing)} of the {len(names)} tensors, such as {min(missing)}; {remedy}")
+    return Stored(kept.checkpoint, names)
 
 
 def import_run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import signal
@@ -10,11 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from types import FrameType
 
 import torch
 from torch import Tensor
 
+from quintet.checkpoint.background import Failed
 from quintet.checkpoint.load import latest, list_checkpoints
 from quintet.cost.flops import flops_per_token
 from quintet.data.loader import Loader
@@ -40,6 +43,9 @@ from quintet.train.foresee import require_microbatches
 from quintet.train.held_out import held_out_loss
 from quintet.train.state import Position
 from quintet.train.step import StepResult, run_step
+
+_LAST_SAVE_SECONDS = 60.0
+"""How long a rank waits for the save that is under way when training fails; the reason may be that another rank is gone."""
 
 
 def train(run: Run, *, sinks: Sink, ranks: Ranks | None = None) -> int:
@@ -117,6 +123,8 @@ class _Session:
         self.run, self.where, self.prepared, self.sinks, self.device, self.ranks = run, where, prepared, sinks, device, ranks
         self.recorder = Recorder(ranks.mesh.rank, ranks.mesh["pp"].ranks, ranks.store)
         self.built = build(run, ranks.mesh, device, on_message=lambda text: sinks.write(Message(text=text)), recorder=self.recorder)
+        self.saver = state.saver(where, run, seconds=ranks.seconds)
+        self.held_out, self.held_out_step = math.nan, -1
         self.stretches = curriculum(run)
         self.num_steps = sum(stretch.num_steps for stretch in self.stretches)
         self.peak_flops = machine.measured_peak(device, run.train.precision) * run.layout.num_ranks
@@ -130,15 +138,17 @@ class _Session:
         """Make the loader and the curves of a phase; the loader stands at the beginning of the data."""
         self.stretch: Stretch = self.stretches[phase]
         self.curves = PhaseCurves(self.stretch.phase)
-        length = self.stretch.phase.sequence_length
-        self.loader = Loader(self.prepared, self.run.data, sequence_length=length, seed=self.run.seed)
+        here = self.stretch.phase
+        length = here.sequence_length
+        self.loader = Loader(self.prepared, self.run.data, sequence_length=length, seed=self.run.seed, mixture=here.weights)
         # Without and with MTP, which does not run while its weight is 0.
         flops = (flops_per_token(self.run.model, sequence_length=length, mtp=mtp).total for mtp in (False, True))
         self.meters = tuple(Meter(flops_per_token=count, peak_flops=self.peak_flops) for count in flops)
 
     def loop(self, position: Position) -> int:
         """Train from `position` to the end or to a signal."""
-        with _stop_signals() as stop, self.recorder.telling() if self.built.pipeline else nullcontext():
+        told = self.recorder.telling() if self.built.pipeline else nullcontext()
+        with _stop_signals() as stop, told, self._saves_finished():
             clock = _Clock(self.device, position.tokens)
             while position.step < self.num_steps:
                 if self.curves.is_over(position.phase_steps, position.phase_tokens):
@@ -155,11 +165,21 @@ class _Session:
                     if due.evaluation and (not stopping or position.step == self.num_steps):
                         self._evaluate(position)
                     if due.checkpoint or stopping:
-                        self._save(position)
+                        self._save(position, wait=stopping or position.step == self.num_steps)
+                    self._tell_of_saves()
                 if stopping and position.step < self.num_steps:
                     return INTERRUPTED
             self._finish(position)
         return DONE
+
+    @contextmanager
+    def _saves_finished(self) -> Iterator[None]:
+        """Leave no save half done, whatever ends the loop; where another rank may be gone, not for long."""
+        try:
+            yield
+        finally:
+            self.saver.finish(_LAST_SAVE_SECONDS if self.ranks.store else None)
+            self._tell_of_saves()
 
     def _step(self, position: Position, stop: _Stop) -> tuple[Position, StepResult, Settings]:
         settings, mesh = self.curves.settings(position.phase_steps, position.phase_tokens), self.ranks.mesh
@@ -173,6 +193,7 @@ class _Session:
                 document_mask=self.run.data.document_mask,
                 step=position.step + 1,
                 stop=lambda: bool(stop),
+                before_update=self.saver.settle,
             )
         return position.after_step(settings.batch_sequences * self.stretch.phase.sequence_length), result, settings
 
@@ -222,15 +243,25 @@ class _Session:
                 mesh=self.ranks.mesh,
                 pipeline=self.built.pipeline,
             )
+        self.held_out, self.held_out_step = fmean(found.losses.values()), position.step
         self.sinks.write(found)
 
-    def _save(self, position: Position) -> None:
-        begin = time.perf_counter()
-        gathered = state.gather(self.built, self.loader.state(), position)
+    def _save(self, position: Position, *, wait: bool) -> None:
+        loss = self.held_out if self.held_out_step == position.step else None
+        gathered = state.gather(self.built, self.loader.state(), position, loss=loss)
+        extras, rounded = state.extras(self.where, self.run), state.rounded(gathered)
         with _during(f"saving step {position.step}"):
-            path = state.write(self.where, self.run, gathered, step=position.step)
-        size = sum(file.stat().st_size for file in path.iterdir()) if self.ranks.is_lead else 0
-        self.sinks.write(Saved(step=position.step, path=str(path), seconds=time.perf_counter() - begin, num_bytes=size))
+            self.saver.save(gathered, step=position.step, extras=extras, rounded=rounded, wait=wait)
+
+    def _tell_of_saves(self) -> None:
+        for told in self.saver.told():
+            if isinstance(told, Failed):
+                self.sinks.write(Message(text=f"THE CHECKPOINT OF STEP {told.step} WAS NOT SAVED: {told.error}"))
+                continue
+            stall, whole = told.stall_seconds, told.seconds
+            self.sinks.write(Saved(step=told.step, path=str(told.path), seconds=stall, num_bytes=told.num_bytes, whole_seconds=whole))
+            if told.problem is not None:
+                self.sinks.write(Message(text=f"older checkpoints were not removed: {told.problem}"))
 
     def _finish(self, position: Position) -> None:
         if not self.ranks.is_lead:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from quintet.checkpoint import durable
 from quintet.checkpoint.load import latest, list_checkpoints, load, verify
 from quintet.checkpoint.save import save
 from quintet.errors import CheckpointError
@@ -97,6 +98,16 @@ def test_kill_9_at_any_call_leaves_the_old_or_the_new_checkpoint_whole(tmp_path:
         save(small_state(3.0), root, step=3)
         assert [path.name for path in root.iterdir() if path.name.startswith(".")] == []
     assert "step-00000001" in outcomes
+
+
+def test_a_refusal_while_a_long_file_is_synced_early_makes_the_save_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind an error of a sync the next one may succeed, and the bytes be lost."""
+    monkeypatch.setattr(durable, "_EARLY", 10)
+    fault = Fault(monkeypatch, "fdatasync", at=1, act=_refuse(errno.EIO))
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        save(small_state(), tmp_path, step=1)
+    assert fault.calls >= 1 and list(tmp_path.iterdir()) == []
+    verify(save(small_state(), tmp_path, step=1))
 
 
 def test_a_short_write_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import pickle
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from blake3 import blake3
-from torch import Tensor
 
-from quintet.checkpoint.load import latest, list_checkpoints, load, read_extra, verify
+from quintet.checkpoint.load import latest, list_checkpoints, load, verify
 from quintet.checkpoint.manifest import NAME
 from quintet.checkpoint.save import save
 from quintet.errors import CheckpointError
@@ -77,8 +75,8 @@ def _replace_by_link(directory: Path) -> None:
 
 
 STRUCTURAL: list[tuple[Callable[[Path], None], str]] = [
-    (_truncate, "data-00000.bin has 70 bytes instead of 72"),
-    (_empty, "data-00000.bin has 0 bytes instead of 72"),
+    (_truncate, "data-00000.bin has 70 bytes instead of 112"),
+    (_empty, "data-00000.bin has 0 bytes instead of 112"),
     (_lose, "data-00000.bin is missing"),
     (_lose_manifest, "manifest.json is missing"),
     (_truncate_manifest, "manifest.json is damaged"),
@@ -111,30 +109,6 @@ def test_all_damaged_is_an_error_that_lists_them(tmp_path: Path) -> None:
         _truncate(directory)
     with pytest.raises(CheckpointError, match=r"(?s)no checkpoint under .* is whole.*step-00000002: data.*step-00000001: data"):
         latest(tmp_path)
-
-
-def test_every_single_flipped_bit_is_refused_and_leaves_the_state_untouched(tmp_path: Path, seed: int) -> None:
-    older, newer = _two(tmp_path)
-    chance = random.Random(seed)
-    for path in sorted(newer.iterdir()):
-        original = path.read_bytes()
-        for bit in sorted(chance.sample(range(8 * len(original)), min(60, 8 * len(original)))):
-            flipped = bytearray(original)
-            flipped[bit // 8] ^= 1 << bit % 8
-            path.write_bytes(flipped)
-            state = blank(small_state())
-            with pytest.raises(CheckpointError, match="damaged"):
-                verify(newer)
-            with pytest.raises(CheckpointError, match="damaged"):
-                read_extra(newer, "recipe.toml") if path.suffix == ".toml" else load(state, newer)
-            assert all((value.view(-1).float() == blank(small_state())[name].view(-1).float()).all() for name, value in _tensors(state))
-            assert latest(tmp_path, verify_content=True, report=lambda _: None) == older
-        path.write_bytes(original)
-    assert latest(tmp_path, verify_content=True) == newer
-
-
-def _tensors(state: dict[str, object]) -> list[tuple[str, Tensor]]:
-    return [(name, value) for name, value in state.items() if isinstance(value, Tensor)]
 
 
 def test_files_of_one_size_that_changed_places_are_refused(tmp_path: Path) -> None:
@@ -174,28 +148,35 @@ def test_a_planted_pickle_is_never_opened(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "reason"),
     [
-        (b'"file":"data-00000.bin"', b'"file":"../step-00000001/data-00000.bin"', "outside of the file"),
+        (b'"file":"data-00000.bin"', b'"file":"../step-00000001/data-00000.bin"', "which is none of its data files"),
+        (b'"file":"data-00000.bin"', b'"file":"recipe.toml"', "not at 0"),
         (b'"path":"data-00000.bin"', b'"path":"../step-00000001/data-00000.bin"', "not a file name that a checkpoint may hold"),
         (b'"path":"data-00000.bin"', b'"path":"/etc/hostname"', "not a file name that a checkpoint may hold"),
         (b'"path":"recipe.toml"', b'"path":"manifest.json"', "not a file name that a checkpoint may hold"),
         (b'"path":"recipe.toml"', b'"path":"data-00000.bin"', "names a file twice"),
-        (b'"offset":64', b'"offset":65', "has a piece of 8 bytes at 65"),
-        (b'"offset":64', b'"offset":66', "outside of the file"),
-        (b'"offset":64', b'"offset":-64', "outside of the file"),
+        (b'"offset":64', b'"offset":65', "has a piece at 65 of data-00000.bin, not at 64"),
+        (b'"offset":64', b'"offset":0', "not at 64"),
+        (b'"offset":64', b'"offset":-64', "has a piece at -64"),
         (b'"offset":64', b'"offset":64.0', "Expected `int`"),
+        (b'"length":48', b'"length":49', "has a piece of 49 bytes at 64, which"),
+        (b'"size":112', b'"size":113', "has 113 bytes, but its pieces 112"),
+        (b'"size":112,"blake3":null', b'"size":112,"blake3":"' + b"0" * 64 + b'"', "which is none of its data files"),
         (b'"offsets":[0,0],"sizes":[2,3]', b'"offsets":[1,0],"sizes":[2,3]', "outside of it"),
         (b'"offsets":[0,0],"sizes":[2,3]', b'"offsets":[0],"sizes":[6]', "outside of it"),
         (b'"shape":[2,3]', b'"shape":[4,3]', "do not cover it once"),
         (b'"shape":[2,3]', b'"shape":[-2,-3]', "has the shape"),
-        (b'"dtype":"bfloat16"', b'"dtype":"float32"', "has a piece of 8 bytes"),
+        (b'"dtype":"bfloat16"', b'"dtype":"float32"', "has a piece of 48 bytes"),
         (b'"dtype":"bfloat16"', b'"dtype":"load"', "unknown dtype"),
         (b'"codec":"raw"', b'"codec":"pickle"', "Invalid enum value"),
-        (b'"codec":"raw"', b'"code":"raw"', "has the keys"),
+        (b'"codec":"raw"', b'"code":"raw"', "missing required field `codec`"),
+        (b'"codec":"raw"', b'"codec":"planes"', "do not have the lengths that it says"),
+        (b'"rounded_from":null}', b'"rounded_from":"norm"}', "cannot be 'norm'"),
+        (b'"rounded_from":null}', b'"rounded_from":null,"more":1}', "has the keys"),
         (b'"step":2', b'"step":-2', "must not be negative"),
         (b'"step":2', b'"step":true', "Expected `int`"),
         (b'"steps":7', b'"steps":NaN', "NaN is not JSON"),
         (b'"steps":7', b'"norm":7', "both a tensor and a value"),
-        (b'"format":1', b'"format":2', "has format 2, but this program reads format 1"),
+        (b'"format":2', b'"format":1', "has format 1, but this program reads format 2"),
         (b'"values":', b'"valeus":', "missing required field `values`"),
         (b'"values":{', b'"more":1,"values":{', "has the keys"),
     ],

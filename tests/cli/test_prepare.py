@@ -25,7 +25,9 @@ def arguments(tmp_path: Path, root: Path) -> list[str]:
     return ["prepare", str(root / "recipes" / "laptop.toml"), *options]
 
 
-def test_statistics_are_printed_and_what_is_done_is_not_done_again(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_statistics_are_printed_and_what_is_done_is_not_done_again(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([*arguments, "--json"]) == 0
     first, err = capsys.readouterr()
     assert "preparing stdlib" in err
@@ -34,7 +36,8 @@ def test_statistics_are_printed_and_what_is_done_is_not_done_again(arguments: li
     assert statistics["reused"] is False
     assert main(arguments) == 0
     again, err = capsys.readouterr()
-    assert err == ""
+    assert err == f"report: {tmp_path / 'prepared' / 'report.html'}\n"
+    assert "Some that were kept" not in (tmp_path / "prepared/report.html").read_text()
     words = " ".join(again.split())
     assert f"tokens to train on {statistics['tokens']:,}" in words
     assert "work done before done before" in words

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quintet.data import cut
-from quintet.data import encode as module
+from quintet.data import part as module
 from quintet.data import tokenizer as tokenizer_module
 from quintet.data.prepare import prepare
 from quintet.data.tokenizer import Ids, Tokenizer, train_bpe

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from quintet.data import pack
 from quintet.data.loader import IGNORED, Batch, Loader, held_out_batches
 from quintet.data.prepare import Prepared, prepare
-from quintet.errors import DataError
+from quintet.errors import DataError, SpecError
 from quintet.spec.run import Data
 from tests.data.corpus import some_texts, source, write_texts
 
@@ -165,3 +166,94 @@ def test_a_single_document_is_enough(tmp_path: Path) -> None:
         islice(iter(lambda: Loader(prepare(data, vocab_size=300, seed=0), data, sequence_length=8, seed=0).next_batch(2), None), 2)
     )
     assert equal(batches[:1], batches[1:]) and (batches[0].labels == IGNORED).any()
+
+
+@given(st.lists(st.tuples(st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 3])), min_size=1, max_size=6))
+@settings(max_examples=20)
+def test_any_ranks_and_micro_batches_see_the_same_global_batches_after_any_stop(
+    mixed: Mixed, rows: torch.Tensor, attempts: list[tuple[int, int]]
+) -> None:
+    """Each attempt runs two steps of 24 sequences on another number of ranks, in other micro-batches, and stops."""
+    state: dict[str, int] | None = None
+    at = 0
+    for ranks, micro in attempts:
+        ends = []
+        for rank in range(ranks):
+            stream = loader(mixed)
+            if state is not None:
+                stream.restore(state)
+            for step in range(2):
+                mine = stacked([stream.next_batch(24, part=rank, num_parts=ranks)])
+                expected = rows[at + 24 * step : at + 24 * (step + 1)][rank::ranks]
+                assert torch.equal(torch.cat(mine.split(micro)), expected)
+            ends.append(stream.state())
+        assert all(end == ends[0] for end in ends), "the state is the same on every rank"
+        state, at = json.loads(json.dumps(ends[0])), at + 48
+
+
+def test_a_rank_that_needs_no_tokens_passes_over_them(mixed: Mixed, rows: torch.Tensor) -> None:
+    stream = loader(mixed)
+    stream.skip(37)
+    assert torch.equal(stacked([stream.next_batch(4)]), rows[37:41])
+
+
+def test_a_phase_may_mix_otherwise_and_no_document_comes_twice(mixed: Mixed) -> None:
+    first = loader(mixed)
+    first.next_batch(100)
+    before = first.state()
+    second = Loader(*mixed, sequence_length=32, seed=5, mixture={"code": 1.0, "prose": 3.0})
+    second.restore(before)
+    second.next_batch(40)
+    after = second.state()
+    assert (after["code.rows"] - before["code.rows"], after["prose.rows"] - before["prose.rows"]) == (10, 30)
+    places = [tuple(state[f"code.{part}"] for part in ("epoch", "window", "offset")) for state in (before, after)]
+    assert places[0] < places[1]
+    resumed = Loader(*mixed, sequence_length=32, seed=5, mixture={"code": 1.0, "prose": 3.0})
+    resumed.restore(after)
+    assert equal([resumed.next_batch(9)], [second.next_batch(9)])
+    without = Loader(*mixed, sequence_length=32, seed=5, mixture={"prose": 0.0})
+    without.next_batch(20)
+    assert without.state()["prose.rows"] == 0
+    with pytest.raises(SpecError, match=r"no source 'prosa'.*did you mean 'prose'"):
+        Loader(*mixed, sequence_length=32, seed=5, mixture={"prosa": 1.0})
+
+
+def test_a_source_leaves_the_mixture_after_its_epochs_and_any_state_goes_on_exactly(mixed: Mixed) -> None:
+    prepared, data = mixed
+
+    def limited(code: int | None, prose: int | None) -> Loader:
+        epochs = {"code": code, "prose": prose}
+        parts = {name: replace(part, source=replace(part.source, epochs=epochs[name])) for name, part in prepared.sources.items()}
+        return Loader(replace(prepared, sources=parts), data, sequence_length=32, seed=5)
+
+    stream = limited(None, 1)
+    states, batches = [], []
+    for _ in range(40):
+        states.append(stream.state())
+        batches.append(stream.next_batch(5))
+    assert stream.state()["prose.epoch"] == 1 and stream.state()["prose.offset"] == 0
+    assert stream.state()["prose.rows"] == states[-1]["prose.rows"] < 26
+    for i in (0, 7, 20, 33):
+        resumed = limited(None, 1)
+        resumed.restore(states[i])
+        assert equal([resumed.next_batch(5) for _ in range(4)], batches[i : i + 4])
+    ending = limited(1, 1)
+    with pytest.raises(DataError, match=r"as often as its epochs allow; raise data\.sources\.epochs"):
+        ending.next_batch(10_000)
+
+
+def test_neighbours_in_the_stream_are_strangers_in_the_files(tmp_path: Path) -> None:
+    """Of shuffled documents, two that follow each other lie a third of the source apart on average, and every tenth holds a tenth."""
+    folder = write_texts(tmp_path / "texts", [f"document number {i:05}\n" for i in range(3000)])
+    prepared = prepare(Data(sources=(source(folder),), directory=str(tmp_path / "p"), held_out=0.0), vocab_size=400, seed=0)
+    stream = loader((prepared, Data(sources=(source(folder),), directory="", fim_rate=0.0)), sequence_length=16)
+    seen: list[int] = []
+    while stream.state()["code.epoch"] == 0:
+        batch = stream.next_batch(1)
+        text = prepared.tokenizer.decode(torch.cat([batch.inputs[0], batch.labels[0, -1:].clamp(min=0)]).tolist())
+        seen += [int(found) for found in re.findall(r"document number (\d{5})", text)]
+    places = torch.tensor(seen, dtype=torch.float64)
+    distance = (places[1:] - places[:-1]).abs().mean() / 3000
+    assert len(set(seen)) == 3000 and 0.31 < distance < 0.36
+    tenths = torch.bincount((places[:1500] // 300).long(), minlength=10)
+    assert tenths.min() > 110 and tenths.max() < 190

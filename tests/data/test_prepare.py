@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from quintet.data import encode, origin
+from quintet.data import origin, part
 from quintet.data import prepare as module
 from quintet.data.prepare import Prepared, open_prepared, prepare
 from quintet.data.tokenizer import Tokenizer
@@ -69,7 +69,7 @@ def test_statistics_are_counted_from_the_documents(tmp_path: Path) -> None:
     progress = Recorder()
     part = prepare(data, vocab_size=400, seed=0, progress=progress).sources["code"]
     lengths = np.concatenate([part.train.lengths(), part.held_out.lengths()])
-    ids = set(part.train.tokens.tolist()) | set(part.held_out.tokens.tolist())
+    ids = {token for split in (part.train, part.held_out) for i in range(split.num_documents) for token in split.document(i).tolist()}
     stats = part.statistics
     assert (stats.documents, stats.held_out_documents) == (part.train.num_documents, part.held_out.num_documents)
     assert stats.documents + stats.held_out_documents == 30
@@ -134,7 +134,7 @@ def test_one_document_is_held_out_where_possible(tmp_path: Path, count: int, hel
 def test_the_document_held_out_at_last_does_not_depend_on_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = recipe(tmp_path, held_out=1e-9)
     one = prepare(data, vocab_size=400, seed=0)
-    monkeypatch.setattr(encode, "_BATCH_DOCUMENTS", 7)
+    monkeypatch.setattr(part, "_BATCH_DOCUMENTS", 7)
     other = prepare(replace(data, directory=str(tmp_path / "other")), vocab_size=400, seed=0)
     texts = [p.tokenizer.decode(p.sources["code"].held_out.document(0)[:-1].tolist()) for p in (one, other)]
     assert texts[0] == texts[1] and other.sources["code"].held_out.num_documents == 1
@@ -142,7 +142,7 @@ def test_the_document_held_out_at_last_does_not_depend_on_batches(tmp_path: Path
 
 def test_large_corpora_train_the_tokenizer_on_a_seeded_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TRAINING_BYTES", 2000)
-    monkeypatch.setattr(encode, "BATCH_BYTES", 500)
+    monkeypatch.setattr(part, "BATCH_BYTES", 500)
     progress = Recorder()
     first = prepare(recipe(tmp_path), vocab_size=400, seed=0, progress=progress)
     assert 0 < progress.documents["tokenizer"] < 30
@@ -188,7 +188,7 @@ def test_a_vocabulary_larger_than_the_models_is_an_error_with_a_remedy(tmp_path:
 def test_shards_damaged_since_are_made_again(tmp_path: Path) -> None:
     data = recipe(tmp_path)
     good = prepare(data, vocab_size=400, seed=0).fingerprint
-    path = tmp_path / "prepared/code/train/tokens.bin"
+    (path,) = (tmp_path / "prepared/code.parts").glob("*/tokens.bin")
     content = bytearray(path.read_bytes())
     content[5] ^= 7
     path.write_bytes(content)
@@ -230,7 +230,8 @@ def test_a_full_disk_is_a_data_error_and_nothing_counts_as_done(tmp_path: Path, 
     """)
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.startswith("DataError cannot write prepared data") and "raise the quota or limit" in result.stdout
-    assert sorted(path.name for path in (tmp_path / "prepared").iterdir()) == [".lock", "tokenizer.json"]
+    assert sorted(path.name for path in (tmp_path / "prepared").iterdir()) == [".lock", "code.parts", "tokenizer.json"]
+    assert list((tmp_path / "prepared/code.parts").iterdir()) == []
     assert prepare(data, vocab_size=400, seed=0).sources["code"].statistics.documents > 0
 
 
@@ -251,13 +252,15 @@ def test_a_disk_error_while_committing_keeps_the_old_shards(tmp_path: Path, monk
 
 def test_what_a_killed_prepare_left_is_cleared_and_two_at_once_are_refused(tmp_path: Path) -> None:
     data = recipe(tmp_path)
-    left = tmp_path / "prepared/.code.999.tmp/train"
-    left.mkdir(parents=True)
-    (left / "tokens.bin").write_bytes(b"half")
+    for name in (".code.999.tmp/train", "code.parts/.0123.999.tmp"):
+        left = tmp_path / "prepared" / name
+        left.mkdir(parents=True)
+        (left / "tokens.bin").write_bytes(b"half")
     (tmp_path / "prepared/.tokenizer.json.999.tmp").write_bytes(b"half")
     prepare(data, vocab_size=400, seed=0)
     names = {path.name for path in (tmp_path / "prepared").iterdir()}
-    assert names == {".lock", ".complete", "code", "tokenizer.json", "trained.json"}
+    assert names == {".lock", ".complete", "code", "code.parts", "tokenizer.json", "trained.json"}
+    assert not [path for path in (tmp_path / "prepared/code.parts").iterdir() if path.name.startswith(".")]
     with open(tmp_path / "prepared/.lock", "ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(DataError, match="another quintet prepare works on"):
@@ -332,7 +335,7 @@ def test_the_same_text_in_newer_files_is_no_other_data(tmp_path: Path) -> None:
     assert again.sources["code"].statistics.reused and again.fingerprint == before.fingerprint
     assert snapshot(tmp_path / "prepared/code/train") == shards
     with pytest.MonkeyPatch.context() as patch:  # and the next look need not read
-        patch.setattr(origin, "_hash_of_text", lambda *arguments: pytest.fail("the text was read again"))
+        patch.setattr(origin, "digest_of", lambda *arguments: pytest.fail("the text was read again"))
         prepare(data, vocab_size=400, seed=0)
 
 

@@ -51,7 +51,7 @@ def test_damage_is_found(tmp_path: Path, name: str, damage: str) -> None:
         Shard(tmp_path / "x", verify=True)
 
 
-@pytest.mark.parametrize("field, value", [('"format": 1', '"format": 2'), ('"uint16"', '"uint8"'), ('"num_tokens": 3', '"num_tokens": -3')])
+@pytest.mark.parametrize("field, value", [('"format": 2', '"format": 3'), ('"uint16"', '"uint8"'), ('"num_tokens": 3', '"num_tokens": -3')])
 def test_a_meta_file_of_another_kind_is_refused(tmp_path: Path, field: str, value: str) -> None:
     path = write_shard(tmp_path / "x", [[1, 2], [3]]) / "meta.json"
     assert field in path.read_text()

@@ -113,6 +113,13 @@ def test_a_resumed_run_tells_one_history(tmp_path: Path) -> None:
     assert read_events(path) == [*past, record(3, loss=1.0)]
 
 
+def test_a_checkpoint_that_was_complete_beside_a_later_step_stays_told(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, record(1), record(2), record(3), saved(2), record(4), saved(4))
+    truncate_after(path, 2)
+    assert read_events(path) == [record(1), record(2), saved(2)]
+
+
 def test_truncating_takes_a_torn_line_and_leaves_a_missing_file_missing(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     truncate_after(path, 1)

@@ -17,7 +17,7 @@ from quintet.checkpoint.load import latest, list_checkpoints, verify
 from quintet.cli.main import main
 from quintet.data.prepare import prepare
 from quintet.data.tokenizer import Tokenizer, train_bpe
-from quintet.monitor.metrics import Message, Record, read_events
+from quintet.monitor.metrics import Message, Record, Saved, read_events
 from quintet.monitor.status import read_status
 from quintet.spec import parse
 from quintet.spec.run import Checkpoint, Data, Run
@@ -342,8 +342,9 @@ class FullDisk:
 def test_a_disk_that_is_full_while_saving_is_11_and_the_checkpoint_before_goes_on(
     tell: Tell, run: Run, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = replace(tiny_run(data, tmp_path / "whole"), checkpoint=Checkpoint(every=4))
-    run = replace(run, checkpoint=Checkpoint(every=4))
+    settings = Checkpoint(every=4, background=False)
+    whole = replace(tiny_run(data, tmp_path / "whole"), checkpoint=settings)
+    run = replace(run, checkpoint=settings)
     train(whole)
     with monkeypatch.context() as patch:
         FullDisk(patch, "step-00000008")
@@ -354,6 +355,35 @@ def test_a_disk_that_is_full_while_saving_is_11_and_the_checkpoint_before_goes_o
     assert [path.name for path in checkpoints(run).iterdir()] == ["step-00000004"]
     assert tell("resume", where(run))[0] == 0
     assert_same(whole, run)
+
+
+def test_a_save_beside_training_that_fails_is_told_at_once_and_the_run_goes_on_while_that_is_tolerated(
+    tell: Tell, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = replace(run, checkpoint=Checkpoint(every=2, tolerated_failures=1))
+    with monkeypatch.context() as patch:
+        FullDisk(patch, "step-00000004")
+        code, err = tell("train", write_recipe(run, tmp_path / "r.toml"))
+    assert code == 0
+    assert "THE CHECKPOINT OF STEP 4 WAS NOT SAVED" in err and "the disk is full" in err
+    assert [event.step for event in read_events(where(run) / "metrics.jsonl") if isinstance(event, Saved)] == [2, 6, 8, 10]
+    assert [path.name for path in sorted(checkpoints(run).iterdir())] == ["step-00000008", "step-00000010"]
+
+
+@pytest.mark.parametrize(("tolerated", "last_step"), [(0, 6), (1, 8)])
+def test_saves_beside_training_that_fail_too_often_end_the_run_with_11(
+    tell: Tell, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tolerated: int, last_step: int
+) -> None:
+    run = replace(run, checkpoint=Checkpoint(every=2, tolerated_failures=tolerated))
+    with monkeypatch.context() as patch:
+        for step in (4, 6, 8):
+            FullDisk(patch, f"step-{step:08d}")
+        code, err = tell("train", write_recipe(run, tmp_path / "r.toml"))
+    assert code == 11
+    assert f"{tolerated + 1} saves failed one after the other, last that of step {last_step - 2}" in err and "the disk is full" in err
+    assert records(run)[-1].step == last_step
+    assert [path.name for path in checkpoints(run).iterdir()] == ["step-00000002"]
+    assert tell("resume", where(run))[0] == 0
 
 
 def test_a_disk_that_is_full_of_everything_ends_with_11_too(tell: Tell, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from quintet.monitor.metrics import Evaluated, read_events
 from quintet.spec import parse
 from quintet.spec.run import Checkpoint, Data, Precision, Run, Train
 from quintet.train import trained as module
-from quintet.train.trained import find_checkpoint, master_weights, open_trained
+from quintet.train.trained import find_checkpoint, open_kept, open_trained, stored_weights
 from tests.train.runs import PHASE, checkpoint, make_quick, records, resume, tiny_run, train, where, write_recipe
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -142,15 +142,16 @@ def test_an_export_in_fp32_is_the_master_weights_bit_for_bit(trained: Run, tmp_p
 
 
 def test_a_checkpoint_without_master_weights_exports_as_bf16_alone(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = open_trained(where(trained))
-    manifest = read_manifest(opened.checkpoint)
+    kept = open_kept(where(trained))
+    manifest = read_manifest(kept.checkpoint)
     few = replace(manifest, tensors={name: tensor for name, tensor in manifest.tensors.items() if name.startswith("model.")})
     monkeypatch.setattr(module, "read_manifest", lambda path: few)
+    assert stored_weights(kept, master=False).keys() == open_trained(where(trained)).model.state_dict().keys()
     if trained.train.precision == "fp32":
-        assert master_weights(opened).keys() == opened.model.state_dict().keys()
+        assert len(stored_weights(kept, master=True)) == len(stored_weights(kept, master=False))
     else:
-        with pytest.raises(CheckpointError, match=r"lacks \d+ of the \d+ fp32 master weights, .*export it as bf16"):
-            master_weights(opened)
+        with pytest.raises(CheckpointError, match=r"lacks \d+ of the \d+ tensors, such as optimizer.master.*export it as bf16"):
+            stored_weights(kept, master=True)
 
 
 def test_an_imported_run_resumes_bit_for_bit_like_any_other(trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,356 @@
+"""Checkpoints: how small, how fast against the bare disk, and how long training stands still, against torch's distributed checkpoint.
+
+    python benchmarks/checkpoint.py [--part size rates stall] [--checkpoint RUN] [--gigabytes 1] [--ranks 1 2 4] [--rounds 5] [--json FILE]
+
+size: the tensors of a real checkpoint (`--checkpoint`, of a run in bf16) through the codec, one thread: stored share, GB/s of plain bytes.
+rates: a state of bf16 weights, fp32 master and fp32 moments (14 bytes a parameter), its rows shared out over gloo ranks, is saved and
+loaded by both codecs; between them every rank writes and reads as many plain bytes of its own to a file by itself. Writes end with fsync, reads
+begin without the file in memory. A ratio is the disk's time over ours, of the same round.
+stall: one process saves the same state in turn synchronously, in the background, by `dcp.save` and by `dcp.async_save`. Stall is what the
+trainer waits: in the call, and before its next update, `--compute` seconds of matrix products later. How many of these products a second
+there are while a save is written is told too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import zstandard
+from startup import circumstances, headline, write_json
+
+from quintet.checkpoint import codec
+from quintet.checkpoint.background import Saver, Written
+from quintet.checkpoint.load import load, read_manifest
+from quintet.checkpoint.manifest import BLOCK, PLANES
+from quintet.checkpoint.pieces import Pieces
+from quintet.checkpoint.save import save
+from quintet.checkpoint.store import Threads, drop_from_cache
+from quintet.spec.run import Checkpoint
+from quintet.train.device import keep_freed_memory
+from quintet.train.trained import find_checkpoint
+
+CHUNK = 1 << 24
+ROUNDED = {"model.weight": "optimizer.master.weight"}
+COLUMNS = 4096
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long work takes."""
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+# size
+
+
+def size(path: Path) -> list[dict[str, Any]]:
+    """A row for each kind of tensor."""
+    manifest = read_manifest(path)
+    kinds: dict[str, list[str]] = {}
+    for name, tensor in manifest.tensors.items():
+        kind = ".".join(name.split(".")[:2]) if name.startswith("optimizer") else name.split(".")[0]
+        if tensor.dtype in PLANES:
+            kinds.setdefault(f"{kind} ({tensor.dtype})", []).append(name)
+    rows = []
+    for kind, names in kinds.items():
+        state = {name: torch.empty(manifest.tensors[name].shape, dtype=getattr(torch, manifest.tensors[name].dtype)) for name in names}
+        load(state, path, strict=False)
+        blocks = [block for tensor in state.values() for block in tensor.flatten().view(torch.uint8).split(BLOCK * tensor.dtype.itemsize)]
+        rows.append(size_of(kind, [block.numpy() for block in blocks], manifest.tensors[names[0]].dtype))
+        pieces = [piece for name in names for piece in manifest.tensors[name].pieces]
+        rows[-1] |= {"numel": sum(t.numel() for t in state.values()), "stored_in_checkpoint": sum(piece.length for piece in pieces)}
+    return rows
+
+
+def size_of(kind: str, blocks: Sequence[codec.Bytes], dtype: str) -> dict[str, Any]:
+    """Coding and decoding, and zstd's level 1 on the plain bytes."""
+    itemsize = {"float32": 4, "bfloat16": 2}[dtype]
+    plain = sum(block.size for block in blocks)
+    stored = [np.concatenate(codec.encode(block, dtype)) for block in blocks]
+    encoding = min(seconds(lambda: [codec.encode(block, dtype) for block in blocks]) for _ in range(3))
+    pairs = list(zip(blocks, stored, strict=True))
+    decoding = min(seconds(lambda: [codec.decode(form, block.size // itemsize, dtype) for block, form in pairs]) for _ in range(3))
+    squeezer = zstandard.ZstdCompressor(level=1)
+    simple = [squeezer.compress(block) for block in blocks]
+    simply = seconds(lambda: [squeezer.compress(block) for block in blocks])
+    assert all(np.array_equal(codec.decode(form, block.size // itemsize, dtype), block) for block, form in pairs)
+    return {
+        "kind": kind,
+        "plain_bytes": plain,
+        "share": sum(form.size for form in stored) / plain,
+        "encode_gb_per_s": plain / 1e9 / encoding,
+        "decode_gb_per_s": plain / 1e9 / decoding,
+        "zstd_1_share": sum(map(len, simple)) / plain,
+        "zstd_1_gb_per_s": plain / 1e9 / simply,
+    }
+
+
+# rates
+
+
+def state_of(gigabytes: float, rank: int, count: int) -> dict[str, Any]:
+    """Normal numbers of the sizes that training has; rows of master and moments shared out."""
+    rows = max(round(gigabytes * 1e9 / 14 / COLUMNS / count), 1) * count
+    generator = torch.Generator().manual_seed(rank)
+
+    def part(scale: float) -> torch.Tensor:
+        return torch.randn(rows // count, COLUMNS, generator=generator) * scale
+
+    def pieces(value: torch.Tensor) -> Pieces:
+        return Pieces((rows, COLUMNS), [((rank * (rows // count), 0), value)], dtype=value.dtype)
+
+    master, momentum = part(0.02), part(1e-4)
+    return {
+        "model.weight": pieces(master.bfloat16()),
+        "optimizer.master.weight": pieces(master),
+        "optimizer.exp_avg.weight": pieces(momentum),
+        "optimizer.exp_avg_sq.weight": pieces(momentum.square() * 0.05),
+    }
+
+
+def boxes(state: dict[str, Any]) -> list[torch.Tensor]:
+    """This rank's tensors of a state."""
+    return [tensor for value in state.values() for tensor in value.boxes.values()]
+
+
+def empty_like(state: dict[str, Any]) -> dict[str, Any]:
+    """The same boxes with zeros, which are in memory already."""
+    return {name: Pieces(v.shape, [(at, t * 0) for at, t in v.boxes.items()], dtype=v.dtype) for name, v in state.items()}
+
+
+def write_plainly(path: Path, tensors: Sequence[torch.Tensor]) -> None:
+    """The bytes, then fsync."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for tensor in tensors:
+        view = tensor.view(-1).view(torch.uint8).numpy().data
+        while len(view):
+            view = view[os.write(fd, view[:CHUNK]) :]
+    os.fsync(fd)
+    os.close(fd)
+
+
+def read_plainly(path: Path, tensors: Sequence[torch.Tensor]) -> None:
+    """The bytes, into memory that is there."""
+    with path.open("rb", buffering=0) as file:
+        for tensor in tensors:
+            view = tensor.view(-1).view(torch.uint8).numpy().data
+            while len(view):
+                view = view[file.readinto(view[:CHUNK]) or sys.exit("a file is too short") :]
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds until all ranks are done."""
+    if not dist.is_initialized():
+        return seconds(work)
+    dist.barrier()
+    taken = torch.tensor([seconds(work)])
+    dist.all_reduce(taken, dist.ReduceOp.MAX)
+    return float(taken)
+
+
+def forget(directory: Path) -> None:
+    """Drop a folder's files from memory."""
+    for file in directory.iterdir():
+        drop_from_cache(file)
+
+
+def rates(folder: Path, gigabytes: float, rounds: int, rank: int, count: int) -> dict[str, list[float]]:
+    """Seconds of each round, by what was done."""
+    state = state_of(gigabytes, rank, count)
+    own = folder / f"plain-{rank}"
+    found: dict[str, list[float]] = {}
+
+    def note(name: str, taken: float) -> None:
+        found.setdefault(name, []).append(taken)
+
+    for number in range(rounds + 1):
+        note("plain write", timed(lambda: write_plainly(own, boxes(state))))
+        for form in ("raw", "planes"):
+            root = folder / form
+            note(f"save {form}", timed(lambda root=root, form=form: save(state, root, step=1, rounded=ROUNDED, codec=form)))
+        drop_from_cache(own)
+        target = empty_like(state)
+        note("plain read", timed(lambda target=target: read_plainly(own, boxes(target))))
+        for form in ("raw", "planes"):
+            timed(lambda form=form: forget(folder / form / "step-00000001") if rank == 0 else None)
+            note(f"load {form}", timed(lambda form=form, target=target: load(target, folder / form / "step-00000001")))
+            assert number or all(torch.equal(a, b) for a, b in zip(boxes(state), boxes(target), strict=True))
+            timed(lambda form=form: shutil.rmtree(folder / form) if rank == 0 else None)
+    return {name: taken[1:] for name, taken in found.items()}
+
+
+def on_ranks(count: int, work: Callable[[int], Any]) -> Any:
+    """What rank 0's `work` returns; every rank is a child of this process."""
+    context = multiprocessing.get_context("fork")
+
+    def child(rank: int, folder: str, answer: Connection) -> None:
+        torch.set_num_threads(1)
+        keep_freed_memory()  # as training does
+        if count > 1:
+            dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count)
+        answer.send(work(rank))
+        if count > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+
+    with tempfile.TemporaryDirectory() as folder:
+        pipes = [context.Pipe(duplex=False) for _ in range(count)]
+        crew = [context.Process(target=child, args=(rank, folder, pipes[rank][1]), daemon=True) for rank in range(count)]
+        for process in crew:
+            process.start()
+        for _, writer in pipes:
+            writer.close()
+        try:
+            answers = [reader.recv() for reader, _ in pipes]
+        except EOFError:
+            raise RuntimeError("a rank failed; its own message stands above") from None
+        for process in crew:
+            process.join()
+    return answers[0]
+
+
+# stall
+
+
+class Products:
+    """Matrix products, in place of forward and backward."""
+
+    def __init__(self) -> None:
+        self.a = torch.randn(512, 512)
+        self.rates: list[float] = []
+
+    def run(self, length: float) -> float:
+        """So many seconds of them; returns how many a second."""
+        begin, count = time.perf_counter(), 0
+        while time.perf_counter() - begin < length:
+            torch.mm(self.a, self.a)
+            count += 1
+        return count / (time.perf_counter() - begin)
+
+
+def stall(folder: Path, gigabytes: float, rounds: int, compute: float) -> dict[str, dict[str, float]]:
+    """Medians of stall and of the whole save, by who saves, and products a second while it is written against none."""
+    plain = {name: next(iter(value.boxes.values())) for name, value in state_of(gigabytes, 0, 1).items()}
+    found: dict[str, dict[str, list[float]]] = {}
+    products, settings = Products(), Checkpoint(keep_last=1)
+    saver = Saver(folder / "ours", settings)
+    buffers = {name: torch.empty_like(tensor) for name, tensor in plain.items()}
+
+    def note(name: str, **values: float) -> None:
+        for key, value in values.items():
+            found.setdefault(name, {}).setdefault(key, []).append(value)
+
+    def in_background(step: int) -> None:
+        saver.save(plain, step=step, extras={}, rounded=ROUNDED)
+        rate = products.run(compute)
+        saver.settle()
+        while not (told := saver.told()):
+            products.run(0.05)
+        (written,) = told
+        assert isinstance(written, Written), written
+        note("background", stall=written.stall_seconds, whole=written.seconds, products=rate)
+
+    def synchronously(step: int) -> None:
+        taken = seconds(lambda: save(plain, folder / "sync", step=step, rounded=ROUNDED))
+        shutil.rmtree(folder / "sync")
+        note("synchronous", stall=taken, whole=taken, products=products.run(compute))
+
+    def by_dcp(step: int) -> None:
+        taken = seconds(lambda: dcp.save(dict(plain), checkpoint_id=folder / f"dcp-{step}"))
+        note("dcp.save", stall=taken, whole=taken, products=products.run(compute))
+
+    def by_dcp_async(step: int) -> None:
+        begin = time.perf_counter()
+        future: Any = dcp.async_save(dict(plain), checkpoint_id=folder / f"dcp-{step}")
+        stalled, end = time.perf_counter() - begin, list[float]()
+        future.add_done_callback(lambda done: end.append(time.perf_counter()))
+        rate = products.run(compute)
+        future.result()
+        note("dcp.async_save", stall=stalled, whole=end[0] - begin, products=rate)
+
+    def copy(step: int) -> None:
+        note("copy to kept buffers", stall=seconds(lambda: [buffers[name].copy_(tensor) for name, tensor in plain.items()]))
+
+    def nothing(step: int) -> None:
+        note("none", products=products.run(compute))
+
+    ways = [nothing, synchronously, in_background, by_dcp, by_dcp_async, copy]
+    for number in range(rounds + 1):
+        for i, way in enumerate(ways[number % len(ways) :] + ways[: number % len(ways)]):
+            plain["optimizer.exp_avg.weight"].add_(1e-9)  # another content
+            way(1 + number * len(ways) + i)
+            for old in folder.glob("dcp-*"):
+                shutil.rmtree(old)
+    return {name: {key: median(values[1:]) for key, values in columns.items()} for name, columns in found.items()}
+
+
+def show_rates(count: int, found: dict[str, list[float]], gigabytes: float) -> dict[str, Any]:
+    """Print a block of the table and return its figures."""
+    row: dict[str, Any] = {"ranks": count}
+    for name, taken in found.items():
+        reference = found["plain write" if name.split()[0] in ("plain", "save") and name != "plain read" else "plain read"]
+        ratio = median(ours and disk / ours for disk, ours in zip(reference, taken, strict=True))
+        row[name] = {"seconds": median(taken), "gb_per_s": gigabytes / median(taken), "of_disk": ratio}
+        print(f"{count:5}  {name:14}{median(taken):9.2f} s{gigabytes / median(taken):9.2f} GB/s{ratio:9.2f} of the disk")
+    return row
+
+
+def main() -> None:
+    """Measure, print, write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", nargs="+", choices=("size", "rates", "stall"), default=["size", "rates", "stall"])
+    parser.add_argument("--checkpoint", type=Path, help="a run or a checkpoint, for the part `size`, which is left out without one")
+    parser.add_argument("--gigabytes", type=float, default=1.0, help="of the state that is saved")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--rounds", type=int, default=5, help="that count; one more goes before")
+    parser.add_argument("--compute", type=float, default=1.0, help="seconds of products between a save and the next update")
+    parser.add_argument("--directory", type=Path, default=Path(), help="where the files go for the time")
+    parser.add_argument("--json", type=Path, help="write the result there too")
+    given = parser.parse_args()
+    warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")
+    facts, result = circumstances("torch", "zstandard", "blake3"), dict[str, Any]()
+    facts["threads_per_rank"] = Threads().count
+    print(headline(facts))
+    if "size" in given.part and given.checkpoint:
+        result["size"] = size(find_checkpoint(given.checkpoint))
+        for row in result["size"]:
+            coded = f"{row['share']:7.3f}{row['encode_gb_per_s']:9.2f} GB/s in{row['decode_gb_per_s']:9.2f} GB/s out"
+            print(f"{row['kind']:36}{coded}   zstd level 1:{row['zstd_1_share']:7.3f}{row['zstd_1_gb_per_s']:6.2f} GB/s")
+        numel = sum(row["numel"] for row in result["size"] if row["kind"].startswith("model") and "bfloat16" in row["kind"])
+        total = sum(row["stored_in_checkpoint"] for row in result["size"])
+        result["bytes_per_parameter"] = total / numel
+        print(f"stored: {total / numel:.2f} bytes a parameter, of {sum(row['plain_bytes'] for row in result['size']) / numel:.2f}")
+    with tempfile.TemporaryDirectory(dir=given.directory) as name:
+        if "rates" in given.part:
+            result["rates"] = []
+            for count in given.ranks:
+                found = on_ranks(count, lambda rank, count=count: rates(Path(name), given.gigabytes, given.rounds, rank, count))
+                result["rates"].append(show_rates(count, found, given.gigabytes))
+        if "stall" in given.part:
+            torch.set_num_threads(1)
+            keep_freed_memory()
+            result["stall"] = stall(Path(name), given.gigabytes, given.rounds, given.compute)
+            for way, row in result["stall"].items():
+                print(f"{way:22}" + "".join(f"{key:>10} {value:.3f}" for key, value in row.items()))
+    write_json(given.json, facts, {"gigabytes": given.gigabytes, "rounds": given.rounds, **result})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Who makes the parts: this process, several processes on this machine, or Daft, on this machine or on a Ray cluster.
+
+A part is made by one call (`part.make`) that needs nothing but its job and writes nothing but its folder, so engines differ in where the
+calls run and in nothing else. All of them see the same files: on a cluster the prepared directory and local sources lie on a shared disk.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from typing import Literal, Protocol
+
+from quintet.data.part import Job, Progress, make
+from quintet.data.shards import DiskFull, free_again
+from quintet.errors import DataError
+
+OnMessage = Callable[[str], None]
+EngineName = Literal["local", "daft", "ray"]
+ENGINES = ("local", "daft", "ray")
+_LITTLE_BYTES = 256 << 20
+_SPACE, _LEAST_SPACE = 2, 16 << 20
+"""Free bytes that a part waits for: per byte of stored text, and at least."""
+
+
+class Engine(Protocol):
+    """Makes parts."""
+
+    def run(self, jobs: Sequence[Job], progress: Progress, on_message: OnMessage) -> Iterator[Job]:
+        """Make every job's part, in any order, and yield each when it is there. Raises DataError as `part.make`."""
+
+
+class Local:
+    """This machine: one part at a time here, or `workers` at a time in processes of their own."""
+
+    def __init__(self, workers: int | None = None, *, patient: bool = False) -> None:
+        """`workers`: if absent, as many as there are cores where there is much text, else one, whose encoder uses all cores.
+
+        `patient`: on a full disk wait for space, with a notice, and make the part again.
+        """
+        self.workers = workers
+        self.patient = patient
+
+    def run(self, jobs: Sequence[Job], progress: Progress, on_message: OnMessage) -> Iterator[Job]:
+        is_little = sum(job.num_bytes for job in jobs) < _LITTLE_BYTES
+        workers = min(self.workers or (1 if is_little else len(os.sched_getaffinity(0))), len(jobs))
+        if workers <= 1:
+            for job in jobs:
+                while not self._has_space(partial(make, job, progress, on_message), job, on_message):
+                    pass
+                yield job
+            return
+        threads = max(1, len(os.sched_getaffinity(0)) // workers)
+        context = multiprocessing.get_context("forkserver")
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=_with_threads, initargs=(threads,)) as pool:
+            # Few are handed out ahead, so that Ctrl-C and errors end the rest soon.
+            waiting: dict[Future[None], Job] = {}
+            left = list(reversed(jobs))
+            try:
+                while left or waiting:
+                    while left and len(waiting) < 2 * workers:
+                        job = left.pop()
+                        waiting[pool.submit(make, job)] = job
+                    for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                        job = waiting.pop(future)
+                        if self._has_space(future.result, job, on_message):
+                            progress.advance(job.source.name, 0, job.num_bytes)
+                            yield job
+                        else:
+                            left.append(job)
+            except BrokenProcessPool:
+                raise DataError(
+                    "a process that prepared data was killed, perhaps for want of memory; run prepare again, with fewer --workers: what "
+                    "is done stays"
+                ) from None
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _has_space(self, work: Callable[[], None], job: Job, on_message: OnMessage) -> bool:
+        """Whether `work` found room on the disk; if not, there is some when this returns. Raises DiskFull if not patient."""
+        try:
+            work()
+        except DiskFull:
+            if not self.patient:
+                raise
+            wanted = _SPACE * job.num_bytes + _LEAST_SPACE
+            on_message(
+                f"the disk of {job.target.parent} is full: waiting for {wanted / 1e6:,.0f} MB, then going on; Ctrl-C stops, and what is "
+                "done stays"
+            )
+            free_again(job.target.parent, wanted)
+            return False
+        return True
+
+
+def _with_threads(count: int) -> None:
+    """Read by the encoders' thread pools when they start."""
+    os.environ["RAYON_NUM_THREADS"] = str(count)
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if count > 1 else "false"
+
+
+class Daft:
+    """A Daft dataframe with a row per part; its native runner, or its Ray runner."""
+
+    def __init__(self, runner: Literal["native", "ray"], workers: int | None = None, address: str | None = None) -> None:
+        """`workers`: parts at a time, as many as there are cores if absent; `address`: of the Ray cluster, a local one if absent.
+
+        Raises DataError where Daft or Ray is not installed.
+        """
+        try:
+            import daft
+        except ImportError as error:
+            raise DataError(f"this engine needs Daft ({error}); install it: pip install 'quintet[data]'") from None
+        self.daft, self.runner, self.workers = daft, runner, workers
+        if runner == "ray":
+            try:
+                import ray  # noqa: F401 -- an optional extra
+            except ImportError as error:
+                raise DataError(f"engine ray needs Ray ({error}); install it: pip install 'quintet[ray]'") from None
+            daft.set_runner_ray(address=address)
+        else:
+            daft.set_runner_native()
+
+    def run(self, jobs: Sequence[Job], progress: Progress, on_message: OnMessage) -> Iterator[Job]:
+        daft = self.daft
+        workers = self.workers or len(os.sched_getaffinity(0))
+
+        @daft.cls(max_concurrency=workers, use_process=True)  # type: ignore[untyped-decorator]
+        class Maker:
+            @daft.method(return_dtype=daft.DataType.string())  # type: ignore[untyped-decorator]
+            def made(self, job: bytes) -> str:
+                return made_from(job)
+
+        rows = {"number": list(range(len(jobs))), "job": [pickle.dumps(job) for job in jobs]}
+        frame = daft.from_pydict(rows)
+        frame = (frame.into_partitions(max(len(jobs), 1)) if self.runner == "ray" else frame).into_batches(1)
+        for row in frame.select(frame["number"], Maker().made(frame["job"]).alias("error")).iter_rows():
+            if row["error"]:
+                raise DataError(row["error"])
+            job = jobs[row["number"]]
+            progress.advance(job.source.name, 0, job.num_bytes)
+            yield job
+
+
+def made_from(job: bytes) -> str:
+    """Make the part of a job that this engine pickled, and return what a user must be told, or nothing."""
+    try:
+        make(pickle.loads(job))
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+def engine_of(name: EngineName, *, workers: int | None = None, address: str | None = None) -> Engine:
+    """The engine of that name."""
+    by_name: dict[str, Callable[[], Engine]] = {
+        "local": lambda: Local(workers, patient=True),
+        "daft": lambda: Daft("native", workers),
+        "ray": lambda: Daft("ray", workers, address),
+    }
+    return by_name[name]()

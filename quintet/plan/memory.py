@@ -1,0 +1,228 @@
+"""Bytes on each rank of a pipeline at the peak of a step: states, activations in flight, logits, messages, and the margins around them.
+
+`cost.memory` counts a step of Quintet's own models on its runtime; this adds what a plan needs beyond it: every rank of a pipeline with as
+many micro-batches in flight as its schedule keeps, fp8, devices' own overhead, and transformers other than Quintet's.
+
+Elements that a layer keeps of a token for backward, with fused attention and without recomputation (t = tp, D hidden, F inner width, h
+heads of qk width q and value width v, g key-value heads, K experts per token):
+
+    attention    D/t norm's input, D/t its output, (h q + g (q + v))/t, h v/t attention's output, and log-sum-exp
+    latent       D/t, D/t, latents twice, h (2 q + v)/t, h v/t twice (`cost.activations`)
+    feed-forward D/t, D/t, gate, up and product: 3 F/t, or 2 F/t without a gate
+    experts      K/t (D + 3 F_e): gathered inputs, gate and up, product
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import lru_cache
+
+from quintet.plan.block_time import Policy
+from quintet.plan.setup import Setup
+from quintet.plan.stages import Part, policy_of, ranks_of
+from quintet.plan.step_time import weights_of
+from quintet.schedule import build
+from quintet.schedule.check import in_flight
+from quintet.schedule.classic import rounds
+
+BF16, FP32, INDEX = 2, 4, 8
+FRAMEWORK_BYTES = 2.5e9
+"""CUDA's context, NCCL's buffers, workspaces of products; assumed."""
+FRAGMENTATION = 0.04
+"""Of what comes and goes: activations, logits, messages; assumed."""
+IMBALANCE = 0.10
+"""How many more rows than the mean an expert-parallel rank receives, once balanced by bias; assumed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankMemory:
+    """Bytes of a rank of the pipeline, by part."""
+
+    weights: float
+    gradients: float
+    master_weights: float
+    moments: float
+    gathered: float
+    """ZeRO 3's whole weights of the layers at work."""
+    activations: float
+    recomputation: float
+    """What one layer holds besides while it is computed again."""
+    logits: float
+    messages: float
+    imbalance: float
+    """Rows beyond the mean at the experts of this rank."""
+    fragmentation: float
+    framework: float
+
+    @property
+    def total(self) -> float:
+        """Sum of the parts."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    @property
+    def margins(self) -> float:
+        """What is set aside rather than counted."""
+        return self.imbalance + self.fragmentation + self.framework
+
+
+def rank_memory(setup: Setup, parts: tuple[Part, ...]) -> tuple[RankMemory, ...]:
+    """Of each rank of the pipeline, first to last."""
+    held = ranks_of(setup.schedule, setup.layout.pp, len(parts))
+    peaks = peaks_in_flight(setup.schedule, setup.layout.pp, setup.num_microbatches, setup.chunks)
+    policy = policy_of(setup)
+    kinds = {moe: _block(setup, policy, moe=moe) for moe in (False, True)}
+    routed, messages = _routed_bytes(setup, policy), _message_bytes(setup)
+    known: dict[tuple[float, tuple[Part, ...]], RankMemory] = {}
+    found = []
+    for rank, stages in enumerate(held):
+        key = (peaks[rank], tuple(parts[stage] for stage in stages))
+        if key not in known:
+            known[key] = _of_rank(setup, key[1], in_flight=key[0], kinds=kinds, routed=routed, messages=messages)
+        found.append(known[key])
+    return tuple(found)
+
+
+def _block(setup: Setup, policy: Policy, *, moe: bool) -> tuple[float, float]:
+    """What a layer keeps, and what it holds besides while it is computed again."""
+    kept = block_bytes(setup, policy, moe=moe)
+    return kept, _full_bytes(setup, policy, moe=moe) - kept
+
+
+def _of_rank(
+    setup: Setup, held: tuple[Part, ...], *, in_flight: float, kinds: dict[bool, tuple[float, float]], routed: float, messages: float
+) -> RankMemory:
+    layout, a = setup.layout, setup.architecture
+    common, experts = (sum(both) for both in zip(*(weights_of(setup, part) for part in held), strict=True))
+    if any(part.embedding for part in held) and any(part.num_mtp and not part.embedding for part in held):
+        common -= a.vocab_size * a.hidden_size / layout.tp  # an MTP module on the first stage's rank reads its embedding (V3, 3.2.3)
+    shared, whole = _sharded(setup, common, experts), common + experts
+    modules = sum(part.num_mtp for part in held)
+    num_moe = sum(part.num_moe for part in held) + (modules if a.num_experts else 0)
+    num_dense = sum(part.num_dense for part in held) + (0 if a.num_experts else modules)
+    share = in_flight / len(held)  # of each of the rank's stages
+    kept = num_dense * kinds[False][0] + num_moe * kinds[True][0] + sum(_end_bytes(setup, part) for part in held)
+    present = [moe for moe, num in ((False, num_dense), (True, num_moe)) if num]
+    logits = _logits_bytes(setup) if any(part.head for part in held) else 0.0
+    largest = max((sum(a.block_weights(moe=moe)) for moe in present), default=0) / layout.tp / (layout.ep if num_moe else 1)
+    return RankMemory(
+        weights=BF16 * (shared if layout.zero == 3 else whole),
+        gradients=setup.gradient_bytes * (shared if layout.zero >= 2 else whole),
+        master_weights=FP32 * (shared if layout.zero else whole),
+        moments=2 * setup.moments_bytes * (shared if layout.zero else whole),
+        gathered=2 * (BF16 + FP32) * largest if layout.zero == 3 else 0.0,
+        activations=share * kept,
+        recomputation=max((kinds[moe][1] for moe in present), default=0.0),
+        logits=logits,
+        messages=messages,
+        imbalance=IMBALANCE * share * num_moe * routed if layout.ep > 1 and setup.recompute != "full" else 0.0,
+        fragmentation=FRAGMENTATION * (share * kept + logits + messages),
+        framework=FRAMEWORK_BYTES,
+    )
+
+
+def _sharded(setup: Setup, common: float, experts: float) -> float:
+    """Weights of which a rank holds the optimizer's state."""
+    layout = setup.layout
+    if not layout.zero:
+        return common + experts
+    if layout.zero_ranks is None:
+        return common / layout.num_replicas + experts / setup.expert_replicas
+    return common / layout.zero_ranks + experts / max(1, layout.zero_ranks * setup.expert_replicas // layout.num_replicas)
+
+
+def peaks_in_flight(schedule: str, num_ranks: int, num_microbatches: int, chunks: int) -> tuple[float, ...]:
+    """Per rank, the most stage activations that are kept at once, counted in the schedule itself."""
+    if num_ranks == 1:
+        return (1.0,)
+    if schedule == "gpipe":
+        return (float(num_microbatches),) * num_ranks
+    # The peak does not grow any more once the pipeline has been full; interleaved schedules fill it with a first round, of P or a few more.
+    m, p = num_microbatches, num_ranks
+    if schedule.startswith("interleaved"):
+        first = len(rounds(p, m)[0])
+        m = 2 * first if m > 2 * first and 2 * first < 3 * p else m
+    elif m > 2 * p:
+        m = 2 * p
+    elif schedule == "dualpipe":
+        m += m % 2
+    return _counted_peaks(schedule, num_ranks, m, chunks)
+
+
+@lru_cache(maxsize=4096)
+def _counted_peaks(schedule: str, num_ranks: int, num_microbatches: int, chunks: int) -> tuple[float, ...]:
+    return tuple(float(peak) for peak in in_flight(build(schedule, num_ranks, num_microbatches, chunks=chunks)))
+
+
+def block_bytes(setup: Setup, policy: Policy, *, moe: bool) -> float:
+    """What a layer keeps of a micro-batch from forward for backward."""
+    a, tokens, tp = setup.architecture, policy.tokens, policy.tp
+    kept = _full_bytes(setup, policy, moe=moe)
+    if policy.recompute == "full":
+        return kept + policy.recompute_share * (BF16 * tokens * a.hidden_size / tp - kept)
+    if policy.recompute == "selective":
+        again = 2 * a.hidden_size / tp  # the norms' outputs
+        if a.kv_lora_rank is not None:
+            again += (a.q_lora_rank or 0) + a.kv_lora_rank + a.num_heads * (2 * a.qk_head_dim + a.v_head_dim) / tp
+        kept -= (1 if _low(setup) else BF16) * tokens * 2 * a.hidden_size / tp + BF16 * tokens * (again - 2 * a.hidden_size / tp)
+    return kept
+
+
+def _low(setup: Setup) -> bool:
+    """Whether inputs of products are kept as they were cast: a byte each (V3, 3.3.3)."""
+    return setup.precision in ("fp8", "nvfp4")
+
+
+def _inner_bytes(setup: Setup, inner: float) -> float:
+    """Of a feed-forward's gate, up and product; in fp8 selective recomputation keeps gate and up in fp8, and no product (V3, 3.2.3,
+    3.3.3)."""
+    wide = (2 if setup.architecture.gated else 1) * inner
+    if not _low(setup):
+        return BF16 * (wide + inner)
+    return wide if setup.recompute == "selective" else BF16 * wide + inner
+
+
+def _full_bytes(setup: Setup, policy: Policy, *, moe: bool) -> float:
+    """What is kept without recomputation."""
+    a, tokens, tp = setup.architecture, policy.tokens, policy.tp
+    low = _low(setup)
+    heads, width = a.num_heads / tp, a.hidden_size / tp
+    cast = 1 if low else BF16
+    if a.kv_lora_rank is None:
+        kept = BF16 * (heads * a.qk_head_dim + a.num_kv_heads / tp * (a.qk_head_dim + a.v_head_dim)) + cast * heads * a.v_head_dim
+    else:
+        latents = 2 * ((a.q_lora_rank or 0) + a.kv_lora_rank) + a.qk_rope_head_dim
+        outputs = 1 if low else 2  # our attention's output is kept a second time, as its kernel laid it out
+        kept = BF16 * (latents + heads * (2 * a.qk_head_dim + a.v_head_dim * (1 + outputs)))
+    kept += 2 * (BF16 + cast) * width + _inner_bytes(setup, (a.shared_ffn_size if moe else a.ffn_size) / tp) + FP32 * (heads + 2 / tp)
+    return tokens * kept + (_routed_bytes(setup, policy) if moe else 0)
+
+
+def _routed_bytes(setup: Setup, policy: Policy) -> float:
+    """What the routed experts of one layer keep: rows, gate, up and product."""
+    a = setup.architecture
+    rows = policy.tokens * policy.expert_tp / policy.tp * a.experts_per_token
+    row = (1 if _low(setup) else BF16) * a.hidden_size + _inner_bytes(setup, a.expert_ffn_size / policy.expert_tp)
+    return rows * (row + FP32 + 2 * INDEX)
+
+
+def _end_bytes(setup: Setup, part: Part) -> float:
+    """Of losses and MTP modules."""
+    a, tokens = setup.architecture, setup.tokens
+    losses, width = (1 if part.head else 0) + part.num_mtp, a.hidden_size
+    return losses * tokens * width * BF16 * (1 + 1 / setup.layout.tp) + part.num_mtp * 4 * tokens * width * BF16 / setup.layout.tp
+
+
+def _logits_bytes(setup: Setup) -> float:
+    """Logits in bf16 and fp32, and their gradient, of the tokens whose logits exist at a time."""
+    a = setup.architecture
+    tokens = min(setup.tokens, setup.loss_chunk or setup.tokens)
+    return tokens * a.vocab_size / setup.layout.tp * (BF16 + FP32 + BF16)
+
+
+def _message_bytes(setup: Setup) -> float:
+    """The largest message and what it becomes."""
+    a, layout = setup.architecture, setup.layout
+    gathered = BF16 * setup.tokens * a.hidden_size if layout.tp > 1 else 0.0
+    rows = setup.tokens * layout.expert_tp / layout.tp * a.experts_per_token if layout.ep > 1 else 0.0
+    between = BF16 * 2 * setup.tokens / layout.tp * a.hidden_size if layout.pp > 1 else 0.0
+    return max(gathered, 2 * BF16 * rows * a.hidden_size) + between

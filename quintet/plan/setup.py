@@ -1,0 +1,97 @@
+"""What the planner estimates: a transformer, a layout, a schedule and a policy; from a run, or from what a paper tells."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from quintet.cost.architecture import Architecture, of_model
+from quintet.errors import SpecError
+from quintet.plan.software import Software
+from quintet.spec.layout import Layout
+from quintet.spec.run import Recompute, Run
+
+Precision = Literal["fp32", "bf16", "fp8", "nvfp4"]
+SIZE: dict[str, float] = {"fp32": 4, "bf16": 2, "fp8": 1, "nvfp4": 0.5625}
+"""Bytes of an element in a product; nvfp4 has a scale for each 16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """One training step of a transformer on a layout."""
+
+    architecture: Architecture
+    layout: Layout
+    sequence_length: int
+    batch_sequences: int
+    """Of a step, on all ranks."""
+    micro_batch: int = 1
+    schedule: str = "1f1b"
+    """As `schedule.NAMES`."""
+    chunks: int = 1
+    """Stages that a rank holds in an interleaved schedule."""
+    precision: Precision = "bf16"
+    recompute: Recompute = "none"
+    recompute_share: float = 1.0
+    """Share of the layers that recompute, for systems that can choose."""
+    moments_bytes: int = 4
+    """Of each of the two moments."""
+    gradient_bytes: int = 4
+    """Of a gradient that is reduced."""
+    mtp: bool = True
+    """Whether MTP modules run."""
+    megatron: bool = False
+    """Whether experts lie as in Megatron: over neighbouring ranks if they are whole; if tp splits them, rows are gathered over tp behind
+    the all-to-all, instead of tokens before it, as here."""
+    loss_chunk: int | None = None
+    """Tokens whose logits exist at a time; None: all of a micro-batch."""
+    software: Software = field(default_factory=lambda: Software(name="plain"))
+
+    def __post_init__(self) -> None:
+        if self.layout.pp > self.architecture.num_layers:
+            raise SpecError(f"layout.pp ({self.layout.pp}) must be at most num_layers ({self.architecture.num_layers})")
+        if self.batch_sequences < self.layout.dp * self.micro_batch:
+            raise SpecError(
+                f"a step has {self.batch_sequences} sequences, but layout.dp ({self.layout.dp}) x micro_batch ({self.micro_batch}) takes "
+                f"{self.layout.dp * self.micro_batch}; use fewer replicas, smaller micro-batches or a larger batch"
+            )
+
+    @property
+    def num_microbatches(self) -> int:
+        """Micro-batches of a replica in a step."""
+        return math.ceil(self.batch_sequences / (self.layout.dp * self.micro_batch))
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch, on the ranks of one tp group."""
+        return self.micro_batch * self.sequence_length // self.layout.cp
+
+    @property
+    def expert_replicas(self) -> int:
+        """Ranks of a stage that hold the same part of the same experts."""
+        layout = self.layout
+        return max(1, layout.num_replicas * layout.tp // (layout.ep * layout.expert_tp))
+
+    @property
+    def num_mtp(self) -> int:
+        """MTP modules that run."""
+        return self.architecture.num_mtp_modules if self.mtp else 0
+
+
+def of_run(run: Run, *, software: Software, batch_sequences: int, schedule: str, chunks: int, precision: Precision) -> Setup:
+    """The step of a run's longest phase."""
+    return Setup(
+        architecture=of_model(run.model),
+        layout=run.layout,
+        sequence_length=run.phases[0].sequence_length,
+        batch_sequences=batch_sequences,
+        micro_batch=run.train.micro_batch,
+        schedule=schedule,
+        chunks=chunks,
+        precision=precision,
+        recompute=run.train.recompute,
+        moments_bytes=2 if run.optimizer.moments == "bf16" else 4,
+        loss_chunk=run.train.loss_chunk,
+        software=software,
+    )
