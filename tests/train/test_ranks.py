@@ -19,6 +19,7 @@ from quintet.checkpoint.load import list_checkpoints, verify
 from quintet.cli.main import main
 from quintet.data.prepare import prepare
 from quintet.errors import DONE, INTERRUPTED
+from quintet.model.transformer import Transformer
 from quintet.monitor.metrics import Evaluated, Message, Record, read_events
 from quintet.monitor.sinks import Fanout, JsonLines
 from quintet.monitor.status import read_status
@@ -303,6 +304,33 @@ def test_a_rank_that_stops_amid_a_step_is_named_with_what_waits_for_it_and_what_
     told = fates[0].told
     assert "rank 0 waits at 0B1 from rank 1, which did not come" in told and "Traceback" not in told
     assert "rank 0: at 0B1 (step " in told and "rank 1: at 1B1 (step " in told
+
+
+def test_stages_are_cut_anew_by_their_times_and_the_run_is_the_same(run: Run, tmp_path: Path) -> None:
+    """On a model whose first layer is slow: checkpoint by checkpoint, since a stage's time says nothing of its single layers."""
+    model = replace(run.model, num_layers=6)
+    run = replace(run, model=model, checkpoint=replace(run.checkpoint, every=3), train=replace(run.train, steps=5))
+    alone = replace(run, directory=str(tmp_path / "alone"))
+    run = on(run, Layout(pp=2, schedule="1f1b", cut=(4, 2)), adaptive=True, micro_batch=1)
+
+    def slow(rank: int) -> None:
+        real = Transformer._run
+
+        def _run(model: Transformer, part: object, *arguments: object) -> object:
+            if part is dict(model.layers.named_children()).get("0"):
+                time.sleep(0.08)
+            return real(model, part, *arguments)  # type: ignore[arg-type]
+
+        pytest.MonkeyPatch().setattr(Transformer, "_run", _run)
+
+    assert train(alone) == DONE
+    fates = quintet(run, tmp_path, "train", str(write_recipe(run, tmp_path / "r.toml")), before=slow)
+    assert codes(fates) == [0, 0], fates
+    told = " ".join(fates[0].told.split())
+    assert "layout.cut is (3, 3) from step 4 on" in told
+    layout = parse.read(where(run) / "recipe.toml").layout
+    assert layout.cut is not None and layout.cut[0] < 4 and f"layout.cut is {layout.cut}" in told
+    assert_like(alone, run)
 
 
 def test_torchrun_trains_stops_resumes_and_one_device_uses_the_result(run: Run, tmp_path: Path) -> None:
