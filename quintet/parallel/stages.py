@@ -209,7 +209,7 @@ class ModelPipeline:
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch], context: Context) -> list[Loss]:
         """Forward alone, of any number of micro-batches."""
-        fewest = fewest_microbatches(self.layout.pipeline, self.layout.pp)
+        fewest = fewest_microbatches(self.layout.schedule_for(len(micro_batches)), self.layout.pp)
         missing = max(fewest - len(micro_batches), 0)
         missing += (len(micro_batches) + missing) % 2 if self.layout.arrangement == "mirror" else 0
         micro_batches = [*micro_batches, *[micro_batches[0].empty()] * missing]
@@ -245,7 +245,7 @@ def seconds_by_stage(times: Sequence[tuple[Work, float, float]]) -> dict[int, fl
 @lru_cache
 def program(layout: Layout, num_microbatches: int, *, evaluation: bool = False) -> Program:
     """The layout's schedule for so many micro-batches, checked and lowered. Raises SpecError where they are too few."""
-    schedule = build(layout.pipeline, layout.pp, num_microbatches, chunks=layout.chunks)
+    schedule = build(layout.schedule_for(num_microbatches), layout.pp, num_microbatches, chunks=layout.chunks)
     assert [layout.stages_at(place) for place in range(layout.pp)] == [
         tuple(sorted(stage for _, stage in held)) for held in schedule.stages
     ], layout
