@@ -11,8 +11,8 @@ stages of a replica on one. The same model and batch by four ways, in rotating o
     zbv, 1f1b   schedules without pairs
 
 A step's time is that of the slowest rank; `waiting` is the mean share of it that ranks stand still for experts' rows. Four ranks on two
-cores share these: while one waits, another may compute, which hides a part of the all-to-all for everybody. --trace writes the simulated and
-the measured timeline of a dualpipev step at the first link side by side; the simulation takes the median time of every stage's ops.
+cores share these: while one waits, another may compute, which hides a part of the all-to-all for everybody. --trace writes the simulated
+and the measured timeline of a dualpipev step at the first link side by side; the simulation takes the median time of every stage's ops.
 """
 
 from __future__ import annotations

@@ -283,8 +283,8 @@ def memory_errors(runs: Sequence[Published]) -> dict[str, Any]:
 def deepseek() -> dict[str, Any]:
     """V3's own anatomy (arXiv 2505.09343, table 4; arXiv 2412.19437; github.com/deepseek-ai/profile-data) beside the plan's."""
     run = parse.read(HERE.parent / "recipes" / "v3-671b.toml")
-    setup = of_run(run, software=generation("deepseek"), batch_sequences=15360, schedule="dualpipe", chunks=1, precision="fp8")
-    setup = replace(setup, moments_bytes=2)
+    run = replace(run, layout=replace(run.layout, schedule="dualpipe"))
+    setup = replace(of_run(run, software=generation("deepseek"), batch_sequences=15360, precision="fp8"), moments_bytes=2)
     found = estimate(setup, named("h800", num_gpus=2048))
     simulated, used, block = rehearse(found), utilization(found), found.timed.blocks.moe
     compute = 4 * (block.compute_forward + block.compute_input + block.compute_weight)
@@ -339,7 +339,7 @@ def _layout_family(run: Published) -> str:
 def _name(run: Published) -> str:
     setup, row = run.setup, run.row
     source = re.sub(r"NVIDIA |Megatron-|dgxc-|performance summary |benchmarks?(ing)? ?", "", row["source"])[:32]
-    policy = f"{setup.precision}, {setup.schedule} x {setup.chunks}, recompute {setup.recompute}"
+    policy = f"{setup.precision}, recompute {setup.recompute}"
     return f"{source}: {row['model']} on {row['num_gpus']} {row['gpu']}, {setup.layout}, {policy}"
 
 

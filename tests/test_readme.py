@@ -30,7 +30,15 @@ from quintet.spec.run import Run
 from tests.train.runs import MODEL, write_texts
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/training.md", "docs/data.md", "docs/checkpoints.md", "docs/parallelism.md", "docs/pipeline.md")
+PAGES = (
+    "README.md",
+    "docs/training.md",
+    "docs/data.md",
+    "docs/checkpoints.md",
+    "docs/parallelism.md",
+    "docs/pipeline.md",
+    "docs/planner.md",
+)
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _SHELL = re.compile(r"[|&;<>$`]")
 

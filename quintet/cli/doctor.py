@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from quintet.cli.options import Switch, read
-from quintet.monitor.machine import Finding, findings, num_cores
+from quintet.monitor.machine import Finding, findings, memory_bytes, num_cores
 from quintet.monitor.units import num_bytes
+from quintet.spec.cluster import dumps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +22,9 @@ class Arguments:
 
     measure: Switch = False
     """Also measure the peak of matrix multiplication, which MFU is told against; takes some seconds."""
+    cluster: Path | None = None
+    """Also measure copies, attention and messages, and write a cluster.toml that `quintet plan --gpu cluster.toml` plans with; takes
+    longer, and wants a quiet machine."""
     json: Switch = False
     """Print JSON."""
 
@@ -28,6 +33,8 @@ def main(arguments: list[str]) -> int:
     """Run the command and return its exit code: 0, or 1 where something that every installation has is missing."""
     given = read(Arguments, arguments, command="doctor")
     found = [*findings(), *torch_findings(), *(measured() if given.measure else [])]
+    if given.cluster:
+        found.append(write_cluster(given.cluster))
     if given.json:
         print(json.dumps([asdict(finding) for finding in found], indent=2))
     else:
@@ -82,3 +89,27 @@ def measured() -> list[Finding]:
     here = device.prepare(Train())
     peaks = [("bf16", device.measured_peak(here, "bf16")), ("fp32", device.measured_peak(here, "fp32"))]
     return [Finding(name=f"peak in {precision}", value=f"{peak / 1e9:,.0f} GFLOP/s on {here.type}") for precision, peak in peaks]
+
+
+def write_cluster(path: Path) -> Finding:
+    """Measure this machine and write it for the planner: a device with its own memory, or on CPU one rank that has all of the machine."""
+    from quintet.spec.run import Train
+    from quintet.train import device
+    from quintet.train.measure import measured_cluster
+
+    here = device.prepare(Train())
+    if here.type == "cuda":
+        import torch
+
+        about = torch.cuda.get_device_properties(here)
+        name, memory, num = about.name, float(about.total_memory), torch.cuda.device_count()
+    else:
+        name, memory, num = "cpu", float(memory_bytes()), 1
+    cluster = measured_cluster(here, name=name, memory_bytes=memory, num_devices=num)
+    path.write_text(dumps(cluster))
+    gpu, link = cluster.gpu, cluster.link
+    rates = (
+        f"bf16 {gpu.peak.bf16 / 1e9:,.0f} GFLOP/s, memory {gpu.memory_bandwidth / 1e9:.1f} GB/s, messages {link.effective / 1e9:.2f} GB/s"
+    )
+    value = f"{path}: {rates}"
+    return Finding(name="cluster", value=value)

@@ -5,19 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import tomli_w
 from rich.console import Console, Group, RenderableType
 from rich.rule import Rule
 from rich.table import Table
 
 from quintet.cli.bar import Bar
 from quintet.cli.options import Overrides, Recipe, Switch, read_with_recipe
-from quintet.errors import SpecError, UsageError, did_you_mean
+from quintet.errors import SpecError, UsageError
 from quintet.monitor.units import count, duration
 from quintet.plan import explain, page, presets
 from quintet.plan.estimate import Estimate, bounds, cost, estimate, goodput, terms, utilization
@@ -25,9 +24,8 @@ from quintet.plan.rehearse import rehearse
 from quintet.plan.search import Found, Goal, Space, allowed, nearest_possible, scaling, search
 from quintet.plan.setup import Precision, Setup, of_run
 from quintet.plan.software import generation
-from quintet.schedule import NAMES
 from quintet.spec import parse
-from quintet.spec.cluster import Cluster, as_tree, named
+from quintet.spec.cluster import Cluster, as_tree, dumps, named
 from quintet.spec.curriculum import curriculum
 from quintet.spec.curve import Curve
 from quintet.spec.layout import Layout, require_legal
@@ -54,10 +52,6 @@ class Arguments:
     """How well kernels and overlap work: a generation of `plan.software`."""
     precision: Literal["recipe", "bf16", "fp8", "nvfp4", "fp32"] = "recipe"
     """Of matrix products."""
-    schedule: str | None = None
-    """The pipeline schedule; absent: dualpipe for the recipe's layout where it fits, 1f1b otherwise, and any in the search."""
-    chunks: int = 2
-    """Stages per rank of the interleaved schedules."""
     batch: int | None = None
     """Sequences of a step; absent: the longest batch of the recipe's first phase."""
     tokens: float | None = None
@@ -107,7 +101,7 @@ def main(arguments: list[str]) -> int:
     run = given.run if chosen is None else _with_layout(given.run, chosen.layout)
     cluster = _cluster(given, run)
     if given.write_cluster:
-        given.write_cluster.write_text(tomli_w.dumps(_without_none(as_tree(cluster))))
+        given.write_cluster.write_text(dumps(cluster))
         Console().print(f"wrote {given.write_cluster}", highlight=False)
         return 0
     with Bar("searching layouts"):
@@ -139,11 +133,10 @@ def plan(given: Arguments, run: Run, cluster: Cluster) -> Planned:
         notes.append(
             f"the recipe's layout ({run.layout}) takes {run.layout.num_ranks:,} devices, not {cluster.num_gpus:,}: only the search is shown"
         )
-    space = Space() if given.schedule is None else Space(schedules=((given.schedule, base.chunks),))
-    found = Found() if given.alone else search(base, cluster, model=run.model, space=space, top=given.top, goal=given.goal)
+    found = Found() if given.alone else search(base, cluster, model=run.model, top=given.top, goal=given.goal)
     nearest = []
     if (own and not own.fits) or (not given.alone and not found.best):
-        nearest = nearest_possible(base, cluster, model=run.model, space=space)
+        nearest = nearest_possible(base, cluster, model=run.model)
     return Planned(cluster=cluster, own=own, found=found, nearest=nearest, notes=notes)
 
 
@@ -164,35 +157,18 @@ def _factor(word: str) -> tuple[str, float]:
 
 def _setup(given: Arguments, run: Run, cluster: Cluster) -> Setup:
     """The recipe's own step. Raises UsageError or SpecError for what contradicts itself."""
-    layout, phase = run.layout, run.phases[0]
+    phase = run.phases[0]
     batch = given.batch if given.batch is not None else int(Curve.parse(phase.batch).peak)
     precision: Precision = run.train.precision if given.precision == "recipe" else given.precision
-    if given.schedule is not None and given.schedule not in NAMES:
-        raise UsageError(
-            f"--schedule {given.schedule!r} is not a schedule{did_you_mean(given.schedule, NAMES)}; schedules: {', '.join(NAMES)}"
-        )
-    fits = run.layout.num_ranks == cluster.num_gpus
-    if not fits:  # the search chooses its own; nothing of the layout is judged
+    if run.layout.num_ranks != cluster.num_gpus:  # the search chooses its own; nothing of the layout is judged
         run = _with_layout(run, Layout())
-        layout = run.layout
-    make: Callable[[str], Setup] = lambda schedule: of_run(  # noqa: E731
-        run,
-        software=generation(given.software, device=cluster.gpu.name),
-        batch_sequences=batch,
-        schedule=schedule,
-        chunks=given.chunks if schedule.startswith("interleaved") else 1,
-        precision=precision,
-    )
-    if given.schedule is None:
-        dual = make("dualpipe")
-        return dual if layout.pp > 1 and allowed(dual) else make("1f1b")
-    chosen = make(given.schedule)
-    if layout.pp > 1 and not allowed(chosen):
+    chosen = of_run(run, software=generation(given.software, device=cluster.gpu.name), batch_sequences=batch, precision=precision)
+    if run.layout.pp > 1 and not allowed(chosen):
         raise SpecError(
-            f"--schedule {given.schedule} cannot run {chosen.num_microbatches} micro-batches over layout.pp "
-            f"({layout.pp}): DualPipe needs twice as many "
-            f"as stages, interleaved schedules as many, and every stage a layer; change --batch, "
-            f"--train.micro-batch, --layout.pp or --schedule"
+            f"layout.schedule {run.layout.pipeline} cannot run {chosen.num_microbatches} micro-batches over "
+            f"layout.pp ({run.layout.pp}): DualPipe "
+            f"needs twice as many as stages, interleaved schedules as many; change --batch, --train.micro-batch, "
+            f"--layout.pp or --layout.schedule"
         )
     return chosen
 
@@ -314,8 +290,7 @@ def _summary(found: Estimate, *, tokens: float) -> RenderableType:
     fits = "[green]fits[/green]" if found.fits else "[bold red]does not fit[/bold red]"
     rows.add_row(
         "layout",
-        f"{setup.layout}, {_schedule(setup)}{setup.num_microbatches} micro-batches of {setup.micro_batch}, recompute "
-        f"{setup.recompute}, {setup.precision}",
+        f"{setup.layout}, {setup.num_microbatches} micro-batches of {setup.micro_batch}, recompute {setup.recompute}, {setup.precision}",
     )
     rows.add_row(
         "memory", f"{found.fullest.total / GIGA:.1f} GB on the fullest rank of {found.cluster.gpu.memory_bytes / GIGA:.1f}: {fits}"
@@ -383,18 +358,12 @@ def _best_table(planned: Planned, *, tokens: float) -> Table:
     best = planned.found.best[0]
     for index, one in enumerate(planned.found.best):
         hours = cost(one, tokens=tokens).device_hours
-        name, policy = str(index + 1), f"{_schedule(one.setup)}micro-batch {one.setup.micro_batch}, recompute {one.setup.recompute}"
+        name, policy = str(index + 1), f"micro-batch {one.setup.micro_batch}, recompute {one.setup.recompute}"
         table.add_row(
             name, str(one.setup.layout), f"{one.seconds:.2f}", f"{one.fullest.total / GIGA:.1f}", f"{one.bubble:.1%}", f"{hours:,.0f}"
         )
         table.add_row("", f"[dim]{policy}\n{_trade(one, best)}[/dim]")
     return table
-
-
-def _schedule(setup: Setup) -> str:
-    if setup.layout.pp == 1:
-        return ""
-    return setup.schedule + (f" x{setup.chunks}" if setup.schedule.startswith("interleaved") else "") + ", "
 
 
 def _trade(one: Estimate, best: Estimate) -> str:
@@ -412,7 +381,7 @@ def _trade(one: Estimate, best: Estimate) -> str:
 def _nearest_line(what: str, one: Estimate) -> str:
     setup = one.setup
     return (
-        f"{what}: {setup.layout} ({setup.layout.num_ranks:,} devices), {setup.schedule}, micro-batch "
+        f"{what}: {setup.layout} ({setup.layout.num_ranks:,} devices), micro-batch "
         f"{setup.micro_batch}, recompute {setup.recompute}: "
         f"{one.seconds:.2f} s, {one.fullest.total / GIGA:.1f} GB"
     )
@@ -479,7 +448,3 @@ def _write(given: Arguments, run: Run, planned: Planned, sizes: page.Scaling | N
         given.write.write_text(parse.dumps(replace(run, layout=setup.layout, train=train)))
         if not given.json:
             Console().print(f"wrote {given.write}: quintet train {given.write}", highlight=False)
-
-
-def _without_none(value: Any) -> Any:
-    return {name: _without_none(inner) for name, inner in value.items() if inner is not None} if isinstance(value, dict) else value

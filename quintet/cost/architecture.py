@@ -146,6 +146,17 @@ class Architecture:
         """Operations of core attention per query forward, over that many keys."""
         return 2 * keys * self.num_heads * (self.qk_head_dim + self.v_head_dim)
 
+    def layer_costs(self) -> tuple[list[float], float]:
+        """Operations of a token in each layer, and behind the last one, as `cost.balance.layer_costs` counts them of a model."""
+        attention = 2 * sum(p.weights for p in self.attention) + self.attention_flops(keys=2048)
+        dense = attention + 2 * sum(p.weights for p in self.dense)
+        experts = 2 * self.experts_per_token * sum(p.weights for p in self.expert)
+        moe = attention + experts + 2 * sum(p.weights for p in (*self.router, *self.shared))
+        head = 2 * self.head[0].weights
+        module = (moe if self.num_experts else dense) + head + 2 * self.projection[0].weights
+        layers = [dense] * (self.num_layers - self.num_moe_layers) + [moe] * self.num_moe_layers
+        return [3 * layer for layer in layers], 3 * (head + self.num_mtp_modules * module)
+
     def flops_per_token(self, *, sequence_length: int, causal: bool = True, mtp: bool = True, gate: bool = True) -> float:
         """Operations per token of a training step, in the conventions of `cost.flops.flops_per_token`."""
         keys = sequence_length / 2 if causal else sequence_length

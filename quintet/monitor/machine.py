@@ -105,6 +105,12 @@ def _package(name: str, install: str) -> Finding:
         return Finding(name=name, value="not installed", missing=name in CORE, remedy=install)
 
 
+def memory_bytes() -> int:
+    """Bytes of the machine's memory."""
+    total: int = psutil.virtual_memory().total
+    return total
+
+
 def num_cores() -> int:
     """Logical cores that this process may use: its affinity, and the control group's quota rounded up."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

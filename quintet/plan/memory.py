@@ -67,7 +67,7 @@ class RankMemory:
 
 def rank_memory(setup: Setup, parts: tuple[Part, ...]) -> tuple[RankMemory, ...]:
     """Of each rank of the pipeline, first to last."""
-    held = ranks_of(setup.schedule, setup.layout.pp, len(parts))
+    held = ranks_of(setup.layout)
     peaks = peaks_in_flight(setup.schedule, setup.layout.pp, setup.num_microbatches, setup.chunks)
     policy = policy_of(setup)
     kinds = {moe: _block(setup, policy, moe=moe) for moe in (False, True)}
@@ -105,11 +105,11 @@ def _of_rank(
     logits = _logits_bytes(setup) if any(part.head for part in held) else 0.0
     largest = max((sum(a.block_weights(moe=moe)) for moe in present), default=0) / layout.tp / (layout.ep if num_moe else 1)
     return RankMemory(
-        weights=BF16 * (shared if layout.zero == 3 else whole),
+        weights=_word(setup) * (shared if layout.zero == 3 else whole),
         gradients=setup.gradient_bytes * (shared if layout.zero >= 2 else whole),
-        master_weights=FP32 * (shared if layout.zero else whole),
+        master_weights=0.0 if setup.precision == "fp32" else FP32 * (shared if layout.zero else whole),
         moments=2 * setup.moments_bytes * (shared if layout.zero else whole),
-        gathered=2 * (BF16 + FP32) * largest if layout.zero == 3 else 0.0,
+        gathered=2 * (_word(setup) + FP32) * largest if layout.zero == 3 else 0.0,
         activations=share * kept,
         recomputation=max((kinds[moe][1] for moe in present), default=0.0),
         logits=logits,
@@ -158,13 +158,20 @@ def block_bytes(setup: Setup, policy: Policy, *, moe: bool) -> float:
     a, tokens, tp = setup.architecture, policy.tokens, policy.tp
     kept = _full_bytes(setup, policy, moe=moe)
     if policy.recompute == "full":
-        return kept + policy.recompute_share * (BF16 * tokens * a.hidden_size / tp - kept)
+        return kept + policy.recompute_share * (_word(setup) * tokens * a.hidden_size / tp - kept)
     if policy.recompute == "selective":
         again = 2 * a.hidden_size / tp  # the norms' outputs
         if a.kv_lora_rank is not None:
             again += (a.q_lora_rank or 0) + a.kv_lora_rank + a.num_heads * (2 * a.qk_head_dim + a.v_head_dim) / tp
-        kept -= (1 if _low(setup) else BF16) * tokens * 2 * a.hidden_size / tp + BF16 * tokens * (again - 2 * a.hidden_size / tp)
+        kept -= (1 if _low(setup) else _word(setup)) * tokens * 2 * a.hidden_size / tp + _word(setup) * tokens * (
+            again - 2 * a.hidden_size / tp
+        )
     return kept
+
+
+def _word(setup: Setup) -> int:
+    """Bytes of a weight or activation that is not cast further down."""
+    return FP32 if setup.precision == "fp32" else BF16
 
 
 def _low(setup: Setup) -> bool:
@@ -177,8 +184,8 @@ def _inner_bytes(setup: Setup, inner: float) -> float:
     3.3.3)."""
     wide = (2 if setup.architecture.gated else 1) * inner
     if not _low(setup):
-        return BF16 * (wide + inner)
-    return wide if setup.recompute == "selective" else BF16 * wide + inner
+        return _word(setup) * (wide + inner)
+    return wide if setup.recompute == "selective" else _word(setup) * wide + inner
 
 
 def _full_bytes(setup: Setup, policy: Policy, *, moe: bool) -> float:
@@ -186,14 +193,16 @@ def _full_bytes(setup: Setup, policy: Policy, *, moe: bool) -> float:
     a, tokens, tp = setup.architecture, policy.tokens, policy.tp
     low = _low(setup)
     heads, width = a.num_heads / tp, a.hidden_size / tp
-    cast = 1 if low else BF16
+    cast = 1 if low else _word(setup)
     if a.kv_lora_rank is None:
-        kept = BF16 * (heads * a.qk_head_dim + a.num_kv_heads / tp * (a.qk_head_dim + a.v_head_dim)) + cast * heads * a.v_head_dim
+        kept = _word(setup) * (heads * a.qk_head_dim + a.num_kv_heads / tp * (a.qk_head_dim + a.v_head_dim)) + cast * heads * a.v_head_dim
     else:
         latents = 2 * ((a.q_lora_rank or 0) + a.kv_lora_rank) + a.qk_rope_head_dim
         outputs = 1 if low else 2  # our attention's output is kept a second time, as its kernel laid it out
-        kept = BF16 * (latents + heads * (2 * a.qk_head_dim + a.v_head_dim * (1 + outputs)))
-    kept += 2 * (BF16 + cast) * width + _inner_bytes(setup, (a.shared_ffn_size if moe else a.ffn_size) / tp) + FP32 * (heads + 2 / tp)
+        kept = _word(setup) * (latents + heads * (2 * a.qk_head_dim + a.v_head_dim * (1 + outputs)))
+    kept += (
+        2 * (_word(setup) + cast) * width + _inner_bytes(setup, (a.shared_ffn_size if moe else a.ffn_size) / tp) + FP32 * (heads + 2 / tp)
+    )
     return tokens * kept + (_routed_bytes(setup, policy) if moe else 0)
 
 
@@ -201,7 +210,7 @@ def _routed_bytes(setup: Setup, policy: Policy) -> float:
     """What the routed experts of one layer keep: rows, gate, up and product."""
     a = setup.architecture
     rows = policy.tokens * policy.expert_tp / policy.tp * a.experts_per_token
-    row = (1 if _low(setup) else BF16) * a.hidden_size + _inner_bytes(setup, a.expert_ffn_size / policy.expert_tp)
+    row = (1 if _low(setup) else _word(setup)) * a.hidden_size + _inner_bytes(setup, a.expert_ffn_size / policy.expert_tp)
     return rows * (row + FP32 + 2 * INDEX)
 
 
@@ -209,20 +218,23 @@ def _end_bytes(setup: Setup, part: Part) -> float:
     """Of losses and MTP modules."""
     a, tokens = setup.architecture, setup.tokens
     losses, width = (1 if part.head else 0) + part.num_mtp, a.hidden_size
-    return losses * tokens * width * BF16 * (1 + 1 / setup.layout.tp) + part.num_mtp * 4 * tokens * width * BF16 / setup.layout.tp
+    return (
+        losses * tokens * width * _word(setup) * (1 + 1 / setup.layout.tp)
+        + part.num_mtp * 4 * tokens * width * _word(setup) / setup.layout.tp
+    )
 
 
 def _logits_bytes(setup: Setup) -> float:
     """Logits in bf16 and fp32, and their gradient, of the tokens whose logits exist at a time."""
     a = setup.architecture
     tokens = min(setup.tokens, setup.loss_chunk or setup.tokens)
-    return tokens * a.vocab_size / setup.layout.tp * (BF16 + FP32 + BF16)
+    return tokens * a.vocab_size / setup.layout.tp * (2 * _word(setup) + (FP32 if setup.precision != "fp32" else 0))
 
 
 def _message_bytes(setup: Setup) -> float:
     """The largest message and what it becomes."""
     a, layout = setup.architecture, setup.layout
-    gathered = BF16 * setup.tokens * a.hidden_size if layout.tp > 1 else 0.0
+    gathered = _word(setup) * setup.tokens * a.hidden_size if layout.tp > 1 else 0.0
     rows = setup.tokens * layout.expert_tp / layout.tp * a.experts_per_token if layout.ep > 1 else 0.0
-    between = BF16 * 2 * setup.tokens / layout.tp * a.hidden_size if layout.pp > 1 else 0.0
-    return max(gathered, 2 * BF16 * rows * a.hidden_size) + between
+    between = _word(setup) * 2 * setup.tokens / layout.tp * a.hidden_size if layout.pp > 1 else 0.0
+    return max(gathered, 2 * _word(setup) * rows * a.hidden_size) + between

@@ -10,6 +10,7 @@ from quintet.plan.costs import Costs, Layer, overlapped
 from quintet.plan.formulas import bubble_seconds
 from quintet.plan.stages import StageTime, ranks_of
 from quintet.schedule import build
+from quintet.spec.layout import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,22 +35,14 @@ class PipelineTime:
 
 
 def pipeline_time(
-    schedule: str,
-    num_ranks: int,
-    num_microbatches: int,
-    stages: Sequence[StageTime],
-    *,
-    hop: float,
-    chunks: int,
-    p2p_hidden: float,
-    pair_waits: float = 1.0,
+    layout: Layout, num_microbatches: int, stages: Sequence[StageTime], *, hop: float, p2p_hidden: float, pair_waits: float = 1.0
 ) -> PipelineTime:
-    """`stages` are all stages in the order of the model, `chunks` of them on each rank; `hop` is a message to the next rank.
+    """`stages` are all stages in the order of the model; `hop` is a message to the next rank.
 
     The steady state takes as long as the slowest rank; filling and draining takes what the schedule's formula says for the mean rank.
     Exact for equal stages and 1F1B (tested against the simulator).
     """
-    m, p = num_microbatches, num_ranks
+    m, p, schedule, chunks = num_microbatches, layout.pp, layout.pipeline, layout.num_stages // layout.pp
     if p == 1:
         one = stages[0]
         return PipelineTime(
@@ -62,7 +55,7 @@ def pipeline_time(
             p2p=0.0,
             pair=one.whole,
         )
-    ranks = [[stages[s] for s in held] for held in ranks_of(schedule, p, len(stages))]
+    ranks = [[stages[s] for s in held] for held in ranks_of(layout)]
     each = m / 2 if schedule == "dualpipe" else m  # half of the micro-batches take each of the two directions
     slowest = max(ranks, key=lambda held: sum(stage.whole for stage in held))
     mean = 1 / p

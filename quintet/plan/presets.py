@@ -30,19 +30,19 @@ class Preset:
 
 PRESETS = {
     "16x64x8": Preset(
-        layout=Layout(pp=16, dp=512, ep=64, zero=1),
+        layout=Layout(pp=16, dp=512, ep=64, zero=1, schedule="1f1b"),
         claim="16 x 64 x 8: 16 stages, 64 ways of experts, 8 replicas",
         devices=8192,
         factors={"pp": 16, "ep": 64, "dp": 8},
     ),
     "tp8-pp16-dp64": Preset(
-        layout=Layout(tp=8, pp=16, dp=64, ep=32, zero=1),
+        layout=Layout(tp=8, pp=16, dp=64, ep=32, zero=1, schedule="dualpipe"),
         claim='TP8 PP16 DP64 EP32 SP4 "on 2,048"',
         devices=2048,
         factors={"tp": 8, "pp": 16, "dp": 64},
     ),
     "4x4": Preset(
-        layout=Layout(pp=4, dp=4, ep=4, zero=1, node_size=8),
+        layout=Layout(pp=4, dp=4, ep=4, zero=1, schedule="dualpipe"),
         claim="4 x 4 with 64 experts on 16 devices",
         devices=16,
         factors={"pp": 4, "ep": 4},

@@ -20,7 +20,7 @@ from quintet.plan.setup import Precision, Setup
 from quintet.plan.software import Software, generation
 from quintet.plan.step_time import step_time
 from quintet.spec.cluster import CATALOGUE, Cluster
-from quintet.spec.layout import Layout
+from quintet.spec.layout import Layout, PipelineName
 from quintet.spec.run import Recompute
 
 Row = Mapping[str, str]
@@ -128,7 +128,7 @@ def read(path: Path) -> tuple[list[Published], list[tuple[Row, str]]]:
 def published(row: Row) -> Published:
     """One row. Raises NotDescribed, or SpecError where it breaks a rule."""
     architecture, cluster, name = _architecture(row), _cluster(row), family(row)
-    layout, schedule, chunks = _layout(row)
+    layout = _layout(row)
     sequence = _whole(row, "seq")
     batch = _number(row, "global_batch") or (_number(row, "micro_batch") or 0) * layout.dp
     if layout.pp > 1 and not _number(row, "global_batch"):
@@ -147,8 +147,6 @@ def published(row: Row) -> Published:
         sequence_length=sequence,
         batch_sequences=int(batch),
         micro_batch=min(micro, max(1, int(batch) // layout.dp)),
-        schedule=schedule,
-        chunks=chunks,
         precision=precision,
         recompute=_recompute(row["recompute"].lower()),
         mtp=_mtp(row, architecture, sequence),
@@ -271,7 +269,7 @@ def _architecture(row: Row) -> Architecture:
     return (gated, plain, *tied)[best]
 
 
-def _layout(row: Row) -> tuple[Layout, str, int]:
+def _layout(row: Row) -> Layout:
     notes = row["overlap_notes"]
     devices = _whole(row, "num_gpus")
     if not devices:
@@ -297,7 +295,7 @@ def _layout(row: Row) -> tuple[Layout, str, int]:
     if pp > 1 and not row["vpp"] and "dgxc" in row["source"]:  # not told: their other pipelines have one or two layers per stage
         chunks = max(1, (_whole(row, "layers") or pp) // pp)
     lower = notes.lower()
-    schedule = "1f1b"
+    schedule: PipelineName = "1f1b"
     if re.search(r"zb-2p|v-half|v-min|zbb", lower):
         raise NotDescribed("a schedule that Quintet does not have")
     if "dualpipe" in lower or "DeepSeek" in row["source"]:
@@ -308,7 +306,7 @@ def _layout(row: Row) -> tuple[Layout, str, int]:
         schedule = "zbv"
     elif pp > 1 and (chunks > 1 or "interleaved" in lower):
         schedule, chunks = "interleaved", chunks if chunks > 1 else 2
-    return layout, schedule, chunks if schedule == "interleaved" else 1
+    return replace(layout, schedule=schedule, chunks=max(2, chunks)) if pp > 1 else layout
 
 
 def _recompute(text: str) -> Recompute:

@@ -36,7 +36,7 @@ def rehearse(found: Estimate, *, num_microbatches: int | None = None) -> Simulat
     setup = found.setup
     if setup.layout.pp == 1:
         raise SpecError("layout.pp (1): a pipeline of one stage has nothing to simulate")
-    chunks = setup.chunks if setup.schedule.startswith("interleaved") else 2
+    chunks = max(2, setup.chunks)
     m = num_microbatches or setup.num_microbatches
     return simulate(
         build(setup.schedule, setup.layout.pp, m + (m % 2 if setup.schedule == "dualpipe" else 0), chunks=chunks), costs_of(found)

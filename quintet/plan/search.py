@@ -122,7 +122,17 @@ def layouts(model: Model, cluster: Cluster, base: Setup, space: Space) -> Iterat
                 for zero, split in itertools.product(space.zero, (1, tp) if tp > 1 and space.expert_tp else (1,)):
                     if zero >= 2 and pp > 1:  # each micro-batch would gather weights or reduce gradients again
                         continue
-                    layout = Layout(dp=dp, tp=tp, pp=pp, ep=ep, cp=cp, expert_tp=split, zero=zero, node_size=math.gcd(cluster.domain, n))
+                    layout = Layout(
+                        dp=dp,
+                        tp=tp,
+                        pp=pp,
+                        ep=ep,
+                        cp=cp,
+                        expert_tp=split,
+                        zero=zero,
+                        node_size=math.gcd(cluster.domain, n),
+                        schedule="1f1b" if pp > 1 else None,
+                    )
                     if not broken_rules(layout, model, (length,)):
                         yield layout
 
@@ -139,7 +149,8 @@ def _choices(base: Setup, layout: Layout, space: Space, cluster: Cluster, *, lim
         if least_seconds(least, blocks(least, cluster)) > limit * base.batch_sequences:
             continue
         for schedule, chunks in space.schedules if layout.pp > 1 else (("1f1b", 1),):
-            setup = replace(base, layout=layout, micro_batch=micro_batch, schedule=schedule, chunks=chunks)
+            piped = replace(layout, schedule=schedule, chunks=max(2, chunks)) if layout.pp > 1 else layout  # type: ignore[arg-type]
+            setup = replace(base, layout=piped, micro_batch=micro_batch)
             if allowed(setup):
                 yield setup
 
@@ -147,8 +158,7 @@ def _choices(base: Setup, layout: Layout, space: Space, cluster: Cluster, *, lim
 def allowed(setup: Setup) -> bool:
     """Whether the schedule takes the layout's ranks and micro-batches, and the model has layers enough for its stages."""
     layout, m = setup.layout, setup.num_microbatches
-    per_rank = setup.chunks if setup.schedule in ("interleaved", "interleaved-zb", "zbv", "dualpipev") else 1
-    if layout.pp * per_rank > setup.architecture.num_layers:
+    if layout.num_stages > setup.architecture.num_layers:
         return False
     if setup.schedule.startswith("dualpipe"):
         return m >= 2 * layout.pp and (setup.schedule == "dualpipev" or (layout.pp % 2 == 0 and m % 2 == 0))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from quintet.cost.architecture import Architecture, of_model
 from quintet.errors import SpecError
 from quintet.plan.software import Software
-from quintet.spec.layout import Layout
+from quintet.spec.layout import Layout, PipelineName
 from quintet.spec.run import Recompute, Run
 
 Precision = Literal["fp32", "bf16", "fp8", "nvfp4"]
@@ -27,10 +26,6 @@ class Setup:
     batch_sequences: int
     """Of a step, on all ranks."""
     micro_batch: int = 1
-    schedule: str = "1f1b"
-    """As `schedule.NAMES`."""
-    chunks: int = 1
-    """Stages that a rank holds in an interleaved schedule."""
     precision: Precision = "bf16"
     recompute: Recompute = "none"
     recompute_share: float = 1.0
@@ -60,7 +55,17 @@ class Setup:
     @property
     def num_microbatches(self) -> int:
         """Micro-batches of a replica in a step."""
-        return math.ceil(self.batch_sequences / (self.layout.dp * self.micro_batch))
+        return self.layout.num_microbatches(self.batch_sequences, self.micro_batch)
+
+    @property
+    def schedule(self) -> PipelineName:
+        """The layout's pipeline schedule; without stages the plainest, where it makes no difference."""
+        return self.layout.pipeline if self.layout.pp > 1 else "1f1b"
+
+    @property
+    def chunks(self) -> int:
+        """Stages of each rank."""
+        return self.layout.num_stages // self.layout.pp
 
     @property
     def tokens(self) -> int:
@@ -79,7 +84,7 @@ class Setup:
         return self.architecture.num_mtp_modules if self.mtp else 0
 
 
-def of_run(run: Run, *, software: Software, batch_sequences: int, schedule: str, chunks: int, precision: Precision) -> Setup:
+def of_run(run: Run, *, software: Software, batch_sequences: int, precision: Precision) -> Setup:
     """The step of a run's longest phase."""
     return Setup(
         architecture=of_model(run.model),
@@ -87,8 +92,6 @@ def of_run(run: Run, *, software: Software, batch_sequences: int, schedule: str,
         sequence_length=run.phases[0].sequence_length,
         batch_sequences=batch_sequences,
         micro_batch=run.train.micro_batch,
-        schedule=schedule,
-        chunks=chunks,
         precision=precision,
         recompute=run.train.recompute,
         moments_bytes=2 if run.optimizer.moments == "bf16" else 4,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 
+from quintet.cost.architecture import Architecture
+from quintet.cost.balance import cut
 from quintet.plan.block_time import BlockTime, Policy, block_time, ends_time
 from quintet.plan.setup import Setup
 from quintet.spec.cluster import Cluster
+from quintet.spec.layout import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,29 +73,46 @@ def policy_of(setup: Setup) -> Policy:
     )
 
 
-def parts(setup: Setup, found: Blocks, *, num_stages: int) -> tuple[Part, ...]:
-    """Equally many layers per stage where they divide; or else a cut that keeps the busiest rank's work small."""
-    a = setup.architecture
+def parts(setup: Setup, found: Blocks) -> tuple[Part, ...]:
+    """As the layout or the runtime cuts the model (`cost.balance`). Megatron's runs have equally many layers per stage where these
+    divide, or else a cut that keeps the busiest rank's work small."""
+    a, layout = setup.architecture, setup.layout
+    num_stages = layout.num_stages
     if num_stages == 1:
         return (
             Part(num_dense=a.num_layers - a.num_moe_layers, num_moe=a.num_moe_layers, num_mtp=setup.num_mtp, embedding=True, head=True),
         )
-    if a.num_layers % num_stages == 0:
+    if layout.cut is not None:
+        sizes = list(layout.cut)
+    elif not setup.megatron:
+        sizes = list(_cut(a, num_stages))
+    elif a.num_layers % num_stages == 0:
         sizes = [a.num_layers // num_stages] * num_stages
     else:
         weigh = tuple(round(_weight(time), 9) for time in (found.dense, found.moe, found.embedding, found.head))
-        ranks = ranks_of(setup.schedule, setup.layout.pp, num_stages)
+        ranks = ranks_of(layout)
         sizes = list(_balanced(a.num_layers - a.num_moe_layers, a.num_moe_layers, ranks, weigh, setup.num_mtp))
-    return tuple(_part(setup, sizes, stage) for stage in range(num_stages))
+    return _parts(a, tuple(sizes), setup.num_mtp)
 
 
-def _part(setup: Setup, sizes: Sequence[int], stage: int) -> Part:
-    a = setup.architecture
-    begin, end = sum(sizes[:stage]), sum(sizes[: stage + 1])
-    dense = a.num_layers - a.num_moe_layers
-    num_dense = max(0, min(end, dense) - begin)
-    last = stage == len(sizes) - 1
-    return Part(num_dense=num_dense, num_moe=end - begin - num_dense, num_mtp=setup.num_mtp if last else 0, embedding=stage == 0, head=last)
+@lru_cache(maxsize=4096)
+def _cut(a: Architecture, num_stages: int) -> tuple[int, ...]:
+    """The runtime's own cut, by the operations of a token."""
+    layers, behind = a.layer_costs()
+    return cut(layers, num_stages, behind=behind)
+
+
+@lru_cache(maxsize=20_000)
+def _parts(a: Architecture, sizes: tuple[int, ...], num_mtp: int) -> tuple[Part, ...]:
+    """The stages with so many layers each."""
+    dense, begin, found = a.num_layers - a.num_moe_layers, 0, []
+    for stage, size in enumerate(sizes):
+        last = stage == len(sizes) - 1
+        num_dense = max(0, min(begin + size, dense) - begin)
+        part = Part(num_dense=num_dense, num_moe=size - num_dense, num_mtp=num_mtp if last else 0, embedding=stage == 0, head=last)
+        found.append(part)
+        begin += size
+    return tuple(found)
 
 
 def _weight(time: BlockTime) -> float:
@@ -135,13 +154,10 @@ def _balanced(num_dense: int, num_moe: int, ranks: tuple[tuple[int, ...], ...], 
     return tuple(sizes)
 
 
-def ranks_of(schedule: str, num_ranks: int, num_stages: int) -> tuple[tuple[int, ...], ...]:
-    """The stages that each rank works on: one after the other, in a loop, in a V, or with DualPipe in both directions."""
-    if schedule == "dualpipe":
-        return tuple((rank, num_stages - 1 - rank) for rank in range(num_ranks))
-    if schedule in ("zbv", "dualpipev"):
-        return tuple((rank, num_stages - 1 - rank) for rank in range(num_ranks))
-    return tuple(tuple(range(rank, num_stages, num_ranks)) for rank in range(num_ranks))
+@lru_cache(maxsize=4096)
+def ranks_of(layout: Layout) -> tuple[tuple[int, ...], ...]:
+    """The stages at each place of the pipeline; with DualPipe each is worked on at two places, for half of the micro-batches."""
+    return tuple(layout.stages_at(place) for place in range(layout.pp)) if layout.pp > 1 else ((0,),)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,19 +59,16 @@ def step_time(setup: Setup, cluster: Cluster) -> Timed:
     """The step of a legal setup."""
     found = blocks(setup, cluster)
     layout, a = setup.layout, setup.architecture
-    stages_per_rank = _stages_per_rank(setup)
-    cut = parts(setup, found, num_stages=layout.pp * stages_per_rank)
+    cut = parts(setup, found)
     times = {part: stage_time(part, found, moe=bool(a.num_experts)) for part in set(cut)}
     stages = tuple(times[part] for part in cut)
     stride = layout.num_ranks // layout.pp
     hop = send_seconds(cluster, setup.tokens / layout.tp * a.hidden_size * 2, stride=stride) if layout.pp > 1 else 0.0
     pipeline = pipeline_time(
-        setup.schedule,
-        layout.pp,
+        layout,
         setup.num_microbatches,
         stages,
         hop=hop,
-        chunks=stages_per_rank,
         p2p_hidden=setup.software.p2p_hidden,
         pair_waits=setup.software.pair_waits,
     )
@@ -93,12 +90,6 @@ def step_time(setup: Setup, cluster: Cluster) -> Timed:
         straggling=busy * setup.software.straggle * doublings,
     )
     return Timed(step=step, blocks=found, parts=cut, stages=stages, pipeline=pipeline)
-
-
-def _stages_per_rank(setup: Setup) -> int:
-    if setup.layout.pp == 1:
-        return 1
-    return {"interleaved": setup.chunks, "interleaved-zb": setup.chunks, "zbv": 2, "dualpipev": 2}.get(setup.schedule, 1)
 
 
 def weights_of(setup: Setup, part: Part) -> tuple[float, float]:
@@ -126,7 +117,7 @@ def _zero_seconds(setup: Setup, cluster: Cluster, cut: tuple[Part, ...], stages:
     """Seconds of gradients and weights that show on the rank that has most of them: beyond what one micro-batch can hide."""
     layout, hidden = setup.layout, setup.software.zero_hidden
     worst = (0.0, 0.0)
-    ranks = ranks_of(setup.schedule, layout.pp, len(cut))
+    ranks = ranks_of(layout)
     for mine in {ranks[0], ranks[-1]}:
         common = sum(weights_of(setup, cut[stage])[0] for stage in mine)
         experts = sum(weights_of(setup, cut[stage])[1] for stage in mine)
@@ -154,5 +145,5 @@ def _optimizer_seconds(setup: Setup, cluster: Cluster, cut: tuple[Part, ...]) ->
     bandwidth = cluster.gpu.memory_bandwidth * setup.software.memory
     shards = (layout.num_replicas, setup.expert_replicas) if layout.zero else (1, 1)
     own = {part: sum(n / ways for n, ways in zip(weights_of(setup, part), shards, strict=True)) for part in set(cut)}
-    most = max(sum(own[cut[stage]] for stage in held) for held in ranks_of(setup.schedule, layout.pp, len(cut)))
+    most = max(sum(own[cut[stage]] for stage in held) for held in ranks_of(layout))
     return most * (OPTIMIZER_BYTES + 4 * setup.moments_bytes) / bandwidth

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import tomli_w
 
 from quintet.errors import SpecError, UsageError, did_you_mean
 
@@ -400,5 +401,14 @@ def _refuse_unknown(tree: Mapping[str, Any], kind: type, *, origin: str) -> None
 
 def as_tree(cluster: Cluster) -> dict[str, Any]:
     """The cluster as plain values, as a cluster.toml holds them."""
-    tree: dict[str, Any] = msgspec.to_builtins(cluster)
+    tree: dict[str, Any] = _without_none(msgspec.to_builtins(cluster))
     return tree
+
+
+def dumps(cluster: Cluster) -> str:
+    """The text of a cluster.toml."""
+    return tomli_w.dumps(as_tree(cluster))
+
+
+def _without_none(value: Any) -> Any:
+    return {name: _without_none(inner) for name, inner in value.items() if inner is not None} if isinstance(value, dict) else value

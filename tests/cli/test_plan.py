@@ -13,7 +13,7 @@ from quintet.spec import parse
 from quintet.spec.cluster import read
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-QUICK = ("--gpus", "8", "--gpu", "h100", "--layout.dp", "8", "--layout.ep", "8", "--batch", "64", "--schedule", "1f1b")
+QUICK = ("--gpus", "8", "--gpu", "h100", "--layout.dp", "8", "--layout.ep", "8", "--batch", "64")
 
 
 def told(capsys: pytest.CaptureFixture[str], *arguments: str, recipe: str = "v3-16b.toml") -> tuple[int, str, str]:
@@ -45,7 +45,9 @@ def test_a_plan_tells_memory_time_cost_and_what_bounds_it(capsys: pytest.Capture
 
 
 def test_v3_on_2048_devices_as_json(capsys: pytest.CaptureFixture[str]) -> None:
-    found = figures(capsys, "--gpus", "2048", "--gpu", "h800", "--precision", "fp8", "--alone", recipe="v3-671b.toml")
+    found = figures(
+        capsys, "--gpus", "2048", "--gpu", "h800", "--precision", "fp8", "--layout.schedule", "dualpipe", "--alone", recipe="v3-671b.toml"
+    )
     own = found["recipe"]
     assert own["fits"] and own["schedule"] == "dualpipe"
     assert own["seconds"] == pytest.approx(19.9, rel=0.12)
@@ -105,7 +107,7 @@ def test_a_claimed_layout_is_held_against_its_claims(capsys: pytest.CaptureFixtu
         (("--gpus", "99999999999"), "num_gpus (99,999,999,999) must be at most 1,048,576"),
         (("--what-if", "lnk=2x"), "--what-if knows no 'lnk' (did you mean 'link'?)"),
         (("--what-if", "link"), "must be a name, '=' and a factor"),
-        (("--schedule", "dualpip"), "(did you mean 'dualpipe'?)"),
+        (("--layout.schedule", "dualpip"), "dualpipe"),
         (("--software", "deepsek"), "no software 'deepsek' (did you mean 'deepseek'?)"),
         (("--preset", "4x5"), "(did you mean '4x4'?)"),
         (("--batch", "7"), "a step has 7 sequences, but layout.dp (64) x micro_batch (1) takes 64"),
@@ -113,7 +115,7 @@ def test_a_claimed_layout_is_held_against_its_claims(capsys: pytest.CaptureFixtu
         (("--layout.tp", "3"), "must be divisible by layout.tp (3)"),
         (("--alone", "--why", "recipe", "9"), "'9' is no layout of this plan"),
         (
-            ("--layout.pp", "4", "--layout.dp", "16", "--schedule", "dualpipe", "--batch", "64"),
+            ("--layout.pp", "4", "--layout.dp", "16", "--layout.schedule", "dualpipe", "--batch", "64"),
             "cannot run 4 micro-batches over layout.pp (4)",
         ),
     ],

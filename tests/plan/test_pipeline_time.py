@@ -14,6 +14,7 @@ from quintet.plan.simulate import simulate
 from quintet.plan.stages import StageTime
 from quintet.schedule import build
 from quintet.schedule.check import in_flight
+from quintet.spec.layout import Layout
 
 
 def equal(num_stages: int, *, forward: float, backward_input: float, weight: float) -> list[StageTime]:
@@ -29,9 +30,8 @@ def equal(num_stages: int, *, forward: float, backward_input: float, weight: flo
 )
 def test_one_f_one_b_and_gpipe_are_exact(name: str, ranks: int, microbatches: int, times: tuple[float, float, float]) -> None:
     f, i, w = times
-    closed = pipeline_time(
-        name, ranks, microbatches, equal(ranks, forward=f, backward_input=i, weight=w), hop=0.0, chunks=1, p2p_hidden=1.0
-    )
+    layout = Layout(pp=ranks, schedule=name)  # type: ignore[arg-type]
+    closed = pipeline_time(layout, microbatches, equal(ranks, forward=f, backward_input=i, weight=w), hop=0.0, p2p_hidden=1.0)
     simulated = simulate(build(name, ranks, microbatches), Costs(forward=f, backward_input=i, weight=w))
     assert closed.total == pytest.approx(simulated.makespan)
 
@@ -40,7 +40,8 @@ def test_one_f_one_b_and_gpipe_are_exact(name: str, ranks: int, microbatches: in
 @pytest.mark.parametrize(("ranks", "microbatches"), [(4, 16), (8, 32)])
 def test_other_closed_forms_are_within_three_percent(name: str, chunks: int, ranks: int, microbatches: int) -> None:
     stages = equal(ranks * chunks, forward=1 / chunks, backward_input=1 / chunks, weight=1 / chunks)
-    closed = pipeline_time(name, ranks, microbatches, stages, hop=0.0, chunks=chunks, p2p_hidden=1.0)
+    layout = Layout(pp=ranks, schedule=name, chunks=max(2, chunks))  # type: ignore[arg-type]
+    closed = pipeline_time(layout, microbatches, stages, hop=0.0, p2p_hidden=1.0)
     simulated = simulate(build(name, ranks, microbatches, chunks=chunks), Costs())
     assert closed.total == pytest.approx(simulated.makespan, rel=0.03)
 

@@ -47,7 +47,7 @@ def test_a_row_becomes_a_setup() -> None:
     run = published(row())
     layout, setup = run.setup.layout, run.setup
     assert (layout.tp, layout.pp, layout.cp, layout.dp, layout.zero) == (4, 4, 2, 2, 1)
-    assert (setup.schedule, setup.chunks, setup.num_microbatches, setup.recompute) == ("interleaved", 5, 64, "none")
+    assert (layout.pipeline, layout.chunks, setup.num_microbatches, setup.recompute) == ("interleaved", 5, 64, "none")
     assert setup.architecture.gated and not run.moe
     assert run.family == "nemo 24"
     assert estimate(setup, run.cluster).tokens_per_second == pytest.approx(1121, rel=0.1)

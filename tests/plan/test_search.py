@@ -24,7 +24,7 @@ SMALL = Space(micro_batch=(1, 2), schedules=(("1f1b", 1), ("zbv", 2)), cp=(1,), 
 
 def base(run: object = RUN, batch: int = 512, precision: str = "bf16") -> Setup:
     run = replace(run, layout=Layout())  # type: ignore[type-var]
-    return of_run(run, software=generation("deepseek"), batch_sequences=batch, schedule="1f1b", chunks=1, precision=precision)  # type: ignore[arg-type]
+    return of_run(run, software=generation("deepseek"), batch_sequences=batch, precision=precision)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("goal", GOALS)
@@ -44,11 +44,11 @@ def test_pruning_loses_nothing_against_trying_everything() -> None:
     cluster, setup = named("h100", num_gpus=8), base(batch=64)
     space = Space(tp=(1, 2), cp=(1,), zero=(1,), micro_batch=(1,), schedules=(("1f1b", 1), ("zb1p", 1)))
     every = [
-        estimate(replace(setup, layout=layout, schedule=schedule, recompute=policy), cluster)
+        estimate(replace(setup, layout=replace(layout, schedule=schedule), recompute=policy), cluster)
         for layout in layouts(RUN.model, cluster, setup, space)
         for schedule, _ in (space.schedules if layout.pp > 1 else (("1f1b", 1),))
         for policy in space.recompute
-        if allowed(replace(setup, layout=layout, schedule=schedule))
+        if allowed(replace(setup, layout=replace(layout, schedule=schedule)))
     ]
     best = min((one for one in every if one.fits), key=lambda one: one.seconds)
     assert search(setup, cluster, model=RUN.model, space=space, top=1).best[0].seconds == pytest.approx(best.seconds)
@@ -56,7 +56,8 @@ def test_pruning_loses_nothing_against_trying_everything() -> None:
 
 def test_v3s_own_layout_is_near_the_best_that_is_found() -> None:
     cluster = named("h800", num_gpus=2048)
-    setup = of_run(LARGE, software=generation("deepseek"), batch_sequences=15360, schedule="dualpipe", chunks=1, precision="fp8")
+    run = replace(LARGE, layout=replace(LARGE.layout, schedule="dualpipe"))
+    setup = of_run(run, software=generation("deepseek"), batch_sequences=15360, precision="fp8")
     space = Space(tp=(1, 2), cp=(1,), zero=(1,), micro_batch=(1,), schedules=(("1f1b", 1), ("dualpipe", 1)))
     found = search(setup, cluster, model=LARGE.model, space=space, top=1)
     assert estimate(setup, cluster).seconds <= 1.03 * found.best[0].seconds
