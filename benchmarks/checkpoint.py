@@ -9,11 +9,15 @@ reads begin without the file in memory. A ratio is the disk's time over ours, of
 stall: one process saves the same state in turn synchronously, in the background, by `dcp.save` and by `dcp.async_save`. Stall is what the
 trainer waits: in the call, and before its next update, `--compute` seconds of matrix products later. How many of these products a second
 there are while a save is written is told too.
+index: what every rank of a recipe holds, without building it (shards of single parameters where training has shards of buckets), the plan
+of who writes what, and the manifest, whose hashes are zeros: seconds of each, and of reading it again with all its checks.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
 import multiprocessing
 import os
 import shutil
@@ -21,7 +25,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -34,17 +38,23 @@ import torch.distributed.checkpoint as dcp
 import zstandard
 from startup import circumstances, headline, write_json
 
-from quintet.checkpoint import codec
+from quintet.checkpoint import codec, hub_names
 from quintet.checkpoint.background import Saver, Written
 from quintet.checkpoint.load import load, read_manifest
-from quintet.checkpoint.manifest import BLOCK, PLANES
-from quintet.checkpoint.pieces import Pieces
+from quintet.checkpoint.manifest import BLOCK, ITEM_SIZE, PLANES, ROW, File, Manifest, Piece, Tensor, dumps, loads
+from quintet.checkpoint.pieces import Box, Pieces, run_of_boxes
+from quintet.checkpoint.plan import Item, assign
 from quintet.checkpoint.save import save
 from quintet.checkpoint.store import Threads, drop_from_cache
-from quintet.spec.run import Checkpoint
+from quintet.cost.balance import part_at
+from quintet.spec import parse
+from quintet.spec.layout import GROUPS, Layout
+from quintet.spec.placement import holders, local_box
+from quintet.spec.run import Checkpoint, Run
 from quintet.train.device import keep_freed_memory
 from quintet.train.trained import find_checkpoint
 
+PARTS = ("size", "rates", "stall", "index")
 CHUNK = 1 << 24
 ROUNDED = {"model.weight": "optimizer.master.weight"}
 COLUMNS = 4096
@@ -301,6 +311,88 @@ def stall(folder: Path, gigabytes: float, rounds: int, compute: float) -> dict[s
     return {name: {key: median(values[1:]) for key, values in columns.items()} for name, columns in found.items()}
 
 
+# index
+
+
+def boxes_of(run: Run, rank: int, peers: Mapping[str, Mapping[Hashable, list[int]]]) -> dict[str, list[Box]]:
+    """What a rank keeps of each weight's master: its shard of its part. `peers` are the ranks that divide shards, by holders and group."""
+    layout, at = run.layout, run.layout.coordinates(rank)
+    part = part_at(run.model, layout, at.pp)
+    found: dict[str, list[Box]] = {}
+    for name, shape in hub_names.shapes(run.model).items():
+        if name.endswith("expert_bias") or not part.holds(name):
+            continue
+        local, kind = local_box(name, shape, layout, rank), f"{holders(name, layout, run.model)}.shard"
+        group = peers[kind][GROUPS[kind](layout, at)]
+        numel, place = math.prod(local.sizes), group.index(rank)
+        runs = run_of_boxes(local.sizes, numel * place // len(group), numel * (place + 1) // len(group))
+        found[name] = [(tuple(a + b for a, b in zip(local.offsets, offsets, strict=True)), sizes) for offsets, sizes in runs]
+    return found
+
+
+def peers_of(layout: Layout) -> dict[str, dict[Hashable, list[int]]]:
+    """Which ranks divide one set of shards."""
+    found: dict[str, dict[Hashable, list[int]]] = {}
+    for kind in (kind for kind in GROUPS if kind.endswith(".shard")):
+        for rank in range(layout.num_ranks):
+            found.setdefault(kind, {}).setdefault(GROUPS[kind](layout, layout.coordinates(rank)), []).append(rank)
+    return found
+
+
+def index(run: Run) -> dict[str, Any]:
+    """Seconds of each part, and counts."""
+    clock = [time.perf_counter()]
+    peers = peers_of(run.layout)
+    kinds = {"optimizer.master": "float32", "optimizer.exp_avg": "bfloat16", "optimizer.exp_avg_sq": "bfloat16"}
+    items = [
+        [Item(f"{kind}.{name}", box) for name, boxes in boxes_of(run, rank, peers).items() for kind in kinds for box in boxes]
+        for rank in range(run.layout.num_ranks)
+    ]
+    clock.append(time.perf_counter())
+    shapes = {name: shape for name, shape in hub_names.shapes(run.model).items() if not name.endswith("expert_bias")}
+    assigned = assign(items, {f"{kind}.{name}": ITEM_SIZE[dtype] for name in shapes for kind, dtype in kinds.items()})
+    clock.append(time.perf_counter())
+    manifest = manifest_of(shapes, kinds, assigned)
+    content = dumps(manifest)
+    clock.append(time.perf_counter())
+    assert loads(content) == manifest
+    clock.append(time.perf_counter())
+    loads_of = [sum(math.prod(item.box[1]) for item in mine) for mine in assigned]
+    return {
+        "ranks": run.layout.num_ranks,
+        "parameters": sum(math.prod(shape) for shape in shapes.values()),
+        "pieces": sum(len(mine) for mine in assigned),
+        "manifest_bytes": len(content),
+        "largest_share_of_mean": max(loads_of) * len(loads_of) / sum(loads_of),
+        "seconds": dict(zip(("boxes", "plan", "manifest", "read"), (b - a for a, b in itertools.pairwise(clock)), strict=True)),
+    }
+
+
+def manifest_of(shapes: Mapping[str, tuple[int, ...]], kinds: Mapping[str, str], assigned: Sequence[Sequence[Item]]) -> Manifest:
+    """As if every block were stored raw."""
+    pieces: dict[str, list[Piece]] = {}
+    files = []
+    for rank, mine in enumerate(assigned):
+        end, file = 0, f"data-{rank:05d}.bin"
+        for item in mine:
+            numel = math.prod(item.box[1])
+            dtype = kinds[".".join(item.name.split(".")[:2])]
+            length = numel * ITEM_SIZE[dtype] + -(-numel // BLOCK) * ROW
+            offsets, sizes = item.box
+            piece = Piece(offsets=offsets, sizes=sizes, file=file, offset=end, length=length, codec="raw", blake3="0" * 64)
+            pieces.setdefault(item.name, []).append(piece)
+            end += length
+        files.append(File(path=file, size=end, blake3=None))
+    tensors = {
+        f"{kind}.{name}": Tensor(dtype=dtype, shape=shape, pieces=tuple(pieces[f"{kind}.{name}"]))
+        for name, shape in shapes.items()
+        for kind, dtype in kinds.items()
+    }
+    for name, shape in shapes.items():
+        tensors[f"model.{name}"] = Tensor(dtype="bfloat16", shape=shape, pieces=(), rounded_from=f"optimizer.master.{name}")
+    return Manifest(step=1, files=tuple(files), tensors=tensors, values={})
+
+
 def show_rates(count: int, found: dict[str, list[float]], gigabytes: float) -> dict[str, Any]:
     """Print a block of the table and return its figures."""
     row: dict[str, Any] = {"ranks": count}
@@ -315,13 +407,14 @@ def show_rates(count: int, found: dict[str, list[float]], gigabytes: float) -> d
 def main() -> None:
     """Measure, print, write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", nargs="+", choices=("size", "rates", "stall"), default=["size", "rates", "stall"])
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--checkpoint", type=Path, help="a run or a checkpoint, for the part `size`, which is left out without one")
     parser.add_argument("--gigabytes", type=float, default=1.0, help="of the state that is saved")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--rounds", type=int, default=5, help="that count; one more goes before")
     parser.add_argument("--compute", type=float, default=1.0, help="seconds of products between a save and the next update")
     parser.add_argument("--directory", type=Path, default=Path(), help="where the files go for the time")
+    parser.add_argument("--recipe", type=Path, default=Path("recipes/v3-671b.toml"), help="for the part `index`")
     parser.add_argument("--json", type=Path, help="write the result there too")
     given = parser.parse_args()
     warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")
@@ -349,6 +442,12 @@ def main() -> None:
             result["stall"] = stall(Path(name), given.gigabytes, given.rounds, given.compute)
             for way, row in result["stall"].items():
                 print(f"{way:22}" + "".join(f"{key:>10} {value:.3f}" for key, value in row.items()))
+    if "index" in given.part:
+        row = result["index"] = index(parse.read(given.recipe))
+        took = ", ".join(f"{name} {taken:.1f} s" for name, taken in row["seconds"].items())
+        size_mb = row["manifest_bytes"] / 1e6
+        print(f"{row['parameters']:,} parameters on {row['ranks']} ranks: {row['pieces']:,} pieces, {size_mb:.0f} MB; {took}")
+        print(f"the busiest rank writes {row['largest_share_of_mean']:.2f} times the mean")
     write_json(given.json, facts, {"gigabytes": given.gigabytes, "rounds": given.rounds, **result})
 
 

@@ -5,6 +5,7 @@
     │   └── SpecError                a value breaks a rule of the recipe
     ├── DataError               10   the text, the tokenizer or the shards are wrong
     ├── CheckpointError         11   no valid checkpoint, or not this model's
+    │   └── DamagedError             its bytes are not those that were written: an older one may do
     ├── NumericsError           12   a loss or a gradient is not finite
     ├── RankError               76   another rank is missing or lost: start again
     └── GivenUp                 93   no progress after repeated recovery: do not restart
@@ -51,6 +52,10 @@ class CheckpointError(QuintetError):
     """No valid checkpoint, a damaged one, or one of another model."""
 
     exit_code: ClassVar[int] = 11
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint whose bytes are not those that were written."""
 
 
 class RankError(QuintetError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Set
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from quintet.checkpoint.save import save
 from quintet.spec import parse
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -75,10 +77,10 @@ def run_script(name: str, *arguments: str | Path) -> str:
     return done.stdout
 
 
-def result_of(path: Path) -> dict[str, Any]:
+def result_of(path: Path, *, more: Set[str] = frozenset()) -> dict[str, Any]:
     """The JSON result, whose circumstances are complete."""
     result = json.loads(path.read_text())
-    stated = {"date", "commit", "uncommitted_changes", "processor", "cores", "load_average", "versions", "command"}
+    stated = more | {"date", "commit", "uncommitted_changes", "processor", "cores", "load_average", "versions", "command"}
     assert result["circumstances"].keys() == stated
     return result
 
@@ -104,6 +106,23 @@ def test_startup_compares_every_command_with_a_bare_interpreter(tmp_path: Path) 
     assert seconds["python -c pass"]["ratio"] == 1.0
     assert all(name in printed for name in seconds)
     assert not any(row["imports_torch"] for row in seconds.values())
+
+
+def test_checkpoint_measures_size_rates_stall_and_the_index(tmp_path: Path) -> None:
+    weights = torch.linspace(-1, 1, 5000).sin()
+    state = {"model.w": weights.bfloat16(), "optimizer.master.w": weights}
+    saved = save(state, tmp_path / "run", step=1, rounded={"model.w": "optimizer.master.w"})
+    recipe = tmp_path / "mini.toml"
+    recipe.write_text(RECIPE.format(folder=tmp_path) + "\n[layout]\ndp = 4\nep = 2\nzero = 1\n")
+    small = ("--gigabytes", "0.001", "--rounds", "1", "--ranks", "1", "2", "--compute", "0.01", "--directory", tmp_path)
+    run_script("checkpoint.py", *small, "--checkpoint", saved, "--recipe", recipe, "--json", tmp_path / "r.json")
+    result = result_of(tmp_path / "r.json", more={"threads_per_rank"})
+    assert {row["kind"]: row["stored_in_checkpoint"] for row in result["size"]}["model (bfloat16)"] == 0
+    assert all(0.5 < row["share"] < 1 for row in result["size"])
+    assert [row["ranks"] for row in result["rates"]] == [1, 2]
+    assert {"plain write", "save raw", "save planes", "plain read", "load raw", "load planes"} < result["rates"][1].keys()
+    assert {"synchronous", "background", "dcp.save", "dcp.async_save"} < result["stall"].keys()
+    assert result["index"]["ranks"] == 4 and result["index"]["pieces"] > 0
 
 
 def test_attention_compares_three_ways_that_agree_and_two_allocators(tmp_path: Path) -> None:

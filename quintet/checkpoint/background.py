@@ -107,6 +107,12 @@ class Saver:
         flight.stall = time.perf_counter() - begin
         self._flight = flight
 
+    def plan_anew(self) -> None:
+        """Before a `save` of a state whose ranks hold other parts than before; all ranks call it, when no save is under way."""
+        assert self._flight is None
+        self._plan = None
+        self._buffers.clear()
+
     def settle(self) -> None:
         """Wait until the state that is being saved may change."""
         flight = self._flight

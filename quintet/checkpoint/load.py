@@ -71,9 +71,28 @@ def latest(root: Path, *, verify_content: bool = False, report: Callable[[str], 
             return found.path
         problems.append(f"{found.path}: {problem}")
     if problems:
-        listing = "\n  ".join(problems)
-        raise CheckpointError(f"no checkpoint under {root} is whole; restore one from a copy, or start a new run:\n  {listing}")
+        raise none_whole(root, problems)
     raise CheckpointError(f"no checkpoint under {root}; a run writes one every checkpoint.every steps, at its end and on a signal")
+
+
+def candidates(root: Path, report: Callable[[str], None]) -> list[Path]:
+    """The checkpoints under `root` that are complete, newest first, their text files unchanged; of tensors nothing has been read.
+
+    Others are told to `report` with their reasons. Raises CheckpointError if there are only such.
+    """
+    checked = [(found, found.problem or _problem(found.path, _verify_texts)) for found in reversed(list_checkpoints(root))]
+    problems = [f"{found.path}: {problem}" for found, problem in checked if problem]
+    if problems and len(problems) == len(checked):
+        raise none_whole(root, problems)
+    for problem in problems:
+        report(f"passed over a damaged checkpoint: {problem}")
+    return [found.path for found, problem in checked if not problem]
+
+
+def none_whole(root: Path, problems: Iterable[str]) -> CheckpointError:
+    """The error where all checkpoints are damaged, each with its reason."""
+    listing = "\n  ".join(problems)
+    return CheckpointError(f"no checkpoint under {root} is whole; restore one from a copy, or start a new run:\n  {listing}")
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -113,11 +132,9 @@ def verify(directory: Path, *, on_progress: OnProgress = lambda done, total: Non
         done += more
         on_progress(done, total)
 
+    _verify_texts(directory)
+    count(sum(file.size for file in manifest.files if file.blake3 is not None))
     try:
-        for file in manifest.files:
-            if file.blake3 is not None:
-                verify_file(directory, file)
-                count(file.size)
         with Threads() as threads:
             verify_data(directory, [piece for tensor in manifest.tensors.values() for piece in tensor.pieces], threads, on_bytes=count)
     except OSError as error:
@@ -145,9 +162,9 @@ def load(
     elsewhere: whether a tensor of the checkpoint that `state` does not name is another rank's to load.
 
     Returns all plain values of the checkpoint. Only blocks that hold something of what is wanted are read, and each is verified before it
-    is used. No tensor is touched before names, shapes and dtypes have been compared. Raises CheckpointError, on all ranks, for a checkpoint
-    of another model (a name of `state` that is missing, another shape or dtype, and, if `strict`, a tensor of the checkpoint that `state`
-    does not name), and for damage: then some tensors hold what is not to be used, and all are to be filled from another checkpoint.
+    is used. No tensor is touched before names, shapes and dtypes have been compared. Raises, on all ranks, CheckpointError for a checkpoint
+    of another model (a name of `state` that is missing, another shape or dtype, and, if `strict`, a tensor of the checkpoint that neither
+    `state` nor `elsewhere` knows); and DamagedError for damage: then some tensors hold what is not to be used.
     """
     tensors = tensors_of(state)
     company = Company(doing=f"loading {directory}")
@@ -333,6 +350,14 @@ def _content(path: Path) -> bytes:
     fd = open_regular(path)
     with os.fdopen(fd, "rb") as file:
         return file.read()
+
+
+def _verify_texts(directory: Path) -> Manifest:
+    manifest = read_manifest(directory)
+    for file in manifest.files:
+        if file.blake3 is not None:
+            _verify_file(directory, manifest, file.path)
+    return manifest
 
 
 def _verify_file(directory: Path, manifest: Manifest, name: str) -> None:

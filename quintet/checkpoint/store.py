@@ -24,7 +24,7 @@ from quintet.checkpoint.codec import Bytes
 from quintet.checkpoint.durable import FileWriter, hash_file, open_regular
 from quintet.checkpoint.manifest import BLOCK, ITEM_SIZE, PLANES, ROW, Codec, File, Piece
 from quintet.checkpoint.pieces import Box, dtype_name
-from quintet.errors import CheckpointError
+from quintet.errors import DamagedError
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -33,6 +33,8 @@ _AHEAD = 4
 """Blocks of a thread that wait for it, or for the one who takes them."""
 _SMALL = 4096
 """Elements of a piece below which coding gains nothing worth its lengths."""
+_WORTH_ASKING = 1 << 16
+"""Bytes of a block below which the system reads ahead enough by itself."""
 _ROW = np.dtype([("length", "<u8"), ("digest", "u1", 32)])
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
@@ -145,7 +147,7 @@ class Block:
 
 
 class DataFiles:
-    """The files of a checkpoint, open for reading; what is read is verified. Raises CheckpointError for damage, OSError."""
+    """The files of a checkpoint, open for reading; what is read is verified. Raises DamagedError, OSError."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -185,7 +187,7 @@ class DataFiles:
 
     def will_read(self, piece: Piece, block: Block) -> None:
         """Let the system begin to read a block, as far as it can do that."""
-        if hasattr(os, "posix_fadvise"):
+        if block.length >= _WORTH_ASKING and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._fds[piece.file], block.offset, block.length, os.POSIX_FADV_WILLNEED)
 
     def stored(self, piece: Piece, block: Block, out: Bytes | None = None) -> Bytes:
@@ -210,12 +212,12 @@ class DataFiles:
         while len(view):
             count = os.preadv(self._fds[name], [view], offset)
             if count == 0:
-                raise CheckpointError(f"{self.directory / name} became shorter while it was read; use another checkpoint")
+                raise DamagedError(f"{self.directory / name} became shorter while it was read; use another checkpoint")
             view, offset = view[count:], offset + count
         return data
 
-    def _damaged(self, name: str) -> CheckpointError:
-        return CheckpointError(
+    def _damaged(self, name: str) -> DamagedError:
+        return DamagedError(
             f"{self.directory / name} is damaged: its content does not have the hash that the manifest says; use another checkpoint"
         )
 
@@ -223,7 +225,7 @@ class DataFiles:
 def verify_data(
     directory: Path, pieces: Sequence[Piece], threads: Threads, *, on_bytes: Callable[[int], None] = lambda count: None
 ) -> None:
-    """Raise CheckpointError unless every byte of the pieces has its hash; `on_bytes` hears how many more have. Raises OSError."""
+    """Raise DamagedError unless every byte of the pieces has its hash; `on_bytes` hears how many more have. Raises OSError."""
     with DataFiles(directory) as files:
         files.open({piece.file for piece in pieces})
         rows = threads.in_order(lambda piece: (piece, files.blocks(piece)), pieces)
@@ -233,9 +235,9 @@ def verify_data(
 
 
 def verify_file(directory: Path, file: File) -> None:
-    """Raise CheckpointError unless the file's content has the hash that the manifest says."""
+    """Raise DamagedError unless the file's content has the hash that the manifest says."""
     if hash_file(directory / file.path) != file.blake3:
-        raise CheckpointError(
+        raise DamagedError(
             f"{directory / file.path} is damaged: its content does not have the hash that the manifest says; use another checkpoint"
         )
 

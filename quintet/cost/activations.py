@@ -22,7 +22,8 @@ head of no-position, rotary and value part, F an inner width, K experts per toke
 and a few numbers in fp32: reciprocal RMS, log-sum-exp, scores. Expert parallelism brings a rank as many rows as it sends, where experts are
 chosen equally often. Each routed expert's rows are padded to a multiple of 16. Under `selective` recompute the norms' outputs, normed
 latents, q, k, v (or the payload) and probabilities are made again (V3 3.2.3), but norm(x) stays where queries are made straight from it,
-and where it was gathered; under `full` a layer keeps only x, and one layer at a time goes backward with all it needs.
+and D/t of it where a split feed-forward gathers it again; under `full` a layer keeps only x, and one layer at a time goes backward with
+all it needs.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def block_bytes(model: Model, train: Train, layout: Layout, *, moe: bool, sequen
         again += own * width if layout.tp == 1 else 0
         kept += tokens * (3 * model.dense_ffn_size // layout.tp)
         gathered = layout.tp > 1
-    kept += tokens * width * gathered
+    kept += (own if train.recompute == "selective" else tokens) * width * gathered
     routed = _routed_bytes(model, layout, tokens=tokens, size=size) if moe else 0
     return size * (kept + (again if train.recompute == "none" else 0)) + FP32 * exact + routed
 

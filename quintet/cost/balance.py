@@ -18,6 +18,9 @@ from quintet.spec.stage import Part, Stage, stages_of
 _NOMINAL_LENGTH = 4096
 """Tokens of a sequence for the cost of attention: one cut serves all phases of a run."""
 
+_WORTH_IT = 0.95
+"""What the slowest stage must come down to before stages are cut anew."""
+
 
 @lru_cache
 def pipeline_stages(model: Model, layout: Layout) -> tuple[Stage, ...]:
@@ -42,6 +45,23 @@ def layer_costs(model: Model) -> tuple[list[float], float]:
     dense = flops.dense_ffn / max(model.num_dense_layers, 1)
     layers = [attention + (dense if layer < model.num_dense_layers else moe) for layer in range(model.num_layers)]
     return layers, float(flops.head + flops.mtp)
+
+
+def recut(model: Model, layout: Layout, seconds: Sequence[float]) -> tuple[int, ...] | None:
+    """Layers of each stage, by how long each of the layout's present stages takes; None where the slowest would gain less than 5 %.
+
+    A layer is taken to cost its stage's seconds in proportion to its operations; what stands behind the last layer likewise.
+    """
+    layers, behind = layer_costs(model)
+    stages = pipeline_stages(model, layout)
+    for stage, measured in zip(stages, seconds, strict=True):
+        rate = measured / (sum(layers[layer] for layer in stage.layers) + stage.last * behind)
+        for layer in stage.layers:
+            layers[layer] *= rate
+        behind *= rate if stage.last else 1
+    counts = cut(layers, layout.num_stages, behind=behind)
+    found = [sum(layers[layer] for layer in stage.layers) + stage.last * behind for stage in stages_of(model, counts)]
+    return counts if max(found) < _WORTH_IT * max(seconds) else None
 
 
 def cut(costs: Sequence[float], num_stages: int, *, behind: float = 0.0) -> tuple[int, ...]:

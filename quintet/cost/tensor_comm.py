@@ -9,10 +9,10 @@ and r_kv the latents' widths, p the rotary width):
     dense feed-forward, shared experts           D, and D      gather, scatter
     head, and again for each MTP module          D             gather; forward also two fp32 numbers per token, from each rank to all
 
-Under full recompute blocks run forward a second time, only that a block whose split feed-forward is the last to run (dense; shared experts
-without a dispatch to other ranks) stops before its scatter. What routed experts send with `expert_tp` depends on the rows that arrive: see
-`cost.expert_comm`. On the axis of sequences the mixtures of experts sum their counts, sequences x experts in fp32, in one message behind
-forward.
+Under selective recompute split feed-forwards gather their tokens a second time. Under full recompute blocks run forward again, only that a
+block whose split feed-forward is the last to run (dense; shared experts without a dispatch to other ranks) stops before its scatter. What
+routed experts send with `expert_tp` depends on the rows that arrive: see `cost.expert_comm`. On the axis of sequences the mixtures of
+experts sum their counts, sequences x experts in fp32, in one message behind forward.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def tensor_bytes(
     blocks = moe_layers * in_moe + model.num_dense_layers * in_dense
     shared_last = model.num_shared_experts and layout.ep == layout.expert_tp == 1
     stopping = model.num_dense_layers + (moe_layers if shared_last else 0)
-    again = blocks - stopping * share * element_bytes * width if recompute == "full" else 0
+    again = blocks - stopping * share * element_bytes * width if recompute == "full" else 0.0
+    if recompute == "selective":
+        again = (model.num_dense_layers + moe_layers * bool(model.num_shared_experts)) * share * element_bytes * width
     outside = depths * 2 * share * element_bytes * width
     return Sent(
         forward=blocks + outside + depths * tokens * (layout.tp - 1) * 2 * FP32,

@@ -101,15 +101,13 @@ def _find(data: Data, source: Source, place: str) -> Document:
     assert match
     path = place if Path(place).exists() else match[1]
     files = list_files(Source(name=source.name, paths=(path,), domain=source.domain, weight=1.0)).files
-    reader = Reader(files, text_key=source.text_key, max_document_bytes=data.max_document_bytes, strict=True)
+    reader = Reader(files, text_key=source.text_key, max_document_bytes=data.max_document_bytes, strict=False)
     if path == place:
         documents = list(islice(reader, 2))
         if len(documents) > 1:
             raise DataError(f"{place} holds many documents; name one: {place}:LINE, or {place}:row NUMBER for parquet")
         found: Iterator[Document] = iter(documents)
     else:
-        # Other lines may be bad; only the one that is asked for counts.
-        reader.skips.strict = False
         found = (document for document in reader if document.origin == place)
     document = next(found, None)
     if document is None:

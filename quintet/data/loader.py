@@ -110,7 +110,7 @@ class Loader:
 
     def _mixture_key(self) -> int:
         """Tells one mixture from another: 48 bits."""
-        return stream_key(repr([(i, self._weights[i]) for i in self._mixed])) >> 16
+        return stream_key(repr([(i, float(self._weights[i])) for i in self._mixed])) >> 16
 
     def restore(self, state: Mapping[str, int]) -> None:
         """Go to where `state` was taken.

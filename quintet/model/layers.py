@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from quintet.model.recompute import recomputed
 from quintet.ops.deferred import linear
 from quintet.ops.pointwise import Kernels
 
@@ -69,8 +70,12 @@ class FeedForward(nn.Module):
         self.w2 = nn.Parameter(torch.empty(hidden_size, ffn_size))
         self.kernels = kernels
         self.exchange: Exchange = Alone()
+        self.recompute = False
 
     def forward(self, x: Tensor) -> Tensor:
-        (tokens,) = self.exchange.gather(x.flatten(0, -2), dim=0)
-        out = linear(self.kernels.swiglu(linear(tokens, self.w13)), self.w2)
-        return self.exchange.scatter(out, dim=0).view_as(x)
+        own = x.flatten(0, -2)
+        (tokens,) = self.exchange.gather(own, dim=0)
+        # Whoever shares the tokens out keeps its own, and gathers the others' again (arXiv 2205.05198, section 4.2.2).
+        with recomputed((tokens,), lambda: self.exchange.gather(own, dim=0), active=self.recompute and tokens is not own):
+            gate_up = linear(tokens, self.w13)
+        return self.exchange.scatter(linear(self.kernels.swiglu(gate_up), self.w2), dim=0).view_as(x)

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from quintet.model.attention import LatentAttention, LatentCache
 from quintet.model.block import Block
 from quintet.model.crossing import Steps, begin, carrying, straight
-from quintet.model.layers import RMSNorm
+from quintet.model.layers import FeedForward, RMSNorm
 from quintet.model.moe import MixtureOfExperts, MoEStatistics
 from quintet.model.mtp import MtpModule
 from quintet.model.rope import rotation
@@ -209,7 +209,7 @@ class Transformer(nn.Module):
         """Choose what backward computes again: nothing; norms and MLA up-projections; whole blocks."""
         self.recompute_blocks = policy == "full"
         for part in self.modules():
-            if isinstance(part, Block | LatentAttention):
+            if isinstance(part, Block | LatentAttention | FeedForward):
                 part.recompute = policy == "selective"
 
     @torch.no_grad()

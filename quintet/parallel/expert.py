@@ -63,6 +63,7 @@ def apply_expert(model: Transformer, mesh: Mesh) -> None:
     layout = mesh.layout
     if layout.ep == layout.expert_tp == 1:
         return
+    assert model.model.num_routed_experts < 2**15, "experts' numbers travel in 16 bits"
     sharing = mesh["tp"] if layout.expert_tp > 1 else None
     for layer in model.moe_layers().values():
         layer.dispatch = AllToAllDispatch(mesh["ep"], sharing, model.model.num_routed_experts, model.model.hidden_size)

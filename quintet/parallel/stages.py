@@ -7,6 +7,8 @@ messages; what travels is [B, S, D] of this rank's tokens, in the precision that
 
 from __future__ import annotations
 
+import statistics
+from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -21,13 +23,18 @@ from quintet.model.crossing import Aside, Crossing, Steps, begin
 from quintet.model.loss import Loss, Weights, share_of_loss
 from quintet.model.transformer import Transformer
 from quintet.ops.deferred import WeightGradients, putting_off
+from quintet.parallel.collectives import all_reduce
 from quintet.parallel.pipeline import Pipeline, Turns
 from quintet.parallel.recorder import Recorder
 from quintet.parallel.zero import ShardedParameters
 from quintet.schedule import build, check, fewest_microbatches, forward_only
 from quintet.schedule.lower import Program, add_transfers
+from quintet.schedule.op import Op, Work
 from quintet.spec.layout import Layout
 from quintet.spec.stage import Stage
+
+_STEPS = 16
+"""Steps whose times count when stages are cut anew."""
 
 
 @dataclass(frozen=True)
@@ -178,18 +185,31 @@ class ModelPipeline:
         mesh = parameters.mesh
         self.model, self.parameters, self.mesh, self.layout = model, parameters, mesh, mesh.layout
         self.recorder = recorder or Recorder(mesh.rank, mesh["pp"].ranks)
+        self._spent: deque[dict[int, float]] = deque(maxlen=_STEPS)
         self.stages = dict(
             zip(mesh.layout.stages_at(mesh.at.pp), part_at(model.model, mesh.layout, mesh.at.pp).stages, strict=True)
         )
 
     def train(self, micro_batches: Sequence[MicroBatch], context: Context) -> list[Loss]:
         """Forward and backward of a step's micro-batches, as many as `Layout.num_microbatches` says -> this rank's shares of the losses."""
-        return self._run(program(self.layout, len(micro_batches)), micro_batches, context)
+        losses = self._run(program(self.layout, len(micro_batches)), micro_batches, context)
+        self._spent.append(seconds_by_stage(self.recorder.times))
+        return losses
+
+    def stage_seconds(self) -> list[float] | None:
+        """Seconds that each stage takes forward and backward, for a micro-batch: the median of the last steps, the mean of the ranks that
+        hold it. None where a stage was never seen outside of pairs. All ranks call it together and get the same."""
+        own = torch.zeros(self.layout.num_stages, 2, dtype=torch.float64)
+        for stage in self.stages:
+            if seen := [spent[stage] for spent in self._spent if stage in spent]:
+                own[stage] = torch.tensor((statistics.median(seen), 1.0))
+        total, count = all_reduce(own.to(next(self.model.parameters()).device), self.mesh["world"]).cpu().unbind(1)
+        return (total / count).tolist() if bool((count > 0).all()) else None
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch], context: Context) -> list[Loss]:
         """Forward alone, of any number of micro-batches."""
-        fewest = fewest_microbatches(self.layout.pipeline, self.layout.pp)
+        fewest = fewest_microbatches(self.layout.schedule_for(len(micro_batches)), self.layout.pp)
         missing = max(fewest - len(micro_batches), 0)
         missing += (len(micro_batches) + missing) % 2 if self.layout.arrangement == "mirror" else 0
         micro_batches = [*micro_batches, *[micro_batches[0].empty()] * missing]
@@ -206,10 +226,26 @@ class ModelPipeline:
         return losses
 
 
+def seconds_by_stage(times: Sequence[tuple[Work, float, float]]) -> dict[int, float]:
+    """When ops of a row began and ended -> seconds of a stage's forward and backward, from their medians outside of pairs."""
+    spent: dict[tuple[str, int], list[float]] = {}
+    for work, started, ended in times:
+        if isinstance(work, Op):
+            spent.setdefault((work.kind, work.stage), []).append(ended - started)
+    median = {key: statistics.median(seconds) for key, seconds in spent.items()}
+    found = {}
+    for kind, stage in median:
+        halves = [median.get((half, stage)) for half in ("I", "W")]
+        whole = median.get(("B", stage)) or (sum(filter(None, halves)) if all(halves) else None)
+        if kind == "F" and whole is not None:
+            found[stage] = median[kind, stage] + whole
+    return found
+
+
 @lru_cache
 def program(layout: Layout, num_microbatches: int, *, evaluation: bool = False) -> Program:
     """The layout's schedule for so many micro-batches, checked and lowered. Raises SpecError where they are too few."""
-    schedule = build(layout.pipeline, layout.pp, num_microbatches, chunks=layout.chunks)
+    schedule = build(layout.schedule_for(num_microbatches), layout.pp, num_microbatches, chunks=layout.chunks)
     assert [layout.stages_at(place) for place in range(layout.pp)] == [
         tuple(sorted(stage for _, stage in held)) for held in schedule.stages
     ], layout

@@ -81,7 +81,8 @@ class Layout:
     node_size: int = 8
     """Devices of one node, between which links are fast."""
     schedule: PipelineName | None = None
-    """Pipeline schedule; absent: dualpipev where experts are split, whose all-to-all it hides, zbv where they are not."""
+    """Pipeline schedule; absent: dualpipev where experts are split, whose all-to-all it hides, zbv where they are not, and in steps with
+    fewer than 2 pp micro-batches."""
     chunks: int = 2
     """Stages of each rank in the interleaved schedules."""
     cut: tuple[int, ...] | None = None
@@ -115,6 +116,10 @@ class Layout:
     def pipeline(self) -> PipelineName:
         """The name of the schedule, chosen or by default."""
         return self.schedule or ("dualpipev" if self.ep > 1 else "zbv")
+
+    def schedule_for(self, num_microbatches: int) -> PipelineName:
+        """The name of the schedule for a step of so many micro-batches on each replica. Those of the default have the same stages."""
+        return "zbv" if self.schedule is None and num_microbatches < 2 * self.pp else self.pipeline
 
     @property
     def arrangement(self) -> Arrangement:

@@ -204,6 +204,8 @@ class Train:
     """auto takes CUDA where it is present."""
     num_threads: int | None = None
     """CPU threads of each rank; absent: all cores, shared out among the ranks of a machine."""
+    adaptive: bool = False
+    """At each checkpoint, cut the pipeline's stages anew by how long they took, where the slowest would gain 5 % or more."""
     rank_timeout: float = 600.0
     """Seconds that a rank waits in a collective before it gives the others up."""
 

@@ -32,11 +32,11 @@ def doubts(run: Run) -> list[str]:
 
 
 def require_microbatches(run: Run) -> None:
-    """Raise SpecError where the smallest batch of a phase makes fewer micro-batches than the pipeline's schedule takes."""
+    """Raise SpecError where the smallest batch of a phase makes fewer micro-batches than the schedule that was asked for takes."""
     layout, micro_batch = run.layout, run.train.micro_batch
-    if layout.pp == 1:
+    if layout.pp == 1 or layout.schedule is None:
         return
-    fewest = fewest_microbatches(layout.pipeline, layout.pp)
+    fewest = fewest_microbatches(layout.schedule, layout.pp)
     for phase in run.phases:
         smallest = max(1, round(PhaseCurves(phase).batch.lowest))
         count = layout.num_microbatches(smallest, micro_batch)
@@ -45,8 +45,8 @@ def require_microbatches(run: Run) -> None:
             raise SpecError(
                 f"phase {phase.name!r} has batches of {smallest} sequences, which make {count} micro-batches of train.micro_batch "
                 f"({micro_batch}) on each of layout.dp ({layout.dp}) replicas, but {layout.pipeline} on layout.pp ({layout.pp}) takes at "
-                f"least {fewest}; raise phases.batch to {needed} or more, lower train.micro_batch, layout.dp or layout.pp, or choose "
-                "layout.schedule = 'zbv', which takes any number"
+                f"least {fewest}; raise phases.batch to {needed} or more, lower train.micro_batch, layout.dp or layout.pp, or leave "
+                "layout.schedule out, which takes zbv for such steps"
             )
 
 
@@ -72,12 +72,15 @@ def _memory(run: Run) -> str | None:
     if on_cuda or there is None or run.layout.num_ranks > 1:
         return None
     lengths = [phase.sequence_length for phase in run.phases]
-    needed = step_memory(run.model, run.train, sequence_length=max(lengths)).total
+    memory = step_memory(run.model, run.train, sequence_length=max(lengths))
+    copied = memory.weights + memory.master_weights + memory.moments if run.checkpoint.background and run.checkpoint.every else 0
+    needed = memory.total + copied
     if needed <= there:
         return None
     return (
         f"a step needs about {num_bytes(needed)}, but this machine has {num_bytes(there)} of memory: it would be stopped there; choose a "
         "smaller model, train.micro_batch or sequence_length, or train.recompute = 'full'"
+        + (f", or checkpoint.background = false, which saves a copy of {num_bytes(copied)}" if copied else "")
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from quintet.checkpoint.background import Saver
-from quintet.checkpoint.load import LOSS, load
+from quintet.checkpoint.load import LOSS, load, none_whole
 from quintet.checkpoint.pieces import Pieces, run_of_boxes
 from quintet.checkpoint.retention import prune
 from quintet.checkpoint.save import save
-from quintet.errors import CheckpointError
+from quintet.errors import CheckpointError, DamagedError
 from quintet.parallel.bucket import Bucket
 from quintet.spec import parse
 from quintet.spec.placement import Box
@@ -146,10 +146,33 @@ def write(directory: Path, run: Run, state: dict[str, Any], *, step: int) -> Pat
     return path
 
 
+def restore_newest(
+    paths: Sequence[Path], built: Built, *, report: Callable[[str], None]
+) -> tuple[Path | None, Position, dict[str, int]]:
+    """Restore from the first of some checkpoints that is not damaged, which is returned; None where there are none.
+
+    All ranks call it together: each verifies what it reads, and all pass a checkpoint over if one of them finds damage, which is told to
+    `report`. Raises CheckpointError if all are damaged, or for one of another model.
+    """
+    problems: list[str] = []
+    for path in paths:
+        try:
+            position, data = restore(path, built)
+        except DamagedError as error:
+            problems.append(f"{path}: {error}")
+            continue
+        for problem in problems:
+            report(f"passed over a damaged checkpoint: {problem}")
+        return path, position, data
+    if problems:
+        raise none_whole(paths[0].parent, problems)
+    return None, Position(), {}
+
+
 def restore(directory: Path, built: Built) -> tuple[Position, dict[str, int]]:
     """Fill model, optimizer and random generators from a checkpoint; returns the position and the data's state.
 
-    Raises CheckpointError, with nothing changed, for a damaged checkpoint or one of another model.
+    Raises CheckpointError, with nothing changed, for one of another model; DamagedError, with some tensors filled and some not.
     """
     state: dict[str, Any] = {**tensors(built), "random.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():

@@ -7,7 +7,7 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from quintet.checkpoint.background import Failed
-from quintet.checkpoint.load import latest, list_checkpoints
+from quintet.checkpoint.load import candidates
+from quintet.checkpoint.manifest import directory_name
+from quintet.cost.balance import recut
 from quintet.cost.flops import flops_per_token
 from quintet.data.loader import Loader
 from quintet.data.prepare import Prepared, open_prepared
@@ -38,7 +40,7 @@ from quintet.spec.layout import Layout
 from quintet.spec.run import Run
 from quintet.train import device as machine
 from quintet.train import directory, state
-from quintet.train.build import build
+from quintet.train.build import Built, build
 from quintet.train.foresee import require_microbatches
 from quintet.train.held_out import held_out_loss
 from quintet.train.state import Position
@@ -82,13 +84,10 @@ def resume(where: Path, *, sinks: Sink, ranks: Ranks | None = None, layout: Layo
     with directory.held(where) if ranks.is_lead else nullcontext():
         directory.refuse_other_tokenizer(Tokenizer.from_file(where / directory.TOKENIZER), prepared)
         told: list[str] = []
-        position, data = Position(), dict[str, int]()
-        root = where / directory.CHECKPOINTS
-        found = ranks.lead_first("newest checkpoint", lambda: _newest(root, told.append, verify_content=ranks.is_lead))
-        ranks.agree("checkpoint", found.name if found else "none")
+        paths = ranks.lead_first("checkpoints", lambda: candidates(where / directory.CHECKPOINTS, told.append))
+        ranks.agree("checkpoint", ", ".join(path.name for path in paths) or "none")
         session = _Session(run, where, prepared, sinks, device=device, ranks=ranks)
-        if found:
-            position, data = state.restore(found, session.built)
+        found, position, data = state.restore_newest(paths, session.built, report=told.append)
         session.enter(position.phase)
         if data:
             session.loader.restore(data)
@@ -101,11 +100,6 @@ def resume(where: Path, *, sinks: Sink, ranks: Ranks | None = None, layout: Layo
         for text in (*told, f"resumed from {found}" if found else "no checkpoint was written yet: beginning anew"):
             sinks.write(Message(text=text))
         return session.loop(position)
-
-
-def _newest(root: Path, report: Callable[[str], None], *, verify_content: bool) -> Path | None:
-    """The newest whole checkpoint; rank 0, which looks first, verifies every byte and moves what is damaged out of the others' sight."""
-    return latest(root, verify_content=verify_content, report=report) if list_checkpoints(root) else None
 
 
 @dataclass(frozen=True)
@@ -122,7 +116,7 @@ class _Session:
     def __init__(self, run: Run, where: Path, prepared: Prepared, sinks: Sink, *, device: torch.device, ranks: Ranks) -> None:
         self.run, self.where, self.prepared, self.sinks, self.device, self.ranks = run, where, prepared, sinks, device, ranks
         self.recorder = Recorder(ranks.mesh.rank, ranks.mesh["pp"].ranks, ranks.store)
-        self.built = build(run, ranks.mesh, device, on_message=lambda text: sinks.write(Message(text=text)), recorder=self.recorder)
+        self.built = self._build()
         self.saver = state.saver(where, run, seconds=ranks.seconds)
         self.held_out, self.held_out_step = math.nan, -1
         self.stretches = curriculum(run)
@@ -133,6 +127,15 @@ class _Session:
                 sinks.write(Message(text=f"source {name!r} has no held-out document and is not evaluated; raise data.held_out or add text"))
         torch.manual_seed(run.seed)  # whatever draws from the global generators, now or later, draws the same in every run of this seed
         self.enter(0)
+
+    def _build(self) -> Built:
+        return build(
+            self.run,
+            self.ranks.mesh,
+            self.device,
+            on_message=lambda text: self.sinks.write(Message(text=text)),
+            recorder=self.recorder,
+        )
 
     def enter(self, phase: int) -> None:
         """Make the loader and the curves of a phase; the loader stands at the beginning of the data."""
@@ -165,7 +168,11 @@ class _Session:
                     if due.evaluation and (not stopping or position.step == self.num_steps):
                         self._evaluate(position)
                     if due.checkpoint or stopping:
-                        self._save(position, wait=stopping or position.step == self.num_steps)
+                        last = stopping or position.step == self.num_steps
+                        adapting = self.run.train.adaptive and self.built.pipeline is not None and not last
+                        self._save(position, wait=last or adapting)
+                        if adapting:
+                            self._cut_anew(position)
                     self._tell_of_saves()
                 if stopping and position.step < self.num_steps:
                     return INTERRUPTED
@@ -252,6 +259,24 @@ class _Session:
         extras, rounded = state.extras(self.where, self.run), state.rounded(gathered)
         with _during(f"saving step {position.step}"):
             self.saver.save(gathered, step=position.step, extras=extras, rounded=rounded, wait=wait)
+
+    def _cut_anew(self, position: Position) -> None:
+        """Where it pays, cut the pipeline's stages by how long they took, and go on from the checkpoint that was just written."""
+        assert self.built.pipeline is not None
+        before, seconds = self.run.layout, self.built.pipeline.stage_seconds()
+        counts = None if seconds is None else recut(self.run.model, before, seconds)
+        if seconds is None or counts is None:
+            return
+        told = f"the slowest stage takes {max(seconds):.3f} s of {sum(seconds):.3f} s; layout.cut is {counts}"
+        self.sinks.write(Message(text=f"{told} from step {position.step + 1} on"))
+        self.run = replace(self.run, layout=replace(before, cut=counts))
+        self.ranks = replace(self.ranks, mesh=replace(self.ranks.mesh, layout=self.run.layout))
+        del self.built  # first, so that two never live
+        self.built = self._build()
+        state.restore(self.where / directory.CHECKPOINTS / directory_name(position.step), self.built)
+        self.saver.plan_anew()
+        if self.ranks.is_lead:
+            directory.rewrite_recipe(self.where, self.run)
 
     def _tell_of_saves(self) -> None:
         for told in self.saver.told():

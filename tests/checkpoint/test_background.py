@@ -186,6 +186,19 @@ def halves(rank: int, count: int, value: float) -> dict[str, Any]:
     }
 
 
+def test_ranks_that_hold_other_parts_than_before_plan_anew(tmp_path: Path) -> None:
+    def work(rank: int) -> list[int]:
+        saver = Saver(tmp_path, Checkpoint(), group=dist.new_group(backend="gloo"))
+        for step, held in ((1, rank), (2, 1 - rank)):
+            saver.save(halves(held, 2, float(step)), step=step, extras={}, rounded={"weight": "master"}, wait=True)
+            saver.plan_anew()
+        return [told.step for told in saver.told()]
+
+    assert on_ranks(2, work) == [[1, 2]] * 2
+    places = [[piece.offsets for piece in verify(tmp_path / f"step-0000000{i}").tensors["master"].pieces] for i in (1, 2)]
+    assert places == [[(0, 0), (4, 0)], [(4, 0), (0, 0)]]
+
+
 @pytest.mark.parametrize("count", [2, 3])
 def test_ranks_save_beside_training_and_beside_their_own_collectives(tmp_path: Path, count: int) -> None:
     def work(rank: int) -> list[int]:

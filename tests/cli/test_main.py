@@ -63,7 +63,7 @@ def test_an_unknown_command_answers_did_you_mean(told: TellMain, given: str, mea
     code, out, err = told(given)
     assert (code, out) == (2, "")
     assert (f"(did you mean '{meant}'?)" in err) == (meant is not None)
-    assert "commands: prepare, train, resume" in err
+    assert "commands: prepare, data, train, resume" in err
 
 
 @pytest.mark.parametrize("command", COMMANDS)

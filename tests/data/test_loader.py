@@ -257,3 +257,10 @@ def test_neighbours_in_the_stream_are_strangers_in_the_files(tmp_path: Path) -> 
     assert len(set(seen)) == 3000 and 0.31 < distance < 0.36
     tenths = torch.bincount((places[:1500] // 300).long(), minlength=10)
     assert tenths.min() > 110 and tenths.max() < 190
+
+
+def test_a_weight_written_as_a_whole_number_is_the_same_mixture(mixed: Mixed) -> None:
+    one, two = (Loader(*mixed, sequence_length=32, seed=5, mixture={"code": weight, "prose": 1.0}) for weight in (3, 3.0))
+    one.next_batch(5)
+    two.restore(one.state())
+    assert two.state() == one.state()

@@ -19,6 +19,7 @@ from quintet.checkpoint.load import list_checkpoints, verify
 from quintet.cli.main import main
 from quintet.data.prepare import prepare
 from quintet.errors import DONE, INTERRUPTED
+from quintet.model.transformer import Transformer
 from quintet.monitor.metrics import Evaluated, Message, Record, read_events
 from quintet.monitor.sinks import Fanout, JsonLines
 from quintet.monitor.status import read_status
@@ -132,7 +133,7 @@ def test_a_signal_to_any_rank_stops_all_at_one_step_and_a_resume_is_the_same_bit
 
 
 def test_a_rank_that_is_killed_ends_the_others_and_a_resume_on_another_layout_goes_on(run: Run, tmp_path: Path) -> None:
-    run = replace(on(run, Layout(dp=2, zero=2)), checkpoint=Checkpoint(every=4))
+    run = replace(on(run, Layout(dp=2, zero=2)), checkpoint=Checkpoint(every=4, background=False))
     alone = replace(run, layout=Layout(), directory=str(tmp_path / "alone"))
     assert train(alone) == DONE
     recipe = str(write_recipe(run, tmp_path / "r.toml"))
@@ -261,6 +262,22 @@ def test_a_disk_that_is_full_on_one_rank_ends_all_with_one_message_and_the_check
     assert codes(quintet(run, tmp_path, "resume", str(where(run)))) == [0, 0]
 
 
+def test_ranks_pass_over_a_checkpoint_in_which_one_of_them_finds_damage(run: Run, tmp_path: Path) -> None:
+    run = replace(on(run, Layout(dp=2, zero=2)), checkpoint=Checkpoint(every=4), train=replace(run.train, steps=8))
+    assert codes(quintet(run, tmp_path, "train", str(write_recipe(run, tmp_path / "r.toml")))) == [0, 0]
+    assert steps_of(run) == [4, 8]
+    damaged = where(run) / "checkpoints" / "step-00000008" / "data-00001.bin"
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 16
+    damaged.write_bytes(content)
+    longer = write_recipe(replace(run, train=replace(run.train, steps=9)), where(run) / "recipe.toml")
+    fates = quintet(run, tmp_path, "resume", str(longer.parent))
+    assert codes(fates) == [0, 0]
+    told = "".join(fate.told for fate in fates)
+    assert told.count("passed over a damaged checkpoint") == 1 and "data-00001.bin is damaged" in told.replace("\n", " ")
+    assert [record.step for record in records(run)] == [*range(1, 10)] and steps_of(run)[-1] == 9
+
+
 def test_rank_0_that_is_killed_while_it_prepares_ends_the_others(run: Run, tmp_path: Path) -> None:
     run = on(run, Layout(dp=2))
 
@@ -303,6 +320,32 @@ def test_a_rank_that_stops_amid_a_step_is_named_with_what_waits_for_it_and_what_
     told = fates[0].told
     assert "rank 0 waits at 0B1 from rank 1, which did not come" in told and "Traceback" not in told
     assert "rank 0: at 0B1 (step " in told and "rank 1: at 1B1 (step " in told
+
+
+def test_stages_are_cut_anew_by_their_times_and_the_run_is_the_same(run: Run, tmp_path: Path) -> None:
+    """On a model whose first layer is slow: checkpoint by checkpoint, since a stage's time says nothing of its single layers."""
+    model = replace(run.model, num_layers=6)
+    run = replace(run, model=model, checkpoint=replace(run.checkpoint, every=3), train=replace(run.train, steps=5))
+    alone = replace(run, directory=str(tmp_path / "alone"))
+    run = on(run, Layout(pp=2, schedule="1f1b", cut=(4, 2)), adaptive=True, micro_batch=1)
+
+    def slow(rank: int) -> None:
+        real = Transformer._run
+
+        def _run(model: Transformer, part: object, *arguments: object) -> object:
+            if part is dict(model.layers.named_children()).get("0"):
+                time.sleep(0.08)
+            return real(model, part, *arguments)  # type: ignore[arg-type]
+
+        pytest.MonkeyPatch().setattr(Transformer, "_run", _run)
+
+    assert train(alone) == DONE
+    fates = quintet(run, tmp_path, "train", str(write_recipe(run, tmp_path / "r.toml")), before=slow)
+    assert codes(fates) == [0, 0], fates
+    told = " ".join(fates[0].told.split())
+    layout = parse.read(where(run) / "recipe.toml").layout
+    assert layout.cut is not None and layout.cut[0] < 4 and f"layout.cut is {layout.cut} from step 4 on" in told
+    assert_like(alone, run)
 
 
 def test_torchrun_trains_stops_resumes_and_one_device_uses_the_result(run: Run, tmp_path: Path) -> None:
