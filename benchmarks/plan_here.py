@@ -3,8 +3,8 @@
     python benchmarks/plan_here.py [--hidden 256] [--layers 8] [--length 256] [--rounds 5] [--json FILE]
 
 The machine is measured as `quintet doctor --cluster` does, with one thread. One scalar, the pace of our software on this machine, is set
-by the step of one device; every other layout is then planned and measured (the median of `--rounds` steps on gloo ranks, one process each). It
-wants two quiet cores.
+by the step of one device; every other layout is then planned and measured (the median of `--rounds` steps on gloo ranks, one process
+each). It wants two quiet cores.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch.distributed as dist
 from startup import circumstances, headline, write_json
 from traffic import Trainee
 
+from quintet.cli.doctor import message_link
 from quintet.launch.local import run_on_ranks
 from quintet.plan.estimate import estimate
 from quintet.plan.setup import of_run
@@ -29,7 +30,7 @@ from quintet.spec import parse
 from quintet.spec.cluster import Cluster, Link
 from quintet.spec.layout import Layout
 from quintet.spec.run import Run
-from quintet.train.measure import measured_cluster, message_link
+from quintet.train.measure import measured_cluster
 
 LAYOUTS = (
     Layout(dp=2),
@@ -56,7 +57,7 @@ def run_of(options: argparse.Namespace, layout: Layout) -> Run:
         base.model,
         hidden_size=width,
         num_layers=options.layers,
-        num_heads=width // 64,
+        num_heads=max(2, width // 64),
         q_lora_rank=width // 2,
         kv_lora_rank=width // 4,
         qk_nope_head_dim=64,
@@ -110,7 +111,7 @@ def main() -> None:
     print(headline(facts))
     torch.set_num_threads(1)
     link: Link = message_link()
-    cluster = measured_cluster(torch.device("cpu"), name="cpu", memory_bytes=8e9, num_devices=2, with_messages=False)
+    cluster = measured_cluster(torch.device("cpu"), name="cpu", memory_bytes=8e9, num_devices=2)
     cluster = replace(cluster, domain=2, link=link, network=link)
     # Nothing runs beside anything on one core; launching is part of the pace.
     alone = Software(
@@ -119,7 +120,8 @@ def main() -> None:
     one = measured(options, Layout())
     software = replace(alone, pace=planned(options, Layout(), cluster, alone) / one)
     print(
-        f"one device {one:.3f} s, pace {software.pace:.2f}; bf16 {cluster.gpu.peak.bf16 / 1e9:.0f} GFLOP/s, messages {link.effective / 1e9:.2f} GB/s"
+        f"one device {one:.3f} s, pace {software.pace:.2f}; bf16 {cluster.gpu.peak.bf16 / 1e9:.0f} GFLOP/s, messages "
+        f"{link.effective / 1e9:.2f} GB/s"
     )
     print(f"{'layout':34} measured   planned    error")
     rows: list[dict[str, Any]] = []

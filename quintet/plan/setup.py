@@ -60,7 +60,7 @@ class Setup:
     @property
     def schedule(self) -> PipelineName:
         """The layout's pipeline schedule; without stages the plainest, where it makes no difference."""
-        return self.layout.pipeline if self.layout.pp > 1 else "1f1b"
+        return self.layout.schedule_for(self.num_microbatches) if self.layout.pp > 1 else "1f1b"
 
     @property
     def chunks(self) -> int:
