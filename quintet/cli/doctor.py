@@ -13,7 +13,7 @@ from rich.text import Text
 from quintet.cli.options import Switch, read
 from quintet.monitor.machine import Finding, findings, memory_bytes, num_cores
 from quintet.monitor.units import num_bytes
-from quintet.spec.cluster import dumps
+from quintet.spec.cluster import Link, dumps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,10 +102,10 @@ def write_cluster(path: Path) -> Finding:
         import torch
 
         about = torch.cuda.get_device_properties(here)
-        name, memory, num = about.name, float(about.total_memory), torch.cuda.device_count()
+        name, memory, num, link = about.name, float(about.total_memory), torch.cuda.device_count(), None
     else:
-        name, memory, num = "cpu", float(memory_bytes()), 1
-    cluster = measured_cluster(here, name=name, memory_bytes=memory, num_devices=num)
+        name, memory, num, link = "cpu", float(memory_bytes()), 1, message_link()
+    cluster = measured_cluster(here, name=name, memory_bytes=memory, num_devices=num, link=link)
     path.write_text(dumps(cluster))
     gpu, link = cluster.gpu, cluster.link
     rates = (
@@ -113,3 +113,11 @@ def write_cluster(path: Path) -> Finding:
     )
     value = f"{path}: {rates}"
     return Finding(name="cluster", value=value)
+
+
+def message_link() -> Link:
+    """Latency and bandwidth of messages between two processes here."""
+    from quintet.launch.local import run_on_ranks
+    from quintet.train.measure import gather_seconds, link_of
+
+    return link_of(*run_on_ranks(2, gather_seconds, (), preload=("quintet.train.measure",))[0])

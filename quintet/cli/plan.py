@@ -165,7 +165,7 @@ def _setup(given: Arguments, run: Run, cluster: Cluster) -> Setup:
     chosen = of_run(run, software=generation(given.software, device=cluster.gpu.name), batch_sequences=batch, precision=precision)
     if run.layout.pp > 1 and not allowed(chosen):
         raise SpecError(
-            f"layout.schedule {run.layout.pipeline} cannot run {chosen.num_microbatches} micro-batches over "
+            f"layout.schedule {chosen.schedule} cannot run {chosen.num_microbatches} micro-batches over "
             f"layout.pp ({run.layout.pp}): DualPipe "
             f"needs twice as many as stages, interleaved schedules as many; change --batch, --train.micro-batch, "
             f"--layout.pp or --layout.schedule"

@@ -106,7 +106,7 @@ def _context(found: Estimate) -> dict[str, object]:
         "gradient_bytes": setup.gradient_bytes,
         "common": common,
         "experts": experts,
-        "replicas": layout.num_replicas,
+        "replicas": setup.replicas,
         "expert_replicas": setup.expert_replicas,
         "near": min(layout.num_replicas, max(1, cluster.domain // layout.tp)),
         "zero_hidden": software.zero_hidden,

@@ -20,7 +20,7 @@ from functools import lru_cache
 from quintet.plan.block_time import Policy
 from quintet.plan.setup import Setup
 from quintet.plan.stages import Part, policy_of, ranks_of
-from quintet.plan.step_time import weights_of
+from quintet.plan.step_time import reads_embedding_again, weights_of
 from quintet.schedule import build
 from quintet.schedule.check import in_flight
 from quintet.schedule.classic import rounds
@@ -93,9 +93,13 @@ def _of_rank(
 ) -> RankMemory:
     layout, a = setup.layout, setup.architecture
     common, experts = (sum(both) for both in zip(*(weights_of(setup, part) for part in held), strict=True))
-    if any(part.embedding for part in held) and any(part.num_mtp and not part.embedding for part in held):
+    if any(part.embedding for part in held) and any(reads_embedding_again(a, part) and not part.embedding for part in held):
         common -= a.vocab_size * a.hidden_size / layout.tp  # an MTP module on the first stage's rank reads its embedding (V3, 3.2.3)
-    shared, whole = _sharded(setup, common, experts), common + experts
+    # The embedding of a pipeline's two ends has the replicas of both.
+    ends = sum(part.embedding for part in held) + sum(reads_embedding_again(a, part) for part in held)
+    both = layout.pp > 1 and (setup.num_mtp > 0 or a.tie_embeddings)
+    twice = a.vocab_size * a.hidden_size / layout.tp if both and ends == 1 else 0.0
+    shared, whole = _sharded(setup, common - twice / 2, experts), common + experts
     modules = sum(part.num_mtp for part in held)
     num_moe = sum(part.num_moe for part in held) + (modules if a.num_experts else 0)
     num_dense = sum(part.num_dense for part in held) + (0 if a.num_experts else modules)
@@ -126,8 +130,8 @@ def _sharded(setup: Setup, common: float, experts: float) -> float:
     if not layout.zero:
         return common + experts
     if layout.zero_ranks is None:
-        return common / layout.num_replicas + experts / setup.expert_replicas
-    return common / layout.zero_ranks + experts / max(1, layout.zero_ranks * setup.expert_replicas // layout.num_replicas)
+        return common / setup.replicas + experts / setup.expert_replicas
+    return common / layout.zero_ranks + experts / max(1, layout.zero_ranks * setup.expert_replicas // setup.replicas)
 
 
 def peaks_in_flight(schedule: str, num_ranks: int, num_microbatches: int, chunks: int) -> tuple[float, ...]:

@@ -42,7 +42,8 @@ def pipeline_time(
     The steady state takes as long as the slowest rank; filling and draining takes what the schedule's formula says for the mean rank.
     Exact for equal stages and 1F1B (tested against the simulator).
     """
-    m, p, schedule, chunks = num_microbatches, layout.pp, layout.pipeline, layout.num_stages // layout.pp
+    m, p, chunks = num_microbatches, layout.pp, layout.num_stages // layout.pp
+    schedule = layout.schedule_for(m)
     if p == 1:
         one = stages[0]
         return PipelineTime(

@@ -60,7 +60,7 @@ class Setup:
     @property
     def schedule(self) -> PipelineName:
         """The layout's pipeline schedule; without stages the plainest, where it makes no difference."""
-        return self.layout.pipeline if self.layout.pp > 1 else "1f1b"
+        return self.layout.schedule_for(self.num_microbatches) if self.layout.pp > 1 else "1f1b"
 
     @property
     def chunks(self) -> int:
@@ -73,10 +73,14 @@ class Setup:
         return self.micro_batch * self.sequence_length // self.layout.cp
 
     @property
+    def replicas(self) -> int:
+        """Ranks, at one place of tp, that hold the same weights: with DualPipe those of two places of the pipeline."""
+        return self.layout.num_replicas * (2 if self.layout.arrangement == "mirror" else 1)
+
+    @property
     def expert_replicas(self) -> int:
-        """Ranks of a stage that hold the same part of the same experts."""
-        layout = self.layout
-        return max(1, layout.num_replicas * layout.tp // (layout.ep * layout.expert_tp))
+        """Ranks that hold the same part of the same experts."""
+        return max(1, self.replicas * self.layout.tp // (self.layout.ep * self.layout.expert_tp))
 
     @property
     def num_mtp(self) -> int:

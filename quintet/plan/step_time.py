@@ -109,8 +109,13 @@ def _weights(a: Architecture, part: Part, tp: int, expert_ways: int) -> tuple[fl
         experts += num * routed / expert_ways
     common += part.num_mtp * a.projection[0].weights
     vocabulary = a.vocab_size * a.hidden_size / tp
-    common += vocabulary * ((part.embedding or part.num_mtp > 0) + (part.head and not a.tie_embeddings))
+    common += vocabulary * ((part.embedding or reads_embedding_again(a, part)) + (part.head and not a.tie_embeddings))
     return common, experts
+
+
+def reads_embedding_again(a: Architecture, part: Part) -> bool:
+    """Whether a stage needs the token embedding behind the first one: for MTP modules, or as its head."""
+    return part.num_mtp > 0 or (part.head and a.tie_embeddings)
 
 
 def _zero_seconds(setup: Setup, cluster: Cluster, cut: tuple[Part, ...], stages: tuple[StageTime, ...]) -> tuple[float, float]:
@@ -125,7 +130,7 @@ def _zero_seconds(setup: Setup, cluster: Cluster, cut: tuple[Part, ...], stages:
         backward = hidden * max(0.0, sum(stages[s].input + stages[s].weight - stages[s].all_to_all for s in mine))
         forward = hidden * max(0.0, sum(stages[s].forward - stages[s].all_to_all for s in mine))
         replicas = setup.expert_replicas
-        groups = ((common, layout.num_replicas, layout.tp), (experts, replicas, layout.num_replicas * layout.tp // replicas))
+        groups = ((common, setup.replicas, layout.tp), (experts, replicas, max(1, setup.replicas * layout.tp // replicas)))
         reduce = sum(gather_seconds(cluster, setup.gradient_bytes * n, ranks=ranks, stride=stride) for n, ranks, stride in groups)
         gather = sum(gather_seconds(cluster, SIZE["bf16"] * n, ranks=ranks, stride=stride) for n, ranks, stride in groups)
         m = setup.num_microbatches
@@ -143,7 +148,7 @@ def _zero_seconds(setup: Setup, cluster: Cluster, cut: tuple[Part, ...], stages:
 def _optimizer_seconds(setup: Setup, cluster: Cluster, cut: tuple[Part, ...]) -> float:
     layout = setup.layout
     bandwidth = cluster.gpu.memory_bandwidth * setup.software.memory
-    shards = (layout.num_replicas, setup.expert_replicas) if layout.zero else (1, 1)
+    shards = (setup.replicas, setup.expert_replicas) if layout.zero else (1, 1)
     own = {part: sum(n / ways for n, ways in zip(weights_of(setup, part), shards, strict=True)) for part in set(cut)}
     most = max(sum(own[cut[stage]] for stage in held) for held in ranks_of(layout))
     return most * (OPTIMIZER_BYTES + 4 * setup.moments_bytes) / bandwidth

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from quintet.launch.local import run_on_ranks
 from quintet.spec.cluster import Attention, Cluster, Gpu, Link, Rates
 from quintet.train.device import measured_peak, synchronize
 
@@ -20,14 +19,14 @@ MESSAGE_BYTES = (1 << 12, 1 << 23)
 ROUNDS = 5
 
 
-def measured_cluster(device: torch.device, *, name: str, memory_bytes: float, num_devices: int, with_messages: bool = True) -> Cluster:
+def measured_cluster(device: torch.device, *, name: str, memory_bytes: float, num_devices: int, link: Link | None = None) -> Cluster:
     """A cluster of this machine's devices (on CPU: of ranks that share its cores alike), with measured rates.
 
-    Rates are those of the current number of threads. Without messages, links are taken to be as fast as copies.
+    Rates are those of the current number of threads. Without a link, messages are taken to be as fast as copies.
     """
     peak = Rates(fp32=measured_peak(device, "fp32"), bf16=measured_peak(device, "bf16"))
     copied = copy_bandwidth(device)
-    link = message_link() if with_messages and device.type == "cpu" else Link(bandwidth=copied, share=1.0, latency=1e-5)
+    link = link or Link(bandwidth=copied, share=1.0, latency=1e-5)
     gpu = Gpu(
         name=name,
         peak=peak,
@@ -79,14 +78,12 @@ def _through(rates: list[float]) -> tuple[float, float]:
     return many * (1 + half / long), half
 
 
-def message_link() -> Link:
-    """Latency and bandwidth between two processes here, from all-gathers of a short and a long message."""
-    short, long = run_on_ranks(2, _gather_seconds, (), preload=("quintet.train.measure",))[0]
-    each = MESSAGE_BYTES[1] / 2
-    return Link(bandwidth=each / max(long - short, 1e-9), share=1.0, latency=min(short, 1.0))
+def link_of(short: float, long: float) -> Link:
+    """The link on which all-gathers of both sizes of MESSAGE_BYTES take these seconds."""
+    return Link(bandwidth=MESSAGE_BYTES[1] / 2 / max(long - short, 1e-9), share=1.0, latency=min(short, 1.0))
 
 
-def _gather_seconds() -> tuple[float, float]:
+def gather_seconds() -> tuple[float, float]:
     """Seconds of an all-gather of each size, as a rank that `run_on_ranks` started."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from quintet.cli.doctor import message_link
 from quintet.cli.main import main
 from quintet.plan.estimate import estimate
 from quintet.plan.setup import of_run
 from quintet.plan.software import generation
 from quintet.spec import parse
 from quintet.spec.cluster import dumps, read
-from quintet.train.measure import LENGTHS, _through, measured_cluster, message_link
+from quintet.train.measure import LENGTHS, _through, measured_cluster
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "laptop.toml"
 
@@ -30,7 +31,7 @@ def test_a_curve_goes_through_both_rates_or_through_the_longer_one() -> None:
 
 
 def test_a_measured_machine_plans_the_laptop_recipe(tmp_path: Path) -> None:
-    cluster = measured_cluster(torch.device("cpu"), name="cpu", memory_bytes=16e9, num_devices=1, with_messages=False)
+    cluster = measured_cluster(torch.device("cpu"), name="cpu", memory_bytes=16e9, num_devices=1)
     path = tmp_path / "cluster.toml"
     path.write_text(dumps(cluster))
     run = parse.read(RECIPE)
