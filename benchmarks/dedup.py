@@ -14,15 +14,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
-import statistics
+import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 LEVELS = (0.4, 0.6, 0.7, 0.8, 0.9, 0.95)
 BANDS, ROWS, NGRAM = 14, 8, 5
@@ -61,7 +61,9 @@ def quintet(texts: list[str]) -> Keys:
     from quintet.data.texts import Texts
 
     raws = [text.encode() for text in texts]
-    return [row for group in _grouped(raws, _FINGERPRINTED_BYTES) for row in bands(Texts(group), ngram=NGRAM, bands=BANDS, rows=ROWS).tolist()]
+    return [
+        row for group in _grouped(raws, _FINGERPRINTED_BYTES) for row in bands(Texts(group), ngram=NGRAM, bands=BANDS, rows=ROWS).tolist()
+    ]
 
 
 def daft(texts: list[str]) -> Keys:
@@ -99,7 +101,8 @@ def datatrove(texts: list[str]) -> Keys:
         data = [Document(text=text, id=str(i)) for i, text in enumerate(texts)]
         MinhashDedupSignature(output_folder=f"{folder}/signatures", config=config, language="en").run(data, 0, 1)
         for bucket in range(BANDS):
-            MinhashDedupBuckets(input_folder=f"{folder}/signatures", output_folder=f"{folder}/buckets", config=config).run(None, bucket, BANDS)
+            stage = MinhashDedupBuckets(input_folder=f"{folder}/signatures", output_folder=f"{folder}/buckets", config=config)
+            stage.run(None, bucket, BANDS)
         cluster = MinhashDedupCluster(
             input_folder=f"{folder}/buckets", output_folder=f"{folder}/removed", config=config, save_cluster_id=True
         )
@@ -129,13 +132,11 @@ CONTESTANTS: dict[str, Callable[[list[str]], Keys]] = {"quintet": quintet, "daft
 def one(name: str, arguments: argparse.Namespace) -> dict[str, object]:
     """One contestant's rate and recall, in this process."""
     texts, pairs = documents(arguments.documents, arguments.words)
-    work, seconds = CONTESTANTS[name], []
+    work = CONTESTANTS[name]
     work(texts[:50])
-    for _ in range(1 if name == "datatrove" else arguments.rounds):
-        began = time.process_time()
-        keys = work(texts)
-        seconds.append(time.process_time() - began)
-    took = statistics.median(seconds)
+    began = time.process_time()
+    keys = work(texts)
+    took = time.process_time() - began
     recall = {}
     for level in LEVELS:
         mine = [(a, b, s) for a, b, s in pairs if min(LEVELS, key=lambda x: abs(x - s)) == level]
@@ -148,7 +149,7 @@ def one(name: str, arguments: argparse.Namespace) -> dict[str, object]:
     wrong = sum(any(x == y for x, y in zip(keys[a], keys[b], strict=True)) for a, b in strangers)
     size = sum(len(text.encode()) for text in texts)
     return {"documents": len(texts), "megabytes": size / 1e6, "cpu_seconds": took, "documents_per_second": len(texts) / took,
-            "megabytes_per_second": size / took / 1e6, "recall": recall, "strangers_joined": wrong, "strangers": len(strangers)}  # fmt: skip
+            "megabytes_per_second": size / took / 1e6, "recall": recall, "strangers_joined": wrong}  # fmt: skip
 
 
 def main() -> None:
@@ -164,23 +165,32 @@ def main() -> None:
     if arguments.only:
         print(json.dumps(one(arguments.only, arguments)))
         return
+    from startup import circumstances, headline, rotated, write_json  # a peer's interpreter may lack what it imports
+
     peers = {"quintet": sys.executable} | dict(peer.split("=", 1) for peer in arguments.peer)
     threads = dict.fromkeys(("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "DAFT_NUM_THREADS"), "1")
-    results = {}
-    for name, python in peers.items():
-        words = ["--only", name, "--documents", str(arguments.documents), "--words", str(arguments.words), "--rounds", str(arguments.rounds)]
-        run = subprocess.run([python, __file__, *words], capture_output=True, text=True, env=dict(os.environ, **threads))
-        if run.returncode:
-            sys.exit(f"{name} failed:\n{run.stderr[-3000:]}")
-        results[name] = json.loads(run.stdout.splitlines()[-1])
+    facts = circumstances("numpy")
+    facts["command"] = re.sub(r"=\S+", "=PYTHON", facts["command"])
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in peers}
+    words = ["--documents", str(arguments.documents), "--words", str(arguments.words)]
+    for turn in range(arguments.rounds):  # In turns, so that what else the machine does hits all alike; datatrove, which is slow, once.
+        for name in rotated(list(peers), turn):
+            if turn == 0 or name != "datatrove":
+                command = [peers[name], __file__, "--only", name, *words]
+                run = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ, **threads))
+                if run.returncode:
+                    sys.exit(f"{name} failed:\n{run.stderr[-3000:]}")
+                runs[name].append(json.loads(run.stdout.splitlines()[-1]))
+    results = {name: sorted(found, key=lambda run: run["cpu_seconds"])[len(found) // 2] for name, found in runs.items()}
     base = results["quintet"]["documents_per_second"]
+    print(headline(facts))
     for name, result in results.items():
+        result["quintet_is_times"] = base / result["documents_per_second"]
         recall = "  ".join(f"{level}: {r['found']:.3f} ({r['curve']:.3f})" for level, r in result["recall"].items())
         print(f"{name:10} {result['documents_per_second']:10,.0f} documents/s  {result['megabytes_per_second']:7.1f} MB/s  quintet is "
-              f"{base / result['documents_per_second']:6.1f}x   recall (curve) {recall}   strangers joined {result['strangers_joined']}")  # fmt: skip
+              f"{result['quintet_is_times']:6.1f}x   recall (curve) {recall}   strangers joined {result['strangers_joined']}")  # fmt: skip
     if arguments.json:
-        told = {"date": time.strftime("%Y-%m-%d"), "load": os.getloadavg(), "machine": platform.processor() or platform.machine()}
-        arguments.json.write_text(json.dumps(told | {"command": sys.argv[1:], "results": results}, indent=2) + "\n")
+        write_json(arguments.json, facts, {"results": results})
 
 
 if __name__ == "__main__":

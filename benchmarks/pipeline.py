@@ -1,7 +1,7 @@
 """Pipelines of sleeping stages: the bubble of each schedule against its simulation, and against other runtimes of the same schedules.
 
-    python benchmarks/pipeline.py [--ranks 8] [--microbatches 16] [--unit 0.2] [--rounds 3] [--overlap] [--dualpipe DIR] [--json FILE]
-                                  [--trace FILE]
+    python benchmarks/pipeline.py [--ranks 8] [--microbatches 16] [--unit 0.2] [--rounds 3] [--overlap] [--dualpipe DIR] [--found FILE]
+                                  [--json FILE] [--trace FILE]
 
 Every rank does 3 units of work per micro-batch, a third each for forward, input gradients and weight gradients, whatever the schedule; a
 rank with two stages does half of it in each. Work is sleeping, so ranks need no core of their own; tensors have 8 elements. All contestants
@@ -43,8 +43,9 @@ from quintet.parallel.recorder import Recorder
 from quintet.plan.costs import Costs
 from quintet.plan.simulate import simulate
 from quintet.plan.trace import chrome
-from quintet.schedule import NAMES, build, check, fewest_microbatches
+from quintet.schedule import NAMES, Schedule, build, check, fewest_microbatches
 from quintet.schedule.clock import Timeline
+from quintet.schedule.text import loads
 
 SHAPE = (1, 8)
 PAIR = 0.75
@@ -119,11 +120,21 @@ class Sleeping:
 Step = Callable[[], None]
 
 
+def table(name: str, num_ranks: int, num_microbatches: int) -> Schedule:
+    """A schedule by its name, or from a file, whose sizes must be these."""
+    if not name.endswith(".json"):
+        return build(name, num_ranks, num_microbatches)
+    schedule = loads(Path(name).read_text(), origin=name)
+    if (schedule.num_ranks, schedule.num_microbatches) != (num_ranks, num_microbatches):
+        raise SystemExit(f"{name} is for {schedule.num_ranks} ranks and {schedule.num_microbatches} micro-batches")
+    return schedule
+
+
 def ours(name: str, setting: Setting, recorder: Recorder) -> Step:
     """A step of our runtime."""
-    schedule = build(name, setting.num_ranks, setting.num_microbatches)
+    schedule = table(name, setting.num_ranks, setting.num_microbatches)
     program, last = check(schedule).program, schedule.num_stages - 1
-    op = setting.op(schedule.num_stages // setting.num_ranks)
+    op = setting.op(max(schedule.num_stages // setting.num_ranks, 1))
     works = {
         stage: Sleeping(op, overlap=setting.overlap, is_first=stage == 0, is_last=stage == last)
         for _, stage in schedule.stages[setting.rank]
@@ -254,18 +265,18 @@ def _module(seconds: float, back: float, *, after: Callable[[], None] | None = N
     return Napping()
 
 
-def contestants(setting: Setting, dualpipe: Path | None, recorder: Recorder) -> dict[str, Step]:
+def contestants(setting: Setting, dualpipe: Path | None, found: list[str], recorder: Recorder) -> dict[str, Step]:
     """Every step that can be run with these sizes, by name."""
     P, M = setting.num_ranks, setting.num_microbatches
     fits = [name for name in NAMES if fewest_microbatches(name, P) <= M and not (name == "dualpipe" and (P % 2 or M % 2))]
     if setting.overlap:  # what has pairs, and for comparison the best that has none
         fits = [name for name in fits if name in ("dualpipe", "dualpipev", "zbv", "1f1b")]
-    found = {f"quintet {name}": ours(name, setting, recorder) for name in fits}
+    steps = {f"quintet {name}": ours(name, setting, recorder) for name in (*fits, *found)}
     if not setting.overlap:
-        found |= {f"torch {name}": torchs(name, setting) for name in TORCH if name in fits}
+        steps |= {f"torch {name}": torchs(name, setting) for name in TORCH if name in fits}
     if dualpipe is not None:
-        found |= {f"DeepSeek {name}": deepseeks(name, setting, dualpipe) for name in ("dualpipe", "dualpipev") if name in fits}
-    return found
+        steps |= {f"DeepSeek {name}": deepseeks(name, setting, dualpipe) for name in ("dualpipe", "dualpipev") if name in fits}
+    return steps
 
 
 def work(rank: int, options: argparse.Namespace, store: dist.Store) -> None:
@@ -273,7 +284,7 @@ def work(rank: int, options: argparse.Namespace, store: dist.Store) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=options.ranks)
     setting = Setting(options.ranks, options.microbatches, options.unit, options.overlap, rank)
     recorder = Recorder(rank, range(options.ranks))
-    steps = contestants(setting, options.dualpipe, recorder)
+    steps = contestants(setting, options.dualpipe, options.found, recorder)
     found: dict[str, list[float]] = {name: [] for name in steps}
     times: list[Any] = []
     for turn in range(options.rounds + 1):  # the first one warms up
@@ -323,7 +334,7 @@ def start(options: argparse.Namespace, out: Path) -> None:
 def simulated(name: str, options: argparse.Namespace) -> Timeline:
     """The same step on paper."""
     costs = Costs(forward=options.unit, backward_input=options.unit, weight=options.unit, pair=PAIR if options.overlap else 1.0)
-    return simulate(build(name, options.ranks, options.microbatches), costs).timeline
+    return simulate(table(name, options.ranks, options.microbatches), costs).timeline
 
 
 def main() -> None:
@@ -335,6 +346,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--overlap", action="store_true", help="a quarter of the work is messages that pairs can hide")
     parser.add_argument("--dualpipe", type=Path, help="a checkout of DeepSeek's DualPipe")
+    parser.add_argument("--found", nargs="*", default=[], metavar="FILE", help="schedules that `quintet schedule search --save` wrote")
     parser.add_argument("--trace", type=Path, help="the first contestant's timelines, simulated and measured")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -353,7 +365,7 @@ def main() -> None:
 
 def measured(name: str, options: argparse.Namespace, times: list[list[tuple[str, float, float]]]) -> Timeline:
     """The timeline of a real step, from when each op computed."""
-    schedule = build(name, options.ranks, options.microbatches)
+    schedule = table(name, options.ranks, options.microbatches)
     zero = min(row[0][1] for row in times)
     for row, there in zip(schedule.table, times, strict=True):
         assert [str(op) for op in row] == [text for text, _, _ in there]

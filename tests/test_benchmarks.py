@@ -299,3 +299,25 @@ def test_the_launch_is_where_the_clock_of_the_steps_begins(laptop: ModuleType, t
     assert course.held_out == [laptop.Point(minutes=0.5, step=2, tokens=20, nats={"a": 5.0}, bits={"a": 2.0})]
     assert [loss for _, loss in course.training] == [6.0, 5.0, 4.0]
     assert course.tokens_per_second == 20 / 6
+
+
+def test_dedup_finds_planted_duplicates_about_as_often_as_the_curve_says(tmp_path: Path) -> None:
+    run_script("dedup.py", "--documents", "400", "--words", "120", "--rounds", "1", "--json", tmp_path / "r.json")
+    found = result_of(tmp_path / "r.json")["results"]["quintet"]
+    assert found["documents"] >= 400 and found["strangers_joined"] == 0
+    assert found["recall"]["0.4"]["found"] < 0.2 and found["recall"]["0.95"]["found"] > 0.9
+    assert sum(level["pairs"] for level in found["recall"].values()) > 80
+
+
+def test_prepare_measures_both_parts_on_the_same_corpus(tmp_path: Path) -> None:
+    flags = ["--megabytes", "0.3", "--vocab-size", "600", "--rounds", "1"]
+    printed = run_script("prepare.py", *flags, "--json", tmp_path / "r.json")
+    results = result_of(tmp_path / "r.json")["results"]
+    assert results["tokenize quintet"]["tokens"] == results["tokenize tokenizers"]["tokens"] > results["whole quintet"]["tokens"] > 0
+    assert "quintet is    1.0x" in printed
+
+
+def test_loader_is_compared_with_a_memory_map_and_shuffles(tmp_path: Path) -> None:
+    run_script("loader.py", "--tokens", "400000", "--sequence-length", "128", "--rounds", "1", "--json", tmp_path / "r.json")
+    result = result_of(tmp_path / "r.json")
+    assert set(result["mega_tokens_per_second"]) == {"loader", "memory map"} and 0.25 < result["distance"] < 0.42

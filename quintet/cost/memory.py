@@ -12,7 +12,7 @@ with moments of 4 bytes; bf16 moments take half. What activations are kept: `cos
 of hidden states (counted as activations) and head at once, chunk by chunk.
 
 An estimate: the allocator's rounding, temporaries inside an operation and the working gradients of a single layer are left out, and
-activations are those of one micro-batch, of which a pipeline keeps several at a time.
+activations are those of one micro-batch; in a pipeline, of as many as the schedule keeps at one time of 2 pp micro-batches.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from quintet.cost.balance import part_at
 from quintet.cost.ring_comm import ring_payload, ring_width
 from quintet.cost.shard import held, num_shards
 from quintet.cost.zero_comm import bucket_sizes, parts_in_backward
+from quintet.schedule import build
 from quintet.spec.layout import Layout
 from quintet.spec.model import Model
 from quintet.spec.run import Precision, Train
@@ -98,7 +99,7 @@ def step_memory(
         master_weights=FP32 * shard if size < FP32 else 0,
         moments=2 * (2 if moments == "bf16" else FP32) * shard,
         gathered=_gathered(model, layout, blocks, outside + logits, size=size, place=place, copied=device == "cpu"),
-        activations=sum(blocks.values()) + outside,
+        activations=_in_flight(model, layout, place, blocks, outside) if layout.pp > 1 else sum(blocks.values()) + outside,
         recomputation=max(recomputed, default=0),
         logits=logits,
         messages=_messages(model, train, layout, sequence_length=sequence_length),
@@ -114,6 +115,23 @@ def largest_rank(
         for place in range(layout.pp)
     )
     return max(stages, key=lambda memory: memory.total)
+
+
+def _in_flight(model: Model, layout: Layout, place: int, blocks: dict[str, int], outside: int) -> int:
+    """Bytes that the ranks at `place` keep at most: a stage's `blocks`, and the last one's `outside`, from its forward to the end of its
+    backward or weight gradients, in the order of the schedule's row."""
+    kept = {}
+    for number, stage in zip(layout.stages_at(place), part_at(model, layout, place).stages, strict=True):
+        kept[number] = sum(blocks[f"layers.{layer}"] for layer in stage.layers)
+        if stage.last:
+            kept[number] += outside + sum(value for name, value in blocks.items() if name.startswith("mtp."))
+    count = 2 * layout.pp
+    now = peak = 0
+    for work in build(layout.schedule_for(count), layout.pp, count, chunks=layout.chunks).table[place]:
+        for op in work.ops:  # a pair's forward comes first
+            now += {"F": kept[op.stage], "I": 0}.get(op.kind, -kept[op.stage])
+            peak = max(peak, now)
+    return peak
 
 
 def _shard_of(counts: Iterable[Counter[str]], layout: Layout) -> int:

@@ -20,6 +20,7 @@ EMAIL, IP, KEY = "email@example.com", "192.0.2.1", "<key>"
 
 Edit = Callable[[str], str]
 
+_LINE = re.compile(r"[^\n]*\n|[^\n]+")
 _COMMENT_LINE = re.compile(r"\s*(?:#|//|/\*|\*|--|;|%|<!--|-->|\(\*|\"\"\"|''')")
 _OPENS = {"/*": "*/", "<!--": "-->", "(*": "*)", '"""': '"""', "'''": "'''"}
 _LICENSE = re.compile(r"copyright|licen[sc]e|all rights reserved|spdx-", re.IGNORECASE)
@@ -54,9 +55,14 @@ def edits_of(quality: Quality, domain: Domain) -> tuple[Edit, ...]:
     return tuple(found())
 
 
+def lines_of(text: str) -> list[str]:
+    """The lines with their line feeds; other separators stay within them, so that taking a line out brings no two of them together."""
+    return _LINE.findall(text)
+
+
 def without_license(text: str) -> str:
     """Without the comment that the file begins with, if it speaks of copyright or licence; a shebang or coding line before it stays."""
-    lines = text.splitlines(keepends=True)
+    lines = lines_of(text)
     begin = 0
     while begin < len(lines) and (not lines[begin].strip() or _FIRST_LINE.match(lines[begin])):
         begin += 1
@@ -86,7 +92,7 @@ def without_noise_lines(text: str) -> str:
         ended = line.rstrip().endswith(_SENTENCE_END) and not line.rstrip().endswith("...")
         return ended and len(words) >= 3 and "javascript" not in line.lower() and not _POLICY.search(line)
 
-    return "".join(line for line in text.splitlines(keepends=True) if is_kept(line))
+    return "".join(line for line in lines_of(text) if is_kept(line))
 
 
 def scrubbed(text: str) -> str:

@@ -287,22 +287,22 @@ class Judge:
         )
 
     def _cleaned(self, documents: Sequence[Document]) -> tuple[list[Document], list[bytes]]:
-        kept, raws = [], []
-        for document in documents:
-            text = document.text
-            for edit in self.edits:
-                text = edit(text)
-            if text is not document.text and text != document.text:
-                self._changed += 1
-                document = Document(text=text, origin=document.origin, identity=document.identity)
-            raw = text.encode()
-            self._read_bytes += len(raw)
-            if self.edits and not raw.strip():
-                self._emptied += 1
-                continue
-            kept.append(document)
-            raws.append(raw)
-        return kept, raws
+        kept = [self._edited(document) for document in documents] if self.edits else list(documents)
+        self._read_bytes += sum(len(document.raw) for document in kept)
+        if self.edits:
+            full = [document for document in kept if document.raw.strip()]
+            self._emptied += len(kept) - len(full)
+            kept = full
+        return kept, [document.raw for document in kept]
+
+    def _edited(self, document: Document) -> Document:
+        text = document.text
+        for edit in self.edits:
+            text = edit(text)
+        if text == document.text:
+            return document
+        self._changed += 1
+        return document._replace(text=text, raw=text.encode())
 
     def _judged(self, documents: Sequence[Document], raws: Sequence[bytes]) -> NDArray[np.bool_]:
         texts = Texts(raws)

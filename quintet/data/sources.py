@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Literal, Protocol, get_args
+from typing import IO, Literal, NamedTuple, Protocol, get_args
 
 import fsspec
 import orjson
@@ -113,12 +113,13 @@ class Listing:
         return sum(file.num_bytes for file in self.files)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Document:
+class Document(NamedTuple):
     """One piece of text."""
 
     text: str
     """Not empty, and without NUL."""
+    raw: bytes
+    """Its UTF-8."""
     origin: str
     """`file`, `file:line` or `file:row n`, for messages."""
     identity: bytes
@@ -318,11 +319,11 @@ class Reader:
             done += file.num_bytes
             self.bytes_read = done
 
-    def _accept(self, origin: str, raw: bytes, text: str | None = None, *, identity: bytes | None = None) -> Iterator[Document]:
-        """The document in `raw` (UTF-8; `text` if already decoded), or nothing, counted."""
+    def _accept(self, origin: str, raw: bytes, text: str | None = None, *, identity: bytes | None = None) -> Document | None:
+        """The document in `raw` (UTF-8; `text` if already decoded), or None, counted."""
         if len(raw) > self.max_document_bytes:
             self.skips.add("over_long", origin, f"{len(raw)} bytes, at most {self.max_document_bytes}")
-        elif not raw.strip():
+        elif not raw or raw.isspace():
             self.skips.add("empty", origin)
         elif b"\0" in raw:
             self.skips.add("nul_bytes", origin, f"at byte {raw.index(0)}")
@@ -332,7 +333,8 @@ class Reader:
             except UnicodeDecodeError as error:
                 self.skips.add("invalid_utf8", origin, f"at byte {error.start}")
             else:
-                yield Document(text=text, origin=origin, identity=identity or blake3(raw).digest(16))
+                return Document(text, raw, origin, identity or blake3(raw).digest(16))
+        return None
 
     def _whole(self, file: File) -> bytes | None:
         """The file's bytes without byte-order mark; None, counted, if there are too many."""
@@ -347,22 +349,23 @@ class Reader:
 
     def _text(self, file: File) -> Iterator[Document]:
         raw = self._whole(file)
-        if raw is not None:
-            yield from self._accept(_shown(file.path), raw)
+        if raw is not None and (document := self._accept(_shown(file.path), raw)):
+            yield document
 
     def _jsonl(self, file: File) -> Iterator[Document]:
         # In JSON a byte of text takes at most six ("\u0000"); two more such lengths are left for other fields.
         limit = 8 * self.max_document_bytes + _CHUNK
+        shown = _shown(file.path)
         for number, line in enumerate(_lines(self._chunks(file), limit), start=1):
-            origin = f"{_shown(file.path)}:{number}"
+            origin = f"{shown}:{number}"
             if line is None:
                 self.skips.add("over_long", origin, f"a line of more than {limit} bytes")
                 continue
             line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if line.strip():
-                yield from self._record(origin, line)
+            if line and not line.isspace() and (document := self._record(origin, line)):
+                yield document
 
-    def _record(self, origin: str, line: bytes) -> Iterator[Document]:
+    def _record(self, origin: str, line: bytes) -> Document | None:
         try:
             record = orjson.loads(line)
         except orjson.JSONDecodeError as error:
@@ -371,7 +374,7 @@ class Reader:
                 self.skips.add("corrupt_json", origin, str(error))
             except UnicodeDecodeError as utf8:
                 self.skips.add("invalid_utf8", origin, f"at byte {utf8.start} of the line")
-            return
+            return None
         if not isinstance(record, dict):
             self.skips.add("corrupt_json", origin, f"a {type(record).__name__}, not an object")
         elif record.get(self.text_key) is None:
@@ -379,7 +382,8 @@ class Reader:
         elif not isinstance(text := record[self.text_key], str):
             self.skips.add("not_a_string", origin, f"{self.text_key!r} is of type {type(text).__name__}")
         else:
-            yield from self._accept(origin, text.encode(), text)
+            return self._accept(origin, text.encode(), text)
+        return None
 
     def _chunks(self, file: File) -> Iterator[bytes]:
         """The file's content, decompressed by its suffix; raises _Broken where it cannot be read further."""
@@ -412,20 +416,22 @@ class Reader:
                         self.skips.add("not_a_string", origin, f"column {self.text_key!r} is of type {column.type}", count=num_rows)
                         return
                     for value in column.cast(pa.large_binary()):
-                        yield from self._cell(f"{origin}:row {row}", value)
+                        if document := self._cell(f"{origin}:row {row}", value):
+                            yield document
                         row += 1
                     self.bytes_read = start + file.num_bytes * row // num_rows
         except (pa.ArrowException, OSError) as error:
             raise _Broken("corrupt_file", f"after {row} rows: {str(error).splitlines()[0]}") from None
 
-    def _cell(self, origin: str, value: pa.LargeBinaryScalar) -> Iterator[Document]:
+    def _cell(self, origin: str, value: pa.LargeBinaryScalar) -> Document | None:
         buffer = value.as_buffer()
         if buffer is None:
             self.skips.add("missing_text", origin, "null")
         elif buffer.size > self.max_document_bytes:
             self.skips.add("over_long", origin, f"{buffer.size} bytes, at most {self.max_document_bytes}")
         else:
-            yield from self._accept(origin, buffer.to_pybytes())
+            return self._accept(origin, buffer.to_pybytes())
+        return None
 
     def _parsed(self, file: File) -> tuple[ast.Module, bytes] | None:
         raw = self._whole(file)
@@ -443,15 +449,16 @@ class Reader:
         if parsed := self._parsed(file):
             module, identity = parsed
             text = "\n\n".join(_prose(module))
-            if text:
-                yield from self._accept(_shown(file.path), text.encode(errors="replace"), identity=identity)
+            if text and (document := self._accept(_shown(file.path), text.encode(errors="replace"), identity=identity)):
+                yield document
 
     def _topics(self, file: File) -> Iterator[Document]:
         if parsed := self._parsed(file):
             for node in parsed[0].body:
                 if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict):
                     for name, text in ast.literal_eval(node.value).items():
-                        yield from self._accept(f"{_shown(file.path)}:{name}", text.strip().encode())
+                        if document := self._accept(f"{_shown(file.path)}:{name}", text.strip().encode()):
+                            yield document
 
 
 def _prose(node: ast.AST) -> Iterator[str]:

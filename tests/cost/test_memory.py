@@ -179,3 +179,16 @@ def test_a_v3_layer_saves_by_recomputation_what_was_measured_elsewhere() -> None
     up_projections = 1536 + 512 + 128 * (192 + 192 + 128)
     assert per_token == norms + up_projections
     assert up_projections / norms == pytest.approx(30.4 / 8.2, rel=0.3)
+
+
+def test_a_pipeline_keeps_as_many_micro_batches_as_its_schedule_says() -> None:
+    train = Train(micro_batch=1)
+
+    def activations(layout: Layout, place: int) -> int:
+        return step_memory(V3, train, sequence_length=4096, layout=layout, place=place).activations
+
+    line = Layout(pp=4, schedule="1f1b", cut=(15, 15, 15, 16))
+    one = {place: activations(replace(line, schedule="gpipe"), place) / 8 for place in (1, 2)}  # all of 8 at once
+    assert [activations(line, place) / one[place] for place in (1, 2)] == [3, 2], "1F1B keeps P - place"
+    assert activations(replace(line, schedule="zb1p"), 1) / one[1] == 4, "ZB1P keeps P everywhere"
+    assert activations(replace(line, schedule="dualpipe"), 1) == pytest.approx(5 * one[1], rel=0.15), "DualPipe P + 1, of two stages"

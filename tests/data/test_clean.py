@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quintet.data.clean import EMAIL, IP, KEY, edits_of, scrubbed, without_license, without_noise_lines
+from quintet.data.clean import EMAIL, IP, KEY, edits_of, lines_of, scrubbed, without_license, without_noise_lines
 from quintet.spec.quality import C4, Code, Quality
 
 HEADERS = {
@@ -33,11 +33,12 @@ ANY_TEXT = st.lists(st.one_of(st.sampled_from(LINES), st.text(max_size=9)), max_
 
 @given(ANY_TEXT)
 def test_no_edit_ever_merges_lines(text: str) -> None:
-    lines = text.splitlines(keepends=True)
+    lines = lines_of(text)
+    assert "".join(lines) == text
     for edit in (without_license, without_noise_lines):
         rest = iter(lines)
-        assert all(line in rest for line in edit(text).splitlines(keepends=True)), edit.__name__  # kept lines, whole and in order
-    assert len(scrubbed(text).splitlines()) == len(lines)
+        assert all(line in rest for line in lines_of(edit(text))), edit.__name__  # kept lines, whole and in order
+    assert scrubbed(text).count("\n") == text.count("\n")
 
 
 def test_lines_that_are_no_prose_are_taken_out_as_c4_does() -> None:
