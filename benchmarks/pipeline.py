@@ -73,9 +73,13 @@ class Setting:
         return self.unit / stages_per_rank
 
 
+_awake = False
+"""Whether nobody sleeps: while contestants warm up."""
+
+
 def nap(seconds: float) -> None:
     """Sleep, if there is anything to sleep for."""
-    if seconds > 0:
+    if seconds > 0 and not _awake:
         time.sleep(seconds)
 
 
@@ -287,7 +291,9 @@ def work(rank: int, options: argparse.Namespace, store: dist.Store) -> None:
     steps = contestants(setting, options.dualpipe, options.found, recorder)
     found: dict[str, list[float]] = {name: [] for name in steps}
     times: list[Any] = []
-    for turn in range(options.rounds + 1):  # the first one warms up
+    global _awake
+    for turn in range(options.rounds + 1):
+        _awake = turn == 0  # the first one warms up
         for name in rotated(list(steps), turn):
             gather_objects(rank, options.ranks, None)  # a barrier
             begun = time.monotonic()

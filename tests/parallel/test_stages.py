@@ -1,0 +1,94 @@
+"""A stage does no work twice, whatever is put off, and keeps nothing that it need not."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+from quintet.ops import deferred, grouped_matmul
+from quintet.parallel.mesh import make_mesh
+from quintet.parallel.stages import ModelStage
+from quintet.spec.layout import Layout
+from quintet.train.build import build
+from quintet.train.step import accumulate
+from tests.parity.test_layouts import CPU, a_run, batches, settings_of
+from tests.ranks import on_ranks
+
+
+def counted(layout: Layout, **changes: Any) -> tuple[Counter[str], int]:
+    """How often products ran forward and backward and weight gradients were computed in a step on all ranks, and the tensors left."""
+    run = a_run(layout, num_layers=4, micro_batch=1, sequences=4, **changes)
+
+    def work(rank: int) -> tuple[Counter[str], int]:
+        patch, found = pytest.MonkeyPatch(), Counter[str]()
+
+        def count(owner: Any, name: str, what: str) -> None:
+            real = getattr(owner, name)
+
+            def call(*arguments: Any, **named: Any) -> Any:
+                found[what] += 1
+                return real(*arguments, **named)
+
+            patch.setattr(owner, name, staticmethod(call) if isinstance(owner, type) else call)
+
+        count(deferred, "linear_reference", "forward")
+        count(deferred._Linear, "backward", "backward")
+        count(grouped_matmul._GroupedMatmul, "forward", "experts forward")
+        count(grouped_matmul._GroupedMatmul, "backward", "experts backward")
+        real = deferred.deferred
+
+        def weight_gradient(parameter: Any, make: Any) -> Any:
+            def counting() -> Any:
+                found["weight gradients"] += 1
+                return make()
+
+            return real(parameter, counting)
+
+        for module in (deferred, grouped_matmul):
+            patch.setattr(module, "deferred", weight_gradient)
+        built = build(run, make_mesh(layout), CPU, on_message=lambda text: None)
+        accumulate(built, batches(run)[0], settings=settings_of(run), train=run.train, document_mask=False)
+        gc.collect()
+        stages = [thing for thing in gc.get_objects() if type(thing) is ModelStage]
+        return found, sum(len(stage.kept) + len(stage.later) for stage in stages)
+
+    counts = on_ranks(layout.num_ranks, work)
+    return sum((found for found, _ in counts), Counter()), sum(left for _, left in counts)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_a_schedule_that_splits_backward_computes_as_often_as_one_device(recompute: str) -> None:
+    expected, _ = counted(Layout(), recompute=recompute)
+    assert expected["weight gradients"] == expected["backward"] + expected["experts backward"] > 0
+    for schedule in ("zb1p", "zbv", "dualpipev"):
+        found, left = counted(Layout(pp=2, schedule=schedule), recompute=recompute)
+        assert (found, left) == (expected, 0), schedule
+
+
+def test_the_output_of_a_stage_is_free_when_it_has_left() -> None:
+    """What waits for backward is the edge of the output, not the output."""
+    run = a_run(Layout(pp=2, schedule="1f1b"), num_layers=4, micro_batch=1, sequences=2)
+
+    def work(rank: int) -> list[bool]:
+        found: list[bool] = []
+        built = build(run, make_mesh(run.layout), CPU, on_message=lambda text: None)
+        real = ModelStage.forward
+
+        def forward(stage: ModelStage, microbatch: int, x: Any) -> Any:
+            y = yield from real(stage, microbatch, x)
+            if y is not None:
+                place = y.data_ptr()
+                tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor) and thing is not y]
+                seen = {tensor.data_ptr() for tensor in tensors}
+                found.append(place in seen)
+            return y
+
+        pytest.MonkeyPatch().setattr(ModelStage, "forward", forward)
+        accumulate(built, batches(run)[0], settings=settings_of(run), train=run.train, document_mask=False)
+        return found
+
+    assert on_ranks(2, work) == [[False, False], []]
