@@ -48,7 +48,8 @@ def make_mesh(layout: Layout, *, seconds: float | None = None) -> Mesh:
     """The groups of this process, whose default process group is open (or needs not be, for a layout of one rank); `seconds` is how long
     they wait for a rank, which torch does not take over from the default group.
 
-    Each rank makes only the groups that it is in, equal ones once. Raises UsageError unless as many processes were started as the layout
+    Each rank makes only the groups that it is in, equal ones once, but for that of ep: what waits for experts' rows must not queue behind
+    weights and gradients. Raises UsageError unless as many processes were started as the layout
     takes.
     """
     started = dist.get_world_size() if dist.is_initialized() else 1
@@ -56,11 +57,12 @@ def make_mesh(layout: Layout, *, seconds: float | None = None) -> Mesh:
     if layout.num_ranks == 1:
         return Mesh(layout, 0, single().groups)
     rank, timeout = dist.get_rank(), None if seconds is None else timedelta(seconds=seconds)
-    made: dict[tuple[int, ...], dist.ProcessGroup | None] = {tuple(range(started)): dist.group.WORLD}
+    made: dict[tuple[bool, tuple[int, ...]], dist.ProcessGroup | None] = {(False, tuple(range(started))): dist.group.WORLD}
     groups: dict[str, Group] = {"world": Group("world", tuple(range(started)), rank, dist.group.WORLD)}
     for axis in GROUPS:
         ranks = layout.group_of(rank, axis)
-        if len(ranks) > 1 and ranks not in made:
-            made[ranks] = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
-        groups[axis] = Group(axis, ranks, ranks.index(rank), made.get(ranks) if len(ranks) > 1 else None)
+        key = axis == "ep", ranks
+        if len(ranks) > 1 and key not in made:
+            made[key] = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
+        groups[axis] = Group(axis, ranks, ranks.index(rank), made.get(key) if len(ranks) > 1 else None)
     return Mesh(layout, rank, groups)
