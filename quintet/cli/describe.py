@@ -40,8 +40,14 @@ def model_figures(model: Model, *, sequence_length: int) -> dict[str, Any]:
 def run_figures(run: Run) -> dict[str, Any]:
     """`model_figures` at the longest sequence, memory of a step on the rank that needs most, and the phases' lengths."""
     sequence_length = max(phase.sequence_length for phase in run.phases)
+    largest = max(stretch.last_batch for stretch in curriculum(run))
     memory = largest_rank(
-        run.model, run.train, sequence_length=sequence_length, layout=run.layout, moments=run.optimizer.moments
+        run.model,
+        run.train,
+        sequence_length=sequence_length,
+        layout=run.layout,
+        moments=run.optimizer.moments,
+        num_microbatches=run.layout.num_microbatches(largest, run.train.micro_batch),
     )
     return {
         "name": run.name,

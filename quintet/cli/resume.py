@@ -36,7 +36,10 @@ def main(arguments: list[str]) -> int:
         raise CheckpointError(f"{given.run} is not a run: it has no recipe.toml; name a directory that `quintet train` made")
     from quintet.cli.together import together
 
-    run = replace(parse.read(recipe), layout=given.layout)
+    saved, layout = parse.read(recipe), given.layout
+    if layout.cut == saved.layout.cut and layout.num_stages != saved.layout.num_stages:
+        layout = replace(layout, cut=None)  # of other stages
+    run = replace(saved, layout=layout)
     return together(run, given.run, first=lambda: run, resume=True)
 
 

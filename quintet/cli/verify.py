@@ -54,10 +54,11 @@ def main(arguments: list[str]) -> int:
     fewest = fewest_microbatches(run.layout.pipeline, run.layout.pp) if run.layout.pp > 1 else 1
     enough = run.layout.dp * run.train.micro_batch * (fewest - 1) + 1
     sequences = given.sequences or max(2 * run.layout.dp + 1, enough)
-    if sequences < enough:
+    if sequences < enough and run.layout.schedule is not None:
         raise UsageError(
             f"sequences ({sequences}) must be at least {enough}: {run.layout.pipeline} on layout.pp ({run.layout.pp}) takes {fewest} "
-            f"micro-batches of train.micro_batch ({run.train.micro_batch}) on each of layout.dp ({run.layout.dp}) replicas"
+            f"micro-batches of train.micro_batch ({run.train.micro_batch}) on each of layout.dp ({run.layout.dp}) replicas; leave "
+            "layout.schedule out to verify zbv with fewer"
         )
     if given.steps < 1 or sequences < 1:
         raise UsageError(f"steps ({given.steps}) and sequences ({sequences}) must be at least 1")

@@ -12,7 +12,7 @@ with moments of 4 bytes; bf16 moments take half. What activations are kept: `cos
 of hidden states (counted as activations) and head at once, chunk by chunk.
 
 An estimate: the allocator's rounding, temporaries inside an operation and the working gradients of a single layer are left out, and
-activations are those of one micro-batch; in a pipeline, of as many as the schedule keeps at one time of 2 pp micro-batches.
+activations are those of one micro-batch; in a pipeline, of as many as the schedule keeps at one time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from quintet.cost.balance import part_at
 from quintet.cost.ring_comm import ring_payload, ring_width
 from quintet.cost.shard import held, num_shards
 from quintet.cost.zero_comm import bucket_sizes, parts_in_backward
-from quintet.schedule import build
+from quintet.schedule import build, fewest_microbatches
 from quintet.spec.layout import Layout
 from quintet.spec.model import Model
 from quintet.spec.run import Precision, Train
@@ -75,9 +75,11 @@ def step_memory(
     layout: Layout | None = None,
     place: int = 0,
     moments: Precision = "fp32",
+    num_microbatches: int | None = None,
 ) -> Memory:
     """Bytes of a step with micro-batches of `train.micro_batch` sequences of `sequence_length` tokens, on each rank at place `place` of
-    the pipeline of a legal `layout` (default: one device); `moments` is the type that the optimizer keeps them in."""
+    the pipeline of a legal `layout` (default: one device); `moments` is the type that the optimizer keeps them in. `num_microbatches` of
+    a step (default: 2 pp) matter to a pipeline, and beyond 2 pp to gpipe alone."""
     layout = layout or Layout()
     part, size, weights = part_at(model, layout, place), element_bytes(train), held(model, layout, place=place)
     whole, shard = sum(weights.total.values()), _shard_of([weights.total], layout)
@@ -99,7 +101,7 @@ def step_memory(
         master_weights=FP32 * shard if size < FP32 else 0,
         moments=2 * (2 if moments == "bf16" else FP32) * shard,
         gathered=_gathered(model, layout, blocks, outside + logits, size=size, place=place, copied=device == "cpu"),
-        activations=_in_flight(model, layout, place, blocks, outside) if layout.pp > 1 else sum(blocks.values()) + outside,
+        activations=_in_flight(model, layout, place, blocks, outside, num_microbatches or 2 * layout.pp),
         recomputation=max(recomputed, default=0),
         logits=logits,
         messages=_messages(model, train, layout, sequence_length=sequence_length),
@@ -107,25 +109,45 @@ def step_memory(
 
 
 def largest_rank(
-    model: Model, train: Train, *, sequence_length: int, device: Device = "cpu", layout: Layout, moments: Precision = "fp32"
+    model: Model,
+    train: Train,
+    *,
+    sequence_length: int,
+    device: Device = "cpu",
+    layout: Layout,
+    moments: Precision = "fp32",
+    num_microbatches: int | None = None,
 ) -> Memory:
     """The `step_memory` of the pipeline stage that needs most."""
     stages = (
-        step_memory(model, train, sequence_length=sequence_length, device=device, layout=layout, place=place, moments=moments)
+        step_memory(
+            model,
+            train,
+            sequence_length=sequence_length,
+            device=device,
+            layout=layout,
+            place=place,
+            moments=moments,
+            num_microbatches=num_microbatches,
+        )
         for place in range(layout.pp)
     )
     return max(stages, key=lambda memory: memory.total)
 
 
-def _in_flight(model: Model, layout: Layout, place: int, blocks: dict[str, int], outside: int) -> int:
+def _in_flight(model: Model, layout: Layout, place: int, blocks: dict[str, int], outside: int, num_microbatches: int) -> int:
     """Bytes that the ranks at `place` keep at most: a stage's `blocks`, and the last one's `outside`, from its forward to the end of its
     backward or weight gradients, in the order of the schedule's row."""
+    if layout.pp == 1:
+        return sum(blocks.values()) + outside
     kept = {}
     for number, stage in zip(layout.stages_at(place), part_at(model, layout, place).stages, strict=True):
         kept[number] = sum(blocks[f"layers.{layer}"] for layer in stage.layers)
         if stage.last:
             kept[number] += outside + sum(value for name, value in blocks.items() if name.startswith("mtp."))
-    count = 2 * layout.pp
+    if layout.pipeline == "gpipe":
+        return num_microbatches * sum(kept.values())
+    count = max(min(num_microbatches, 2 * layout.pp), fewest_microbatches(layout.schedule_for(num_microbatches), layout.pp))
     now = peak = 0
     for work in build(layout.schedule_for(count), layout.pp, count, chunks=layout.chunks).table[place]:
         for op in work.ops:  # a pair's forward comes first

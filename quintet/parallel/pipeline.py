@@ -91,7 +91,8 @@ class Pipeline:
         self.recorder.begin_row()
         for position, step in enumerate(row):
             self.recorder.begin(step, position)
-            self._handlers[step.kind](step)
+            with self.recorder.watching():
+                self._handlers[step.kind](step)
             self._leaving = [message for message in self._leaving if not message.is_over]
         for message in self._leaving:
             if message.work is not None:

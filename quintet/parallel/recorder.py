@@ -1,8 +1,8 @@
 """The flight recorder of a pipeline: what each rank did last and what it waits for, always on, told when something hangs.
 
 Every rank notes each op as it begins, and when the last row's ops computed, in memory. A thread tells the others now and then, through
-the store, so that what a rank did last is known even where it can no longer speak. When a wait fails, the error names the op, the rank
-that did not send, and every rank's last op.
+the store, so that what a rank did last, and for how long it has been silent, is known even where it can no longer speak. When a wait
+fails, the error names the op, the rank that did not send, and every rank's last op.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from quintet.errors import RankError
 from quintet.schedule.op import Work
 
 TELL_SECONDS = 1.0
-"""How often a rank tells the others where it is, if it has moved on."""
+"""How often a rank tells the others where it is: one that stays silent hangs."""
+_TOLD_PER_SECOND = 500
+"""By all ranks together, so that the store is not kept busy."""
 KEPT = 64
 """Ops that a rank remembers."""
 
@@ -38,10 +40,11 @@ class Recorder:
         self.times: list[tuple[Work, float, float]] = []
         """Of the last row, when each op's computation began and ended, in seconds of `clock`; on CUDA: when it had been launched."""
         self.waits_for = ""
+        self.num_rows = 0
 
     def begin_row(self) -> None:
         """A row begins."""
-        self.times = []
+        self.times, self.num_rows = [], self.num_rows + 1
 
     @contextmanager
     def computing(self, work: Work) -> Iterator[None]:
@@ -64,12 +67,26 @@ class Recorder:
         try:
             work.wait()
         except RuntimeError as error:
-            self.tell()
-            raise RankError(
-                f"rank {self.rank} waits at {self.waits_for}, which did not come: {_first_line(error)}{self.last_steps()}\nlook at what "
-                "the ranks said, then start all of them again: quintet resume continues from the newest checkpoint"
-            ) from error
+            raise self._lost(f"waits at {self.waits_for}, which did not come", error) from error
         self.waits_for = ""
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Raise RankError, naming the step that this rank is at, where a message within it fails for another rank's sake."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_of_ranks(error):
+                raise
+            at = str(self.steps[-1][2]) if self.steps else "the beginning of its row"
+            raise self._lost(f"waits within {at} for a rank that is gone or hangs", error) from error
+
+    def _lost(self, what: str, error: BaseException) -> RankError:
+        self.tell()
+        return RankError(
+            f"rank {self.rank} {what}: {_first_line(error)}{self.last_steps()}\nlook first at the rank that was silent for longest, then "
+            "start all of them again: quintet resume continues from the newest checkpoint"
+        )
 
     def last_steps(self) -> str:
         """Every rank's last step, as far as it was heard, in lines."""
@@ -80,7 +97,8 @@ class Recorder:
             told = ""
             with suppress(RuntimeError, ValueError):  # the store may be gone
                 if self.store.check([f"step-{rank}"]):
-                    told = json.loads(self.store.get(f"step-{rank}"))
+                    when, text = json.loads(self.store.get(f"step-{rank}"))
+                    told = f"{text}, heard {max(time.time() - when, 0.0):.1f} s ago"
             lines.append(f"\n  rank {rank}: {told or 'was not heard'}")
         return "".join(lines)
 
@@ -91,7 +109,7 @@ class Recorder:
         _, position, step = self.steps[-1]
         waits = f", waits at {self.waits_for}" if self.waits_for else ""
         with suppress(RuntimeError):
-            self.store.set(f"step-{self.rank}", json.dumps(f"at {step} (step {position} of its row){waits}"))
+            self.store.set(f"step-{self.rank}", json.dumps((time.time(), f"at {step} (step {position} of row {self.num_rows}){waits}")))
 
     @contextmanager
     def telling(self) -> Iterator[None]:
@@ -99,11 +117,8 @@ class Recorder:
         done = threading.Event()
 
         def keep_telling() -> None:
-            told = 0.0
-            while not done.wait(TELL_SECONDS):
-                if self.steps and self.steps[-1][0] != told:
-                    told = self.steps[-1][0]
-                    self.tell()
+            while not done.wait(max(TELL_SECONDS, len(self.ranks) / _TOLD_PER_SECOND)):
+                self.tell()
 
         thread = threading.Thread(target=keep_telling, daemon=True)
         if self.store is not None:
@@ -123,3 +138,9 @@ def _ranks(ranks: Sequence[int]) -> str:
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else "no reason given"
+
+
+def is_of_ranks(error: RuntimeError) -> bool:
+    """Whether a collective failed for another rank's sake."""
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "connection", "timed out", "nccl"))

@@ -26,6 +26,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from quintet.errors import KEYBOARD_INTERRUPT, QuintetError, RankError, UsageError
 from quintet.parallel.mesh import Mesh, make_mesh, require_ranks
+from quintet.parallel.recorder import is_of_ranks
 from quintet.spec.layout import Layout
 
 T = TypeVar("T")
@@ -278,18 +279,12 @@ def _losses_named(rank: int, *, active: bool = True) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not (active and _is_of_ranks(error)):
+        if not (active and is_of_ranks(error)):
             raise
         raise RankError(
             f"rank {rank} waited in {_operation(error)} for a rank that is gone or hangs: {_plain(str(error))}; look at what the other "
             "ranks said, then start all of them again: quintet resume continues from the newest checkpoint"
         ) from error
-
-
-def _is_of_ranks(error: RuntimeError) -> bool:
-    """Whether a collective failed for another rank's sake."""
-    text = str(error).lower()
-    return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "connection", "timed out", "nccl"))
 
 
 def _operation(error: BaseException) -> str:

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 
@@ -59,6 +60,12 @@ class ShardedParameters:
         to 2 are `closed_at` so many elements of a rank, by default those of `cost.shard.bucket_numel`."""
         self.mesh, self.stage, self._in_pipeline = mesh, mesh.layout.zero, mesh.layout.pp > 1
         self._takers: dict[Tensor, Callable[[Tensor], None]] = {}
+        this = weakref.ref(self)  # a parameter's hook is held where Python looks for no circles
+
+        def take_accumulated(parameter: Tensor) -> None:
+            if (alive := this()) is not None:
+                alive._take_accumulated(parameter)
+
         self.buckets: list[Bucket] = []
         self.is_mtp: list[bool] = []
         self._unit_buckets: dict[str, list[Bucket]] = {}
@@ -74,7 +81,7 @@ class ShardedParameters:
             self._unit_buckets.setdefault(unit, []).append(bucket)
             for piece in pieces:
                 self._takers[piece.parameter] = self._taker(bucket, piece, unit)
-                piece.parameter.register_post_accumulate_grad_hook(self._take_accumulated)
+                piece.parameter.register_post_accumulate_grad_hook(take_accumulated)
         self._active: list[Bucket] = []
         self.with_mtp = False
         """Whether MTP modules, on whatever rank, run in this step."""

@@ -8,7 +8,7 @@ import tomllib
 import types
 import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import tomli_w
@@ -57,14 +57,27 @@ def _right_form(tree: dict[str, Any], place: str, message: str) -> str:
     value: Any = tree
     for key in re.findall(r"[^.\[\]]+", place):
         value = value[int(key) if isinstance(value, list) else key]
+    if message.startswith("Invalid enum value"):
+        choices = _choices(place)
+        return f"{did_you_mean(str(value).lower(), choices)}; choose from {', '.join(choices)}"
     if message.startswith("Expected `array`") and isinstance(value, dict):
         name = re.sub(r"\[\d+\]", "", place)
         return f"; begin each one with [[{name}]] instead of [{name}]"
     if message.startswith("Expected `object`") and isinstance(value, list):
         return f"; write [{place}] once instead of [[{place}]]"
-    if message.startswith("Expected `array`"):
+    if message.startswith("Expected `array") and not isinstance(value, list):
         return f"; write {place.rpartition('.')[2]} = [{_quoted(value)}]"
     return f"; write it as {_quoted(value)}" if message.startswith("Expected `str`") and isinstance(value, int | float) else ""
+
+
+def _choices(place: str) -> list[str]:
+    """The values that a field of the run may have, by its dotted path."""
+    kind: Any = Run
+    for key in re.sub(r"\[\d+\]", "", place).split("."):
+        kind = typing.get_type_hints(next(option for option in _options(kind) if dataclasses.is_dataclass(option)))[key]
+        if typing.get_origin(kind) is tuple:
+            kind = typing.get_args(kind)[0]
+    return [str(value) for option in _options(kind) if typing.get_origin(option) is Literal for value in typing.get_args(option)]
 
 
 def _quoted(value: Any) -> str:

@@ -36,7 +36,7 @@ def held_out_loss(
 
     Bits per byte are nats per token, times the source's tokens per byte, over ln 2.
     """
-    mesh, device = mesh or single(), next(model.parameters()).device
+    mesh, device = mesh or single(), model.embed.weight.device if pipeline is None else next(model.parameters()).device
     positions = shard_positions(sequence_length, mesh["cp"]).to(device)
     losses: dict[str, float] = {}
     bits: dict[str, float] = {}

@@ -31,7 +31,7 @@ from quintet.monitor.meter import Meter
 from quintet.monitor.metrics import Message, Record, Saved, truncate_after
 from quintet.monitor.report import write_report
 from quintet.monitor.sinks import Sink
-from quintet.parallel.mesh import make_mesh
+from quintet.parallel.mesh import Mesh, make_mesh
 from quintet.parallel.recorder import Recorder
 from quintet.parallel.rendezvous import Ranks
 from quintet.spec import parse
@@ -46,6 +46,8 @@ from quintet.train.held_out import held_out_loss
 from quintet.train.state import Position
 from quintet.train.step import StepResult, run_step
 
+_TOLD_RANKS = 64
+"""As many ranks tell all others where they are in a pipeline."""
 _LAST_SAVE_SECONDS = 60.0
 """How long a rank waits for the save that is under way when training fails; the reason may be that another rank is gone."""
 
@@ -110,12 +112,19 @@ class _Due:
     checkpoint: bool
 
 
+def _heard(mesh: Mesh) -> tuple[int, ...]:
+    """The ranks whose last steps a rank tells when one of them hangs: all if they are few, else those that it exchanges with."""
+    everybody = mesh["world"].ranks
+    near = {*mesh["pp"].ranks, *mesh["ep"].ranks, *mesh["tp"].ranks, *mesh["cp"].ranks}
+    return everybody if len(everybody) <= _TOLD_RANKS else tuple(sorted(near))
+
+
 class _Session:
     """One process's share of a run: everything that is open while it trains."""
 
     def __init__(self, run: Run, where: Path, prepared: Prepared, sinks: Sink, *, device: torch.device, ranks: Ranks) -> None:
         self.run, self.where, self.prepared, self.sinks, self.device, self.ranks = run, where, prepared, sinks, device, ranks
-        self.recorder = Recorder(ranks.mesh.rank, ranks.mesh["pp"].ranks, ranks.store)
+        self.recorder = Recorder(ranks.mesh.rank, _heard(ranks.mesh), ranks.store)
         self.built = self._build()
         self.saver = state.saver(where, run, seconds=ranks.seconds)
         self.held_out, self.held_out_step = math.nan, -1

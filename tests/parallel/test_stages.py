@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -92,3 +93,18 @@ def test_the_output_of_a_stage_is_free_when_it_has_left() -> None:
         return found
 
     assert on_ranks(2, work) == [[False, False], []]
+
+
+def test_a_model_that_is_given_up_is_freed_with_its_buckets() -> None:
+    """A run that cuts its stages anew builds another model: two must not live."""
+
+    def work(rank: int) -> list[bool]:
+        run = a_run(Layout(pp=2, schedule="1f1b"), num_layers=4, micro_batch=1, sequences=2)
+        built = build(run, make_mesh(run.layout), CPU, on_message=lambda text: None)
+        accumulate(built, batches(run)[0], settings=settings_of(run), train=run.train, document_mask=False)
+        watched = [weakref.ref(thing) for thing in (built.model, built.parameters, built.parameters.buckets[0])]
+        del built
+        gc.collect()
+        return [reference() is not None for reference in watched]
+
+    assert on_ranks(2, work) == [[False] * 3] * 2

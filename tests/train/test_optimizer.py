@@ -15,6 +15,7 @@ from quintet.parallel.precision import DTYPES
 from quintet.parallel.zero import ShardedParameters
 from quintet.spec.run import Optimizer, Precision
 from quintet.train.optimizer import AdamW
+from tests.parity.test_layouts import MODEL
 
 SHAPES = {"matrix": (3, 5), "scale": (5,), "experts": (2, 3, 4)}
 
@@ -24,6 +25,7 @@ class Parameters(nn.Module):
 
     def __init__(self, generator: torch.Generator) -> None:
         super().__init__()
+        self.model = MODEL
         for name, shape in SHAPES.items():
             self.register_parameter(name, nn.Parameter(torch.randn(shape, generator=generator)))
 

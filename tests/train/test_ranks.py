@@ -319,7 +319,7 @@ def test_a_rank_that_stops_amid_a_step_is_named_with_what_waits_for_it_and_what_
     assert codes(fates) == [76, -9]
     told = fates[0].told
     assert "rank 0 waits at 0B1 from rank 1, which did not come" in told and "Traceback" not in told
-    assert "rank 0: at 0B1 (step " in told and "rank 1: at 1B1 (step " in told
+    assert "rank 0: at 0B1 (step " in told and "rank 1: at 1B1 (step " in told and " s ago" in told
 
 
 def test_stages_are_cut_anew_by_their_times_and_the_run_is_the_same(run: Run, tmp_path: Path) -> None:

@@ -55,7 +55,8 @@ def test_every_rank_is_surveyed_as_it_is_built_for_training(layout: Layout, chan
         (Layout(pp=4, dp=4, ep=4), 13),
         (Layout(pp=16, dp=128, ep=64, zero=1), 1027),
         (Layout(pp=16, dp=512, ep=64), 8191),
-        (Layout(pp=8, dp=64, cp=2, tp=8, ep=32, expert_tp=8, zero=3), 1025),
+        (Layout(pp=8, dp=64, cp=2, tp=8, ep=32, expert_tp=8, zero=1, schedule="dualpipe"), 1025),
+        (Layout(dp=64, cp=2, tp=8, ep=32, expert_tp=8, zero=3), 1021),
     ],
     ids=str,
 )
@@ -65,17 +66,17 @@ def test_the_largest_model_is_built_at_the_largest_size_as_cost_says(layout: Lay
     assert found.groups["world"].size == layout.num_ranks
     assert [found.groups[axis].size for axis in ("tp", "cp", "ep", "pp")] == [layout.tp, layout.cp, layout.ep, layout.pp]
     assert found.boxes == {name: local_box(name, box.shape, layout, rank) for name, box in found.boxes.items()}
-    assert sum(torch.Size(box.sizes).numel() for box in found.boxes.values()) == held(V3.model, layout, stage=at.pp).total.total()
-    foretold = step_memory(V3.model, V3.train, sequence_length=4096, layout=layout, stage=at.pp)
+    assert sum(torch.Size(box.sizes).numel() for box in found.boxes.values()) == held(V3.model, layout, place=at.pp).total.total()
+    foretold = step_memory(V3.model, V3.train, sequence_length=4096, layout=layout, place=at.pp)
     told = HeldBytes(
         weights=foretold.weights, gradients=foretold.gradients, master=foretold.master_weights, moments=foretold.moments
     )
     for part in ("weights", "gradients", "master", "moments"):
-        assert getattr(found.bytes, part) == pytest.approx(getattr(told, part), rel=1e-4), part
+        assert getattr(found.bytes, part) == pytest.approx(getattr(told, part), rel=1e-3), part  # padding of buckets
 
 
 def test_stages_share_the_layers_out_and_only_the_embedding_lies_on_two() -> None:
-    run = replace(V3, layout=Layout(pp=4, dp=4, ep=4))
+    run = replace(V3, layout=Layout(pp=4, dp=4, ep=4, schedule="zb1p"))
     names = [set(survey(run, stage * 4).boxes) for stage in range(4)]
     everything = set.union(*names)
     assert everything == set(survey(replace(V3, layout=Layout()), 0).boxes)
