@@ -210,7 +210,7 @@ def _bytes_table(rank: dict[str, Any]) -> Table:
     table = _table("", "bytes")
     for name, value in rank["held_bytes"].items():
         table.add_row("held between steps" if name == "total" else name, num_bytes(value))
-    besides = {"gathered": "gathered", "activations": "activations of a micro-batch", "recomputation": "recomputation", "logits": "logits"}
+    besides = {"gathered": "gathered", "activations": "activations kept at one time", "recomputation": "recomputation", "logits": "logits"}
     for name, label in {**besides, "messages": "messages"}.items():
         if rank["step_bytes"][name]:
             table.add_row(f"{label}, estimated", num_bytes(rank["step_bytes"][name]))

@@ -306,7 +306,7 @@ def _pipeline_rules(layout: Layout, model: Model) -> Iterator[str]:
     if layout.arrangement == "mirror" and layout.pp % 2:
         yield f"layout.pp ({layout.pp}) must be even for dualpipe, whose ranks mirror each other; dualpipev takes any number"
     if layout.arrangement == "loop" and layout.chunks < 2:
-        yield f"layout.chunks ({layout.chunks}) must be at least 2 for {layout.pipeline}"
+        yield f"layout.chunks ({layout.chunks}) must be at least 2 for {layout.pipeline}; with one stage on each rank it is 1f1b or zb1p"
     if layout.zero > 1:
         yield (
             f"layout.zero ({layout.zero}) must be 0 or 1 where layout.pp ({layout.pp}) is above 1: every micro-batch would send its "
