@@ -217,7 +217,7 @@ def test_resuming_a_finished_run_changes_nothing(run: Run) -> None:
 
 def test_the_metrics_of_a_resumed_run_tell_one_history(run: Run) -> None:
     """Steps that were done after the newest checkpoint, and then again, stand there once."""
-    run = replace(run, checkpoint=Checkpoint(every=4))
+    run = replace(run, checkpoint=Checkpoint(every=4, background=False))
     assert killed(lambda: train(run, At(7, lambda: send(signal.SIGKILL))))
     assert [record.step for record in records(run)] == [1, 2, 3, 4, 5, 6, 7]
     resume(run)
