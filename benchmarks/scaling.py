@@ -124,7 +124,7 @@ def worker(task: Mapping[str, Any]) -> None:
             answer = _step(trainee, waits)
         print(json.dumps(answer), flush=True)
     if dist.is_initialized():
-        dist.destroy_process_group()
+        os._exit(0)  # gloo's threads may not outlive the interpreter
 
 
 def _step(trainee: Trainee, waits: Waits) -> dict[str, Any]:

@@ -183,7 +183,8 @@ def worker(task: Mapping[str, Any]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method="env://")
     print(json.dumps(WORKERS[task["kind"]](task)), flush=True)
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # gloo's threads may not outlive the interpreter
 
 
 # Who starts them, and where.

@@ -42,8 +42,8 @@ class Arguments:
     sequences: int | None = None
     """Sequences of each step; absent: an odd number, so that ranks get unequal shares, and enough for the pipeline's schedule."""
     tiny: Switch = False
-    """Shrink the model's widths, layers and experts, the sequence, and micro-batches above 2, keep its structure, cut stages by cost, and use
-    random tokens."""
+    """Shrink the model's widths, layers and experts, the sequence, and micro-batches above 2, keep its structure, cut stages by cost, and
+    use random tokens."""
     all: Switch = False
     """Print every comparison instead of the worst ones."""
 
