@@ -175,7 +175,8 @@ def worker(task: Mapping[str, Any]) -> None:
         dist.init_process_group("gloo", init_method="env://")
     print(json.dumps(WORKERS[task["kind"]](task)), flush=True)
     if dist.is_initialized():
-        dist.destroy_process_group()
+        dist.barrier()
+        os._exit(0)  # gloo's threads may not outlive the interpreter
 
 
 # Who starts them, and where.
