@@ -194,6 +194,12 @@ class Layout:
         """The nodes that the ranks lie on."""
         return tuple(sorted({rank // self.node_size for rank in ranks}))
 
+    @property
+    def options(self) -> str:
+        """The degrees that are not 1, as they are written on a command line."""
+        names = ("pp", "dp", "cp", "tp", "ep", "expert_tp", "zero_ranks")
+        return " ".join(f"--layout.{name.replace('_', '-')} {value}" for name in names if (value := getattr(self, name)) not in (1, None))
+
     def __str__(self) -> str:
         shown = {"pp": self.pp, "dp": self.dp, "cp": self.cp, "tp": self.tp, "ep": self.ep, "expert_tp": self.expert_tp, "zero": self.zero}
         text = " ".join(f"{name}={value}" for name, value in shown.items() if value != (0 if name == "zero" else 1))
@@ -372,3 +378,28 @@ def nearest_legal(layout: Layout, model: Model, sequence_lengths: Iterable[int],
             if len(legal) >= 40:
                 break
     return sorted(legal, key=legal.__getitem__)[:count]
+
+
+def fewer_ranks(layout: Layout, model: Model, sequence_lengths: Iterable[int], *, most: int) -> Layout | None:
+    """The legal layout of at most `most` ranks, as many as can be, that divides what this one divides: each degree above 1 stays above 1,
+    and so, if it can be, do an expert's replicas. None where there is none."""
+    lengths = tuple(sequence_lengths)
+
+    def below(degree: int) -> list[int]:
+        return [d for d in range(min(degree, most), 1, -1) if degree % d == 0 or d & (d - 1) == 0] if degree > 1 else [1]
+
+    def smaller(degrees: tuple[int, ...]) -> Layout:
+        dp, tp, pp, ep, cp = degrees
+        shared = next((s for s in below(layout.zero_ranks) if dp * cp % s == 0), dp * cp) if layout.zero_ranks else None
+        return replace(
+            layout, dp=dp, tp=tp, pp=pp, ep=ep, cp=cp, expert_tp=tp if layout.expert_tp > 1 else 1, zero_ranks=shared, cut=None
+        )
+
+    axes: tuple[Degree, ...] = ("dp", "tp", "pp", "ep", "cp")
+    fitting = (smaller(degrees) for degrees in itertools.product(*(below(layout.degree(axis)) for axis in axes)))
+    legal = [other for other in fitting if other.num_ranks <= most and not broken_rules(other, model, lengths)]
+
+    def good(other: Layout) -> tuple[int, ...]:
+        return int((other.expert_dp > 1) == (layout.expert_dp > 1)), other.num_ranks, other.ep, other.pp
+
+    return max(legal, key=good, default=None)
