@@ -14,6 +14,7 @@ from rich.table import Table
 
 from quintet.cli.options import Overrides, Recipe, Switch, read_with_recipe
 from quintet.cost.memory import largest_rank
+from quintet.cost.pipeline import read as read_schedule
 from quintet.errors import UsageError
 from quintet.launch.room import RANKS_PER_CORE, require_room
 from quintet.monitor import machine
@@ -60,7 +61,9 @@ def main(arguments: list[str]) -> int:
     run = tiny(given.run) if given.tiny else given.run
     fewest = fewest_microbatches(run.layout.pipeline, run.layout.pp) if run.layout.pp > 1 else 1
     enough = run.layout.dp * run.train.micro_batch * (fewest - 1) + 1
-    sequences = given.sequences or max(2 * run.layout.dp + 1, enough)
+    kept = None if run.layout.schedule_file is None else read_schedule(run.layout.schedule_file).num_microbatches
+    usual = max(2 * run.layout.dp + 1, enough) if kept is None else run.layout.dp * run.train.micro_batch * kept
+    sequences = given.sequences or usual
     if sequences < enough and run.layout.schedule is not None:
         raise UsageError(
             f"sequences ({sequences}) must be at least {enough}: {run.layout.pipeline} on layout.pp ({run.layout.pp}) takes {fewest} "

@@ -26,10 +26,11 @@ from dataclasses import dataclass
 from quintet.cost.activations import element_bytes
 from quintet.cost.balance import pipeline_stages
 from quintet.cost.expert_comm import expert_bytes, mean_rows, ranks_per_token, shared_bytes
+from quintet.cost.pipeline import schedule_of
 from quintet.cost.ring_comm import ring_bytes, ring_payload
 from quintet.cost.tensor_comm import INDEX, passed, sequence_bytes, tensor_bytes
 from quintet.cost.zero_comm import bucket_sizes, gradient_bytes, weight_bytes
-from quintet.schedule import Schedule, build
+from quintet.schedule import Schedule
 from quintet.schedule.lower import messages
 from quintet.spec.layout import GROUPS, Layout
 from quintet.spec.model import Model
@@ -86,7 +87,7 @@ def step_traffic(
     sent.update(weight_bytes(buckets, layout, micro_batches=len(micro_batches), element_bytes=element_bytes(train)))
     visits = [Visit(None, sequences) for sequences in micro_batches]
     if place is not None:
-        schedule = build(layout.schedule_for(len(micro_batches)), layout.pp, len(micro_batches), chunks=layout.chunks)
+        schedule = schedule_of(layout, len(micro_batches))
         visits = _visits(schedule, pipeline_stages(model, layout), place, micro_batches)
         token = model.hidden_size * element_bytes(train)
         sent["pp"] += _handed_on(schedule, place, micro_batches) * (sequence_length // (layout.cp * layout.tp)) * token

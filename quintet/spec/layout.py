@@ -85,6 +85,9 @@ class Layout:
     fewer than 2 pp micro-batches."""
     chunks: int = 2
     """Stages of each rank in the interleaved schedules."""
+    schedule_file: str | None = None
+    """A schedule that `quintet schedule search --save` wrote, for steps of as many micro-batches as it has; its stages must lie as those of
+    `schedule`, which other steps go by."""
     cut: tuple[int, ...] | None = None
     """Layers of each pipeline stage; absent: as equal in cost as layers can be shared out."""
 
@@ -204,6 +207,7 @@ class Layout:
         shown = {"pp": self.pp, "dp": self.dp, "cp": self.cp, "tp": self.tp, "ep": self.ep, "expert_tp": self.expert_tp, "zero": self.zero}
         text = " ".join(f"{name}={value}" for name, value in shown.items() if value != (0 if name == "zero" else 1))
         pipeline = f" {self.pipeline}{self.chunks if self.arrangement == 'loop' else ''}" if self.pp > 1 else ""
+        pipeline += f" {self.schedule_file}" if self.schedule_file else ""
         return (text or "one device") + (f" zero_ranks={self.zero_ranks}" if self.zero_ranks else "") + pipeline
 
 
@@ -301,6 +305,8 @@ def _pipeline_rules(layout: Layout, model: Model) -> Iterator[str]:
     if layout.pp == 1:
         if layout.cut is not None:
             yield f"layout.cut ({_numbers(layout.cut)}) needs layout.pp above 1"
+        if layout.schedule_file is not None:
+            yield f"layout.schedule_file ({layout.schedule_file}) needs layout.pp above 1"
         return
     several = layout.num_stages > layout.pp
     stages = f"{layout.num_stages} stages" + (f" ({layout.num_stages // layout.pp} on each rank)" if several else "")
@@ -372,7 +378,9 @@ def nearest_legal(layout: Layout, model: Model, sequence_lengths: Iterable[int],
         expert_tp = tp if layout.expert_tp > 1 else 1
         zero_ranks = layout.zero_ranks if layout.zero_ranks and (dp * cp) % layout.zero_ranks == 0 and layout.zero else None
         zero = min(layout.zero, 1) if pp > 1 else layout.zero
+        file = layout.schedule_file if pp == layout.pp > 1 else None
         other = replace(layout, dp=dp, tp=tp, pp=pp, ep=ep, cp=cp, expert_tp=expert_tp, zero_ranks=zero_ranks, zero=zero, cut=None)
+        other = replace(other, schedule_file=file)
         if not broken_rules(other, model, lengths):
             legal[other] = distance(other)
             if len(legal) >= 40:
@@ -392,7 +400,16 @@ def fewer_ranks(layout: Layout, model: Model, sequence_lengths: Iterable[int], *
         dp, tp, pp, ep, cp = degrees
         shared = next((s for s in below(layout.zero_ranks) if dp * cp % s == 0), dp * cp) if layout.zero_ranks else None
         return replace(
-            layout, dp=dp, tp=tp, pp=pp, ep=ep, cp=cp, expert_tp=tp if layout.expert_tp > 1 else 1, zero_ranks=shared, cut=None
+            layout,
+            dp=dp,
+            tp=tp,
+            pp=pp,
+            ep=ep,
+            cp=cp,
+            expert_tp=tp if layout.expert_tp > 1 else 1,
+            zero_ranks=shared,
+            cut=None,
+            schedule_file=layout.schedule_file if pp == layout.pp else None,
         )
 
     axes: tuple[Degree, ...] = ("dp", "tp", "pp", "ep", "cp")

@@ -205,7 +205,8 @@ class Train:
     num_threads: int | None = None
     """CPU threads of each rank; absent: all cores, shared out among the ranks of a machine."""
     adaptive: bool = False
-    """At each checkpoint, cut the pipeline's stages anew by how long they took, where the slowest would gain 5 % or more."""
+    """At each checkpoint, by how long the pipeline's stages took: cut them anew where the slowest would gain 5 % or more, else try
+    micro-batches of half or double the size where a step could."""
     rank_timeout: float = 600.0
     """Seconds that a rank waits in a collective before it gives the others up."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +33,8 @@ from tests.spec.strategies import layouts
 
 CPU = torch.device("cpu")
 LENGTH = 32
+FOUND = str(Path(__file__).parents[2] / "docs/images/found.json")
+"""A schedule of 4 ranks and 16 micro-batches that search has found."""
 SETTINGS = Settings(batch_sequences=5, learning_rate=1e-3, mtp_weight=0.3, bias_speed=0.01)
 MODEL = Model(
     vocab_size=64,
@@ -165,13 +168,18 @@ LAYOUTS: list[tuple[Layout, dict[str, Any]]] = [
     (Layout(pp=2, dp=2, schedule="interleaved-zb"), {"num_layers": 5, "recompute": "selective", "num_mtp_modules": 2}),
     (Layout(pp=4, dp=2, ep=2, schedule="dualpipe"), {"num_layers": 7, "micro_batch": 1, "sequences": 17}),
     (Layout(pp=2, tp=2, cp=2, ep=2, zero=1), {"num_layers": 4, "micro_batch": 1}),
+    (Layout(pp=4, schedule="dualpipe", schedule_file=FOUND), {"num_layers": 5, "micro_batch": 1, "sequences": 15}),
     (Layout(pp=8, schedule="dualpipe"), {"num_layers": 9, "micro_batch": 1, "sequences": 16}),
     (Layout(pp=2, dp=2, tp=2, cp=2, ep=4, zero=1, node_size=16), {"num_layers": 4, "micro_batch": 1, "sequences": 9}),
     (Layout(pp=2, dp=2, tp=2, ep=2, zero=1, schedule="dualpipe"), {"micro_batch": 1, "sequences": 9, "precision": "bf16"}),
 ]
 
 
-@pytest.mark.parametrize(("layout", "changes"), LAYOUTS, ids=lambda value: str(value) if isinstance(value, Layout) else ",".join(value))
+def _id(value: Layout | dict[str, Any]) -> str:
+    return str(value).replace(FOUND, "found.json") if isinstance(value, Layout) else ",".join(value)
+
+
+@pytest.mark.parametrize(("layout", "changes"), LAYOUTS, ids=_id)
 def test_a_layout_computes_what_one_device_computes(layout: Layout, changes: dict[str, Any]) -> None:
     rows = rows_of(a_run(layout, **changes))
     assert first_failure(rows) is None

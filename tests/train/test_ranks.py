@@ -348,6 +348,29 @@ def test_stages_are_cut_anew_by_their_times_and_the_run_is_the_same(run: Run, tm
     assert_like(alone, run)
 
 
+def test_a_fixed_cost_of_each_micro_batch_makes_them_larger_and_the_run_is_the_same(run: Run, tmp_path: Path) -> None:
+    run = replace(run, checkpoint=replace(run.checkpoint, every=2), train=replace(run.train, steps=5))
+    alone = replace(run, directory=str(tmp_path / "alone"))
+    run = on(run, Layout(pp=2, schedule="1f1b"), adaptive=True, micro_batch=1)
+
+    def slow(rank: int) -> None:
+        real = Transformer.through
+
+        def through(model: Transformer, *arguments: object) -> object:
+            time.sleep(0.05)
+            return real(model, *arguments)  # type: ignore[arg-type]
+
+        pytest.MonkeyPatch().setattr(Transformer, "through", through)
+
+    assert train(alone) == DONE
+    fates = quintet(run, tmp_path, "train", str(write_recipe(run, tmp_path / "r.toml")), before=slow)
+    assert codes(fates) == [0, 0], fates
+    told = " ".join(fates[0].told.split())
+    assert "train.micro_batch is 2 from step 3 on" in told and "train.micro_batch is 4 from step 5 on" in told, told
+    assert parse.read(where(run) / "recipe.toml").train.micro_batch == 4
+    assert_like(alone, run)
+
+
 def test_torchrun_trains_stops_resumes_and_one_device_uses_the_result(run: Run, tmp_path: Path) -> None:
     """The real thing: as many steps as there are until a SIGTERM to torchrun itself."""
     run = replace(on(run, Layout(dp=2, zero=1), steps=200), checkpoint=Checkpoint(every=None), evaluation=replace(run.evaluation, every=2))
