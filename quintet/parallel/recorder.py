@@ -110,26 +110,24 @@ class Recorder:
         self.tell()
         if self.store is not None:
             time.sleep(1.5 * TELL_SECONDS)  # whoever still lives is heard until then
+        heard, now = self._heard(), time.time()
+        silent, suspect, _ = min(heard, default=(now, 0, ""))
+        first = f"rank {suspect}, which was silent for longest" if now - silent > 1.2 * TELL_SECONDS else "what the other ranks said"
         return RankError(
-            f"rank {self.rank} {what}: {first_sentence(error)}{self.last_steps()}\nlook first at the rank that was silent for longest, "
-            "then start all of them again: quintet resume continues from the newest checkpoint"
+            f"rank {self.rank} {what}: {first_sentence(error)}{_lines(heard, now)}\nlook first at {first}, then start all of them again: "
+            "quintet resume continues from the newest checkpoint"
         )
 
-    def last_steps(self) -> str:
-        """Every rank's last step, as far as it was heard, in lines; of many ranks those that were silent for longest."""
-        if self.store is None:
-            return ""
+    def _heard(self) -> list[tuple[float, int, str]]:
+        """When each rank was last heard, in seconds since the epoch (0: never), the rank, and what it told. Empty without a store."""
         heard: list[tuple[float, int, str]] = []
-        for rank in self.ranks:
-            when, told = 0.0, "was not heard"
-            with suppress(RuntimeError, ValueError):  # the store may be gone
-                if self.store.check([f"step-{rank}"]):
-                    when, text = json.loads(self.store.get(f"step-{rank}"))
-                    told = f"{text}, heard {max(time.time() - when, 0.0):.1f} s ago"
-            heard.append((when, rank, told))
-        shown = heard if len(heard) <= SHOWN else sorted(heard)[:SHOWN]
-        more = f"\n  and {len(heard) - SHOWN} more, heard since" if len(heard) > SHOWN else ""
-        return "".join(f"\n  rank {rank}: {told}" for _, rank, told in shown) + more
+        if self.store is None:
+            return heard
+        with suppress(RuntimeError, ValueError):
+            for rank in self.ranks:
+                told = json.loads(self.store.get(f"step-{rank}")) if self.store.check([f"step-{rank}"]) else (0.0, "")
+                heard.append((told[0], rank, told[1]))
+        return heard
 
     def tell(self) -> None:
         """Let the others know where this rank is."""
@@ -161,6 +159,14 @@ class Recorder:
             done.set()
             if self.store is not None:
                 thread.join()
+
+
+def _lines(heard: list[tuple[float, int, str]], now: float) -> str:
+    """A line for every rank; of many ranks for those that were silent for longest."""
+    shown = heard if len(heard) <= SHOWN else sorted(heard)[:SHOWN]
+    lines = [f"{told}, heard {max(now - when, 0.0):.1f} s ago" if when else "was not heard" for when, _, told in shown]
+    more = [f"  and {len(heard) - SHOWN} more, which were heard since"] if len(heard) > SHOWN else []
+    return "".join("\n" + line for line in [*(f"  rank {at[1]}: {line}" for at, line in zip(shown, lines, strict=True)), *more])
 
 
 def _ranks(ranks: Sequence[int]) -> str:
