@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from quintet.cli.describe import warn
 from quintet.cli.options import Overrides, Recipe, Switch, read_with_recipe
 from quintet.cost.memory import largest_rank
 from quintet.cost.pipeline import read as read_schedule
@@ -20,7 +21,7 @@ from quintet.launch.room import RANKS_PER_CORE, require_room
 from quintet.monitor import machine
 from quintet.schedule import fewest_microbatches
 from quintet.spec.curriculum import Settings
-from quintet.spec.layout import Layout, fewer_ranks
+from quintet.spec.layout import Layout, fewer_ranks, without_effect
 from quintet.spec.run import Run
 from quintet.spec.tiny import tiny
 
@@ -75,6 +76,7 @@ def main(arguments: list[str]) -> int:
     if run.layout.num_ranks == 1:
         raise UsageError("the layout is one device, which is what others are compared with; name one, for example: --layout.dp 2")
     _require_room(run, given)
+    warn(without_effect(run.layout))
     console = Console(stderr=True)
     batches = _random_batches(run, sequences, given.steps) if given.tiny else _batches(run, given.recipe, sequences, given.steps, console)
     mtp = 0.3 if run.model.num_mtp_modules else 0.0

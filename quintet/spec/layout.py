@@ -324,13 +324,19 @@ def _pipeline_rules(layout: Layout, model: Model) -> Iterator[str]:
             f"layout.zero ({layout.zero}) must be 0 or 1 where layout.pp ({layout.pp}) is above 1: every micro-batch would send its "
             + ("gradients and gather the weights" if layout.zero == 3 else "gradients")
         )
-    if layout.cut is not None and (
-        len(layout.cut) != layout.num_stages or sum(layout.cut) != model.num_layers or min(layout.cut) < 0 or 0 in layout.cut[:-1]
-    ):
-        yield (
-            f"layout.cut ({_numbers(layout.cut)}) must share out model.num_layers ({model.num_layers}) to {stages}, at least one to each "
-            "but the last, which may do with the head alone"
-        )
+    if layout.cut is not None:
+        wrong = []
+        if len(layout.cut) != layout.num_stages:
+            wrong.append(f"it is for {len(layout.cut)}")
+        if (shared := sum(layout.cut)) != model.num_layers:
+            wrong.append(f"it shares out {shared}, {abs(shared - model.num_layers)} too {'many' if shared > model.num_layers else 'few'}")
+        if few := [stage for stage, count in enumerate(layout.cut) if count < (stage < len(layout.cut) - 1)]:
+            wrong.append(f"stage {few[0]} has {layout.cut[few[0]]}")
+        if wrong:
+            yield (
+                f"layout.cut ({_numbers(layout.cut)}) must share out model.num_layers ({model.num_layers}) to {stages}, at least one to "
+                f"each but the last, which may do with the head alone: {', and '.join(wrong)}"
+            )
 
 
 def _numbers(values: Iterable[int]) -> str:
@@ -340,9 +346,9 @@ def _numbers(values: Iterable[int]) -> str:
 def _divisible(what: str, count: int, by: str, degree: int, *, each: int = 1) -> str:
     choices = [d * each for d in range(1, count // each + 1) if count % (d * each) == 0]
     near = sorted(sorted(choices, key=lambda d: abs(math.log(d / degree)))[:8])
-    return f"{what} ({count}) must be divisible by {by} ({degree}); choose {by} from {', '.join(map(str, near))}" + (
-        " ..." if len(choices) > len(near) else ""
-    )
+    axis, values = by.removeprefix(f"{each} x "), ", ".join(str(choice // each) for choice in near)
+    more = " ..." if len(choices) > len(near) else ""
+    return f"{what} ({count}) must be divisible by {by} ({degree}); choose {axis} from {values}{more}"
 
 
 def require_legal(layout: Layout, model: Model, sequence_lengths: Iterable[int]) -> None:
@@ -350,8 +356,23 @@ def require_legal(layout: Layout, model: Model, sequence_lengths: Iterable[int])
     lengths = tuple(sequence_lengths)
     if broken := broken_rules(layout, model, lengths):
         near = nearest_legal(layout, model, lengths)
-        remedy = "".join(f"\n  {other} ({other.num_ranks} ranks)" for other in near)
+        remedy = "".join(f"\n  {other} ({other.num_ranks} rank{'s' * (other.num_ranks > 1)})" for other in near)
         raise SpecError("\n".join(broken) + (f"\nnearest legal layouts:{remedy}" if near else ""))
+
+
+def without_effect(layout: Layout) -> list[str]:
+    """What a legal layout says that changes nothing, each in a sentence."""
+    told = []
+    if layout.pp == 1 and layout.schedule is not None:
+        told.append(f"layout.schedule ({layout.schedule}) has no effect: layout.pp is 1")
+    if layout.arrangement != "loop" and layout.chunks != 2:
+        where = f"{layout.pipeline} has its own number of stages" if layout.pp > 1 else "layout.pp is 1"
+        told.append(f"layout.chunks ({layout.chunks}) has no effect: {where}; interleaved and interleaved-zb take it")
+    if layout.zero and layout.num_ranks == 1:
+        told.append(f"layout.zero ({layout.zero}) has no effect: a single device has nobody to share with")
+    if layout.zero_ranks == layout.num_replicas:
+        told.append(f"layout.zero_ranks ({layout.zero_ranks}) has no effect: there are as many replicas, which is the default")
+    return told
 
 
 def nearest_legal(layout: Layout, model: Model, sequence_lengths: Iterable[int], *, count: int = 3) -> list[Layout]:
