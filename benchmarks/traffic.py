@@ -272,7 +272,6 @@ def _foretold(run: Run, rank: int, sequences: int, rows: Rows | None) -> dict[st
         run.layout,
         sequence_length=run.phases[0].sequence_length,
         batch_sequences=sequences,
-        document_mask=run.data.document_mask,
         rank=rank,
         rows=rows,
     )

@@ -38,8 +38,6 @@ from quintet.spec.run import Train
 from quintet.spec.stage import Stage
 
 FP64 = 8
-DOCUMENT_ID = 4
-"""Bytes of a token's document id."""
 STEP_NUMBERS = 7
 """What ranks tell each other of a step beside the experts' load: four losses, how many assignments were dropped, the norm's
 square, and whether to stop."""
@@ -68,7 +66,6 @@ def step_traffic(
     sequence_length: int,
     batch_sequences: int,
     mtp: bool = True,
-    document_mask: bool = False,
     rank: int = 0,
     rows: Rows | None = None,
 ) -> dict[str, float]:
@@ -92,9 +89,7 @@ def step_traffic(
         token = model.hidden_size * element_bytes(train)
         sent["pp"] += _handed_on(schedule, place, micro_batches) * (sequence_length // (layout.cp * layout.tp)) * token
     for visit in visits:
-        sent.update(
-            _within_model(model, train, layout, visit, sequence_length=sequence_length, modules=modules, document_mask=document_mask)
-        )
+        sent.update(_within_model(model, train, layout, visit, sequence_length=sequence_length, modules=modules))
     sent["dp"] += _all_reduce(INDEX * (1 + model.num_mtp_modules), layout.dp)
     loads = (model.num_moe_layers + model.num_mtp_modules) * model.num_routed_experts
     sent["world"] += _all_reduce(FP64 * (STEP_NUMBERS + loads), layout.num_ranks)
@@ -129,7 +124,7 @@ def _micro_batches(train: Train, layout: Layout, *, batch_sequences: int, rank: 
 
 
 def _within_model(
-    model: Model, train: Train, layout: Layout, visit: Visit, *, sequence_length: int, modules: int, document_mask: bool
+    model: Model, train: Train, layout: Layout, visit: Visit, *, sequence_length: int, modules: int
 ) -> Counter[str]:
     """Bytes of forward and backward of one micro-batch, on tp, sequence and cp."""
     sequences, stage = visit.sequences, visit.stage
@@ -144,7 +139,6 @@ def _within_model(
         tp=layout.tp,
         payload=payload,
         element_bytes=size,
-        document_id_bytes=DOCUMENT_ID if document_mask else 0,
     )
     again = ring.forward if train.recompute == "full" else 0
     across_tp = tensor_bytes(model, layout, tokens=tokens, element_bytes=size, recompute=train.recompute, num_mtp=modules, stage=stage)

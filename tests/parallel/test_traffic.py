@@ -65,7 +65,6 @@ def foretold(run: Run, rank: int, *, mtp: bool, rows: Rows | None) -> dict[str, 
         sequence_length=LENGTH,
         batch_sequences=settings_of(run).batch_sequences,
         mtp=mtp,
-        document_mask=run.data.document_mask,
         rank=rank,
         rows=rows,
     )
