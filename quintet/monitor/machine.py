@@ -112,6 +112,13 @@ def memory_bytes() -> int:
     return total
 
 
+def free_memory() -> int:
+    """Bytes that can be had now without swapping, as far as the control group allows."""
+    available: int = psutil.virtual_memory().available
+    limit, used = memory_limit(), _read("/sys/fs/cgroup/memory.current").strip()
+    return min(available, max(limit - int(used), 0)) if limit is not None and used.isdigit() else available
+
+
 def num_cores() -> int:
     """Logical cores that this process may use: its affinity, and the control group's quota rounded up."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -40,7 +40,8 @@ _STEPS = 16
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """This rank's part of some sequences: inputs [B, S], targets [M+1, B, S] (see model.loss), document_ids [B, S] or None."""
+    """This rank's part of some sequences: inputs [B, S], targets [M+1, B, S] (see model.loss); document_ids [B, S cp] of the whole ones, or
+    None."""
 
     inputs: Tensor
     targets: Tensor

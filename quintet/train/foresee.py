@@ -13,6 +13,7 @@ from quintet.monitor import machine
 from quintet.monitor.units import num_bytes
 from quintet.schedule import fewest_microbatches
 from quintet.spec.curriculum import PhaseCurves
+from quintet.spec.layout import without_effect
 from quintet.spec.run import Run, Train
 from quintet.train import directory
 
@@ -29,8 +30,8 @@ def refusals(run: Run) -> list[str]:
 
 
 def doubts(run: Run) -> list[str]:
-    """What `train` would try here although it bodes ill: more memory than there is, more threads than cores."""
-    return [message for message in (_memory(run), _threads(run.train)) if message]
+    """What `train` would try here although it bodes ill: more memory than there is, more threads than cores, options without effect."""
+    return [message for message in (_memory(run), _threads(run.train), *without_effect(run.layout)) if message]
 
 
 def require_schedule(run: Run) -> None:

@@ -164,8 +164,7 @@ class _Session:
 
     def loop(self, position: Position) -> int:
         """Train from `position` to the end or to a signal."""
-        told = self.recorder.telling() if self.built.pipeline else nullcontext()
-        with _stop_signals() as stop, told, self._saves_finished():
+        with _stop_signals() as stop, self.recorder.telling(), self._saves_finished():
             clock = _Clock(self.device, position.tokens)
             while position.step < self.num_steps:
                 if self.curves.is_over(position.phase_steps, position.phase_tokens):
@@ -205,7 +204,7 @@ class _Session:
     def _step(self, position: Position, stop: _Stop) -> tuple[Position, StepResult, Settings]:
         settings, mesh = self.curves.settings(position.phase_steps, position.phase_tokens), self.ranks.mesh
         batch = self.loader.next_batch(settings.batch_sequences, part=mesh.at.dp, num_parts=mesh.layout.dp)
-        with _during(f"step {position.step + 1}"):
+        with self.recorder.during(f"step {position.step + 1}"):
             result = run_step(
                 self.built,
                 batch,
@@ -254,7 +253,7 @@ class _Session:
         if not any(part.held_out.num_documents for part in self.prepared.sources.values()):
             return  # told at the start
         length = self.stretch.phase.sequence_length
-        with _during(f"the evaluation of step {position.step}"):
+        with self.recorder.during(f"the evaluation of step {position.step}"):
             found = held_out_loss(
                 self.built.model,
                 self.prepared,
@@ -271,7 +270,7 @@ class _Session:
         loss = self.held_out if self.held_out_step == position.step else None
         gathered = state.gather(self.built, self.loader.state(), position, loss=loss)
         extras, rounded = state.extras(self.where, self.run), state.rounded(gathered)
-        with _during(f"saving step {position.step}"):
+        with self.recorder.during(f"saving step {position.step}"):
             self.saver.save(gathered, step=position.step, extras=extras, rounded=rounded, wait=wait)
 
     def _adapt(self, position: Position, batch_sequences: int) -> None:
@@ -352,16 +351,6 @@ class _Session:
         num_tokens = min(self.run.monitor.sample_tokens, room)
         drawn = [*generate(self.built.model, ids, num_tokens=num_tokens, eos_id=tokenizer.eos_id, generator=generator)]
         return tokenizer.decode(drawn)
-
-
-@contextmanager
-def _during(what: str) -> Iterator[None]:
-    """Note on a failed collective in what it was."""
-    try:
-        yield
-    except RuntimeError as error:
-        error.add_note(what)
-        raise
 
 
 class _Clock:
