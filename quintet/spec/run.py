@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from quintet.errors import SpecError, did_you_mean
@@ -147,6 +147,8 @@ class Phase:
     """Curve of the weight of the MTP losses' mean (lambda); while it is 0 the modules cost nothing."""
     bias_speed: tuple[str, ...] = ("0.001",)
     """Curve of the router bias update speed (gamma)."""
+    yarn: bool = True
+    """Whether model.yarn, where there is one, holds in this phase already; false: the rotary embedding is as before the extension."""
     mixture: tuple[str, ...] = ()
     """Weights of sources in this phase, such as 'code 40'; a source that is not named keeps its own, and 0 leaves it out."""
 
@@ -326,8 +328,22 @@ class Run:
                     f"phase {phase.name!r}: sequence_length ({phase.sequence_length}) must be at most model.max_context "
                     f"({self.model.max_context}); raise max_context (and extend it with model.yarn) or shorten the sequence"
                 )
+            if not phase.yarn and self.model.yarn is None:
+                raise SpecError(f"phase {phase.name!r}: yarn is false, but the model has none; leave it out, or add a [model.yarn] table")
+            if phase.sequence_length > (longest := self.model_in(phase).max_context):
+                raise SpecError(
+                    f"phase {phase.name!r}: sequence_length ({phase.sequence_length}) must be at most model.yarn.original_context "
+                    f"({longest}) where yarn is false; leave yarn out of the phase, or shorten the sequence"
+                )
         for phase in self.phases:
             self.data.weights(phase.weights, phase=phase.name)
         require_legal(self.layout, self.model, (phase.sequence_length for phase in self.phases))
         if not 0 <= self.seed < 2**63:
             raise SpecError(f"seed ({self.seed}) must lie between 0 and 2^63 - 1")
+
+    def model_in(self, phase: Phase) -> Model:
+        """The model as it is in a phase: before its context is extended it has no YaRN, and the original context."""
+        yarn = self.model.yarn
+        if phase.yarn or yarn is None:
+            return self.model
+        return replace(self.model, yarn=None, max_context=min(self.model.max_context, yarn.original_context))

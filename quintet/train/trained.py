@@ -20,6 +20,7 @@ from quintet.model.transformer import Transformer
 from quintet.parallel.mesh import single
 from quintet.parallel.precision import DTYPES, cast
 from quintet.spec import parse
+from quintet.spec.curriculum import curriculum
 from quintet.spec.model import Model
 from quintet.spec.run import Data, Phase, Precision, Run, Source, Train
 from quintet.train import device as machine
@@ -47,6 +48,8 @@ class Trained:
     """Where the model lies."""
     step: int
     """Optimizer steps done."""
+    phase: Phase
+    """The phase of the curriculum that they ended in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,10 @@ class Kept:
 
     run: Run
     """The recipe that it was trained with."""
+    phase: Phase
+    """The phase of the curriculum that training has come to."""
+    model: Model
+    """The recipe's model as it is in that phase."""
     checkpoint: Path
     """Where it lies."""
     tokenizer: Tokenizer
@@ -77,7 +84,7 @@ def open_trained(path: Path) -> Trained:
     kept = open_kept(path)
     device = machine.prepare(Train(num_threads=kept.run.train.num_threads))
     with torch.device("meta"):
-        model = Transformer(kept.run.model)
+        model = Transformer(kept.model)
     cast(model, kept.run.train.precision)
     model.to_empty(device=device)
     load({f"model.{name}": tensor for name, tensor in model.state_dict().items()}, kept.checkpoint, strict=False)
@@ -89,6 +96,7 @@ def open_trained(path: Path) -> Trained:
         tokenizer_file=kept.tokenizer_file,
         device=device,
         step=read_manifest(kept.checkpoint).step,
+        phase=kept.phase,
     )
 
 
@@ -99,13 +107,24 @@ def open_kept(path: Path) -> Kept:
     run = parse.read(path / RECIPE) if checkpoint != path else parse.loads(read_extra(checkpoint, RECIPE), origin=f"{checkpoint}/{RECIPE}")
     read_extra(checkpoint, TOKENIZER)  # verified before it is parsed
     file = checkpoint / TOKENIZER
-    return Kept(run=run, checkpoint=checkpoint, tokenizer=Tokenizer.from_file(file), tokenizer_file=file)
+    position: Any = read_manifest(checkpoint).values.get("position")
+    number = position.get("phase") if isinstance(position, dict) else None
+    stretches = curriculum(run)
+    phase = stretches[number if isinstance(number, int) and 0 <= number < len(stretches) else -1].phase
+    return Kept(
+        run=run,
+        phase=phase,
+        model=run.model_in(phase),
+        checkpoint=checkpoint,
+        tokenizer=Tokenizer.from_file(file),
+        tokenizer_file=file,
+    )
 
 
 def stored_weights(kept: Kept, *, master: bool) -> Stored:
     """The model's tensors as the checkpoint has them, each read when it is asked for; with `master`, in place of weights that were rounded
     to bf16 the fp32 master weights. Raises CheckpointError for a checkpoint that lacks them."""
-    names = {name: f"model.{name}" for name in hub_names.shapes(kept.run.model)}
+    names = {name: f"model.{name}" for name in hub_names.shapes(kept.model)}
     saved = read_manifest(kept.checkpoint).tensors
     if master:
         rounded = [name for name, full in names.items() if full in saved and saved[full].dtype != "float32"]

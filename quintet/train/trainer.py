@@ -156,6 +156,7 @@ class _Session:
         self.curves = PhaseCurves(self.stretch.phase)
         here = self.stretch.phase
         length = here.sequence_length
+        self.built.model.rotate_like(self.run.model_in(here))
         self.loader = Loader(self.prepared, self.run.data, sequence_length=length, seed=self.run.seed, mixture=here.weights)
         # Without and with MTP, which does not run while its weight is 0.
         flops = (flops_per_token(self.run.model, sequence_length=length, mtp=mtp).total for mtp in (False, True))
@@ -313,6 +314,7 @@ class _Session:
         self.ranks = replace(self.ranks, mesh=replace(self.ranks.mesh, layout=self.run.layout))
         del self.built  # first, so that two never live
         self.built = self._build()
+        self.built.model.rotate_like(self.run.model_in(self.stretch.phase))
         state.restore(self.where / directory.CHECKPOINTS / directory_name(position.step), self.built)
         self.saver.plan_anew()
         self.sizes.clear()
@@ -342,7 +344,7 @@ class _Session:
     def _sample(self, prompt: str) -> str:
         tokenizer = self.prepared.tokenizer
         ids = torch.from_numpy(tokenizer.encode_batch([prompt])[0].astype("int64")).to(self.device)
-        room = self.run.model.max_context - ids.numel()
+        room = self.built.model.model.max_context - ids.numel()
         if not ids.numel() or room <= 0:
             return ""
         generator = torch.Generator(self.device).manual_seed(self.run.seed)

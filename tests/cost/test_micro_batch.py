@@ -47,7 +47,7 @@ def test_it_comes_to_rest_within_5_percent_of_the_best_neighbour(fixed: float, e
     neighbours = [size for size in (end // 2, 2 * end) if 1 <= size <= 32]
     if len(tried) > 1:  # one size alone may give a neighbour no chance at best
         assert seconds(end) * 0.95 <= min(map(seconds, neighbours)) * (1 + 1e-9)
-    assert seconds(end) <= seconds(start) * (1 + 1e-9)
+    assert seconds(end) * 0.95 <= seconds(start) * (1 + 1e-9), "a trial that loses less is not undone"
 
 
 def test_a_schedule_that_was_asked_for_keeps_its_micro_batches() -> None:
