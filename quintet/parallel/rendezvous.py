@@ -148,7 +148,7 @@ def joined(
                 world_size=count,
                 timeout=timedelta(seconds=seconds),
             )
-            yield Ranks(make_mesh(layout, seconds=seconds), PrefixStore("run", store), seconds)
+            yield Ranks(make_mesh(layout, seconds=seconds, device=device), PrefixStore("run", store), seconds)
             dist.barrier()  # none leaves while another still needs it
             clean = True
     except BaseException:
