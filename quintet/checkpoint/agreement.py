@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from quintet.checkpoint.durable import failure
@@ -58,6 +59,18 @@ class Company:
         dist.broadcast_object_list(told, group=self.group, group_src=0)
         (result,) = self._results(told)
         return result
+
+    def send(self, tensor: torch.Tensor, rank: int) -> dist.Work:
+        """Begin to send a tensor of the host to another rank, which receives what it is sent in order."""
+        work = dist.isend(tensor, group=self.group, group_dst=rank)
+        assert work is not None
+        return work
+
+    def receive(self, tensor: torch.Tensor, rank: int) -> dist.Work:
+        """Begin to receive what another rank sends, in a tensor of its size."""
+        work = dist.irecv(tensor, group=self.group, group_src=rank)
+        assert work is not None
+        return work
 
     def _run_alone(self, work: Callable[[], T]) -> T:
         try:

@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from torch import Tensor
 from quintet.checkpoint.agreement import Company
 from quintet.checkpoint.manifest import directory_name
 from quintet.checkpoint.pieces import Box, Pieces, tensors_of, values_of
+from quintet.checkpoint.place import Place, entries
 from quintet.checkpoint.plan import Plan, make_plan
 from quintet.checkpoint.retention import prune
 from quintet.checkpoint.save import Job, check, held, write
@@ -42,7 +42,7 @@ class Written:
 
     step: int
     """Its step."""
-    path: Path
+    path: Place
     """Its directory."""
     stall_seconds: float
     """Seconds that training stood still: for the copy, and for the save before."""
@@ -67,7 +67,7 @@ class Failed:
 class Saver:
     """Saves a state again and again under `root`; all ranks make one, and call `save` and `finish` together."""
 
-    def __init__(self, root: Path, settings: Checkpoint, *, group: Any | None = None) -> None:
+    def __init__(self, root: Place, settings: Checkpoint, *, group: Any | None = None) -> None:
         """group: of gloo, used by nobody else; needed where there are several ranks."""
         self.root, self.settings, self.group = root, settings, group
         self._plan: Plan | None = None
@@ -177,10 +177,10 @@ class Saver:
         with Threads(num_ranks=company.size, beside_training=flight.thread is not None) as threads:
             path = write(job, self.root, company=company, threads=threads, read_back=True)
         if company.rank == 0:
-            flight.num_bytes = sum(file.stat().st_size for file in path.iterdir())
             try:
+                flight.num_bytes = sum(size or 0 for size in entries(path).values())
                 prune(self.root, self.settings)
-            except QuintetError as error:
+            except (OSError, QuintetError) as error:
                 flight.problem = str(error)
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from quintet.checkpoint.agreement import Company
 from quintet.checkpoint.load import OnProgress, Stored, read_extra, read_manifest
 from quintet.checkpoint.manifest import ITEM_SIZE, Codec, Manifest, Tensor
+from quintet.checkpoint.place import Place
 from quintet.checkpoint.plan import Item, Plan, Whole
 from quintet.checkpoint.save import Job, write
 from quintet.checkpoint.store import Threads
@@ -54,7 +54,7 @@ def kinds(manifest: Manifest) -> list[Kind]:
     ]
 
 
-def differences(one: Path, two: Path, *, on_progress: OnProgress = lambda done, total: None) -> Iterator[str]:
+def differences(one: Place, two: Place, *, on_progress: OnProgress = lambda done, total: None) -> Iterator[str]:
     """A line for each thing in which two checkpoints differ; tensors are compared bit by bit, one at a time.
 
     Raises CheckpointError for one that is damaged.
@@ -96,7 +96,7 @@ def _difference(one: torch.Tensor, two: torch.Tensor) -> str | None:
     return line
 
 
-def convert(source: Path, root: Path, *, codec: Codec, on_progress: OnProgress = lambda done, total: None) -> Path:
+def convert(source: Place, root: Place, *, codec: Codec, on_progress: OnProgress = lambda done, total: None) -> Place:
     """Write a checkpoint anew under another root, tensor by tensor, in one data file, with another codec; returns it.
 
     Raises CheckpointError as `load` and `save` do.

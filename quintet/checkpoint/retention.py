@@ -9,7 +9,8 @@ from pathlib import Path
 
 from quintet.checkpoint.durable import TemporaryDirectory, failure, sync_directory, write_file
 from quintet.checkpoint.load import PIN, Found, list_checkpoints
-from quintet.checkpoint.manifest import NAME
+from quintet.checkpoint.manifest import NAME, step_of
+from quintet.checkpoint.place import Place, Remote
 from quintet.spec.run import Checkpoint
 
 
@@ -28,11 +29,12 @@ def keep(checkpoints: Sequence[Found], settings: Checkpoint) -> dict[int, str]:
     return {step: reason for step, reason in reasons.items() if reason}
 
 
-def prune(root: Path, settings: Checkpoint, *, only_tell: bool = False) -> list[Path]:
+def prune(root: Place, settings: Checkpoint, *, only_tell: bool = False) -> list[Place]:
     """Remove the whole checkpoints under `root` that `keep` does not name, and return them, oldest first; or only return them.
 
     The newest whole one always stays, damaged ones and unknown names are not touched. A checkpoint leaves its name at once, before its
-    files go, manifest first: no loader ever sees half of one. Raises CheckpointError if the file system refuses.
+    files go, manifest first: no loader ever sees half of one. In a store also goes what is left of earlier saves that came to nothing.
+    Raises CheckpointError if the file system refuses.
     """
     whole = [found for found in list_checkpoints(root) if found.problem is None]
     kept = keep(whole, settings)
@@ -42,28 +44,41 @@ def prune(root: Path, settings: Checkpoint, *, only_tell: bool = False) -> list[
             _remove(path)
         except OSError as error:
             raise failure(error, doing=f"removing {path}") from None
+    if isinstance(root, Remote) and whole and not only_tell:
+        _sweep(root, before=whole[-1].step)
     return gone
 
 
-def pin(directory: Path) -> None:
+def pin(directory: Place) -> None:
     """Let a checkpoint stay whatever the rules say. Raises CheckpointError if the file system refuses."""
-    _at_pin(directory, lambda path: os.path.lexists(path) or write_file(path, b""))
+    if isinstance(directory, Remote):
+        _refusable(directory, lambda: (directory / PIN).write(b"pinned\n"))
+    else:
+        _refusable(directory, lambda: os.path.lexists(directory / PIN) or write_file(directory / PIN, b""))
 
 
-def unpin(directory: Path) -> None:
+def unpin(directory: Place) -> None:
     """Take a pin back. Raises CheckpointError if the file system refuses."""
-    _at_pin(directory, lambda path: path.unlink(missing_ok=True))
+    if isinstance(directory, Remote):
+        _refusable(directory, lambda: (directory / PIN).remove())
+    else:
+        _refusable(directory, lambda: (directory / PIN).unlink(missing_ok=True))
 
 
-def _at_pin(directory: Path, act: Callable[[Path], object]) -> None:
+def _refusable(directory: Place, act: Callable[[], object]) -> None:
     try:
-        act(directory / PIN)
-        sync_directory(directory)
+        act()
+        if isinstance(directory, Path):
+            sync_directory(directory)
     except OSError as error:
         raise failure(error, doing=f"pinning {directory}") from None
 
 
-def _remove(path: Path) -> None:
+def _remove(path: Place) -> None:
+    if isinstance(path, Remote):
+        for name in sorted(path.entries(), key=lambda name: name != NAME):
+            (path / name).remove()
+        return
     grave = TemporaryDirectory(path.parent, f"removed-{path.name}")
     try:
         inside = grave.path / path.name
@@ -73,3 +88,14 @@ def _remove(path: Path) -> None:
         shutil.rmtree(inside)
     finally:
         grave.close()
+
+
+def _sweep(root: Remote, *, before: int) -> None:
+    """Remove what is left of saves of earlier steps that have no manifest, and of removals that were cut off."""
+    try:
+        for name in root.entries():
+            step = step_of(name)
+            if step is not None and step < before and NAME not in (root / name).entries():
+                _remove(root / name)
+    except OSError as error:
+        raise failure(error, doing=f"sweeping {root}") from None
