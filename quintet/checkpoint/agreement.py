@@ -29,8 +29,8 @@ class Company:
     Every method is called by all ranks, in the same order. `doing` is what an error of the file system says that was being done.
     """
 
-    def __init__(self, group: Any | None = None, *, doing: str = "saving") -> None:
-        self.alone = not dist.is_initialized()
+    def __init__(self, group: Any | None = None, *, doing: str = "saving", alone: bool = False) -> None:
+        self.alone = alone or not dist.is_initialized()
         self.group, self.doing = group, doing
         self.rank, self.size = (0, 1) if self.alone else (dist.get_rank(group), dist.get_world_size(group))
 

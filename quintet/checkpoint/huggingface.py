@@ -19,6 +19,7 @@ from quintet.checkpoint.durable import TemporaryDirectory, failure, write_file
 from quintet.checkpoint.hub_names import Part, Shape
 from quintet.checkpoint.load import Stored
 from quintet.checkpoint.pieces import dtype_name
+from quintet.checkpoint.place import Place
 from quintet.errors import CheckpointError, UsageError, did_you_mean
 from quintet.spec.model import Model
 
@@ -34,7 +35,7 @@ def export(
     model: Model,
     directory: Path,
     *,
-    tokenizer_file: Path | None,
+    tokenizer_file: Place | None,
     bos_token_id: int | None = None,
     eos_token_id: int | None = None,
     dtype: torch.dtype = torch.bfloat16,

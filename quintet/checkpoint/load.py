@@ -16,7 +16,7 @@ from quintet.checkpoint.durable import failure
 from quintet.checkpoint.exchange import verify_data
 from quintet.checkpoint.manifest import NAME, Manifest, Tensor, loads, step_of
 from quintet.checkpoint.pieces import Pieces, dtype_name, tensors_of
-from quintet.checkpoint.place import Place, Remote, content, entries, require_folder
+from quintet.checkpoint.place import ATTEMPT, Place, Remote, content, entries, require_folder
 from quintet.checkpoint.reading import read, stages
 from quintet.checkpoint.store import DataFiles, Spent, Threads, verify_file
 from quintet.errors import CheckpointError, did_you_mean
@@ -112,7 +112,10 @@ def _checked_content(directory: Place) -> bytes:
     try:
         require_folder(directory)
         data = content(directory / NAME)
-        _check_files(entries(directory), _manifest(directory, data))
+        there = entries(directory)
+        if isinstance(directory, Remote):  # another attempt's, which came to nothing or will
+            there = {name: size for name, size in there.items() if not ATTEMPT.fullmatch(name) or name.encode() in data}
+        _check_files(there, _manifest(directory, data))
     except FileNotFoundError as error:
         raise CheckpointError(f"{Path(error.filename or NAME).name} is missing") from None
     except OSError as error:
@@ -194,10 +197,16 @@ def load(
         _check_fit(directory, manifest, tensors, values=state.keys() - tensors.keys(), foreign=foreign)
 
     company.share(compare)
+    _fill(tensors, directory, manifest, company, spent)
+    return manifest.values
+
+
+def _fill(
+    tensors: Mapping[str, torch.Tensor | Pieces], directory: Place, manifest: Manifest, company: Company, spent: Spent | None = None
+) -> None:
     with Threads(num_ranks=company.size, reading=directory) as threads, DataFiles(directory, spent) as files:
         for stage in stages(manifest, tensors):
             read(stage, files, threads, company)
-    return manifest.values
 
 
 class Stored(Mapping[str, torch.Tensor]):
@@ -213,13 +222,24 @@ class Stored(Mapping[str, torch.Tensor]):
         self._last: dict[str, torch.Tensor] = {}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        stored = self._names[name]
         if name not in self._last:
             self._last = {}  # before there are two
-            tensor = torch.empty(self.shape(name), dtype=getattr(torch, self.manifest.tensors[stored].dtype))
-            load({stored: tensor}, self._directory, strict=False)
-            self._last = {name: tensor}
+            self._last = {name: self.part(name, ())}
         return self._last[name]
+
+    def part(self, name: str, index: tuple[int, ...]) -> torch.Tensor:
+        """`self[name][index]`, of which no more is read than that."""
+        stored, shape = self._names[name], self.shape(name)
+        dtype = getattr(torch, self.manifest.tensors[stored].dtype)
+        part = torch.empty(shape[len(index) :], dtype=dtype)
+        offsets = (*index, *(0 for _ in part.shape))
+        box = Pieces(shape, [(offsets, part.view(*(1 for _ in index), *part.shape))], dtype=dtype)
+        company = Company(doing=f"loading {self._directory}", alone=True)
+        _fill({stored: box}, self._directory, self.manifest, company)
+        return part
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, without reading it."""

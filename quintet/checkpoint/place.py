@@ -9,9 +9,11 @@ from __future__ import annotations
 import errno
 import os
 import random
+import re
 import stat
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -28,13 +30,19 @@ T = TypeVar("T")
 
 PART = 32 << 20
 """Bytes of one part of an upload."""
+ATTEMPT = re.compile(r"(data-\d+)-[0-9a-f]{8}(\.bin)")
+"""How the names of data files in a store look: with a token of the attempt to save that made them."""
 _TRIES = 6
 _FIRST_WAIT = 0.5
 """Seconds before the second try; they double, and vary, so that ranks do not come back all at once."""
-_FINAL = (
-    *(FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError),
-    *(QuintetError, ImportError, ValueError, TypeError, NotImplementedError),
-)
+_CODES = {
+    FileNotFoundError: errno.ENOENT,
+    FileExistsError: errno.EEXIST,
+    PermissionError: errno.EACCES,
+    IsADirectoryError: errno.EISDIR,
+    NotADirectoryError: errno.ENOTDIR,
+}
+_FINAL = (*_CODES, QuintetError, ImportError, ValueError, TypeError, NotImplementedError)
 """Answers that another try does not change."""
 
 
@@ -110,9 +118,11 @@ class Remote:
         """Make an object. Raises FileExistsError if there is one with other content, where the store can tell at once."""
         try:
             self._steady(lambda system, path: system.pipe_file(path, data, mode="create"))
-        except FileExistsError:
-            if self.read() != data:  # else an earlier try of ours, whose answer was lost
+        except OSError as error:  # not every store says it by FileExistsError
+            if self.name not in self.parent.entries():
                 raise
+            if self.read() != data:  # else an earlier try of ours, whose answer was lost
+                raise FileExistsError(errno.EEXIST, "is there already", self.url) from error
 
     def remove(self) -> None:
         """Remove an object, if it is there."""
@@ -142,11 +152,12 @@ class Remote:
                 return work(system, path)
             except _FINAL as error:
                 if isinstance(error, OSError):
-                    raise OSError(error.errno or errno.EREMOTEIO, error.strerror or str(error), self.url) from error
+                    code = error.errno or _CODES[next(kind for kind in _CODES if isinstance(error, kind))]
+                    raise OSError(code, error.strerror or str(error) or os.strerror(code), self.url) from error
                 raise
             except Exception as error:  # every store has errors of its own
-                if not left:
-                    told = f"{error or type(error).__name__} ({_TRIES} tries)"
+                if not left or (isinstance(error, OSError) and error.errno == errno.EINVAL):
+                    told = f"{str(error) or type(error).__name__} ({_TRIES - left} tries)"
                     raise OSError(errno.EREMOTEIO, told, self.url) from error
             time.sleep(_FIRST_WAIT * 2 ** (_TRIES - 1 - left) * random.uniform(0.5, 1))
         raise AssertionError
@@ -167,13 +178,22 @@ class RemoteWriter:
         self.size += len(data)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is None:
-            self._file.close()
+        if kind is not None:
+            self._give_up()
             return
         try:
-            self._file.discard()
-        finally:
-            self._file.closed = True  # else it would still be uploaded when Python forgets it
+            self._file.close()
+        except BaseException:
+            self._give_up()
+            raise
+
+    def _give_up(self) -> None:
+        """Let the store forget the parts; if it refuses that too, they are left to the store's own rules of expiry."""
+        for _ in range(_TRIES):
+            with suppress(Exception):
+                self._file.discard()
+                break
+        self._file.closed = True  # else it would still be uploaded when Python forgets it
 
     @property
     def file(self) -> File:

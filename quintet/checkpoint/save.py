@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -44,7 +43,7 @@ from quintet.checkpoint.manifest import (
     dumps,
 )
 from quintet.checkpoint.pieces import Pieces, boxes_here, dtype_name, meet, tensors_of, values_of, within
-from quintet.checkpoint.place import Place, Remote, RemoteWriter, described, store
+from quintet.checkpoint.place import ATTEMPT, Place, Remote, RemoteWriter, described, store
 from quintet.checkpoint.plan import Item, Plan, make_plan
 from quintet.checkpoint.store import Source, Threads, drop_from_cache, is_rounding, write_pieces
 from quintet.errors import CheckpointError
@@ -295,7 +294,7 @@ def _is_saved(final: Place, whole: Manifest, set_aside: Callable[[], None]) -> b
 
 def _content_of(manifest: Manifest) -> Manifest:
     """The manifest without what is an attempt's own in the names of its data files."""
-    own = {file.path: re.sub(r"(data-\d+)-[0-9a-f]{8}(\.bin)", r"\1\2", file.path) for file in manifest.files}
+    own = {file.path: ATTEMPT.sub(r"\1\2", file.path) for file in manifest.files}
     tensors = {
         name: replace(tensor, pieces=tuple(replace(piece, file=own[piece.file]) for piece in tensor.pieces))
         for name, tensor in manifest.tensors.items()

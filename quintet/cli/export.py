@@ -8,15 +8,15 @@ from typing import Literal
 from rich.console import Console
 
 from quintet.cli.bar import Bar
-from quintet.cli.options import Directory, RunPath, read
+from quintet.cli.options import Directory, ModelPath, read
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
     """Write a checkpoint as a DeepseekV3ForCausalLM that transformers, and servers that read V3, load: weights, config, tokenizer."""
 
-    model: RunPath
-    """A run's directory (its newest checkpoint), or a checkpoint's."""
+    model: ModelPath
+    """A run's directory (its newest checkpoint), or a checkpoint's; one in a store by its URL."""
     directory: Directory
     """The directory to make."""
     dtype: Literal["bf16", "fp32"] = "bf16"
@@ -29,10 +29,11 @@ def main(arguments: list[str]) -> int:
     import torch
 
     from quintet.checkpoint import huggingface
+    from quintet.checkpoint.place import place
     from quintet.train.trained import open_kept, stored_weights
 
     huggingface.refuse_existing(given.directory)
-    kept = open_kept(given.model)
+    kept = open_kept(place(given.model))
     state = stored_weights(kept, master=given.dtype == "fp32")
     with Bar(f"exporting to {given.directory}") as bar:
         huggingface.export(

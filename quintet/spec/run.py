@@ -242,6 +242,9 @@ class Checkpoint:
 
     every: int | None = None
     """Steps between checkpoints; absent: only at the end and on a signal."""
+    directory: str | None = None
+    """Where checkpoints go, in a folder with the run's name: a folder, or a URL that fsspec knows, such as s3://bucket/checkpoints (which
+    needs quintet[s3]). Absent: in the run's directory."""
     keep_last: int = 2
     """Newest checkpoints that are kept."""
     keep_every: int | None = None
@@ -258,6 +261,8 @@ class Checkpoint:
 
     def __post_init__(self) -> None:
         _positive(self, "keep_last")
+        if self.directory is not None and not self.directory.rpartition("://")[2].strip("/ "):
+            raise SpecError(f"directory ({self.directory!r}) names no folder; name one, such as s3://bucket/checkpoints, or leave it out")
         for name in ("keep_best", "tolerated_failures"):
             if getattr(self, name) < 0:
                 raise SpecError(f"{name} ({getattr(self, name)}) must not be negative")

@@ -18,6 +18,7 @@ from torch import Tensor
 from quintet.checkpoint.background import Saver
 from quintet.checkpoint.load import LOSS, load, none_whole
 from quintet.checkpoint.pieces import Pieces, run_of_boxes
+from quintet.checkpoint.place import Place
 from quintet.checkpoint.retention import prune
 from quintet.checkpoint.save import save
 from quintet.errors import CheckpointError, DamagedError
@@ -27,7 +28,7 @@ from quintet.spec.placement import Box
 from quintet.spec.run import Run
 from quintet.spec.stage import Part
 from quintet.train.build import Built
-from quintet.train.directory import CHECKPOINTS, RECIPE, TOKENIZER
+from quintet.train.directory import RECIPE, TOKENIZER, checkpoints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,21 +135,19 @@ def saver(directory: Path, run: Run, *, seconds: float) -> Saver:
     """Who saves the run in `directory` beside training; all ranks call it together, and then speak through a group of its own, in which
     one may be silent for so many seconds."""
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds)) if dist.is_initialized() else None
-    return Saver(directory / CHECKPOINTS, run.checkpoint, group=group)
+    return Saver(checkpoints(directory, run), run.checkpoint, group=group)
 
 
-def write(directory: Path, run: Run, state: dict[str, Any], *, step: int) -> Path:
+def write(directory: Path, run: Run, state: dict[str, Any], *, step: int) -> Place:
     """Save a gathered state as a checkpoint of the run in `directory`, with recipe and tokenizer, and drop those not kept."""
-    root = directory / CHECKPOINTS
+    root = checkpoints(directory, run)
     path = save(state, root, step=step, extras=extras(directory, run), rounded=rounded(state), codec=run.checkpoint.codec)
     if not dist.is_initialized() or dist.get_rank() == 0:
         prune(root, run.checkpoint)
     return path
 
 
-def restore_newest(
-    paths: Sequence[Path], built: Built, *, report: Callable[[str], None]
-) -> tuple[Path | None, Position, dict[str, int]]:
+def restore_newest(paths: Sequence[Place], built: Built, *, report: Callable[[str], None]) -> tuple[Place | None, Position, dict[str, int]]:
     """Restore from the first of some checkpoints that is not damaged, which is returned; None where there are none.
 
     All ranks call it together: each verifies what it reads, and all pass a checkpoint over if one of them finds damage, which is told to
@@ -169,7 +168,7 @@ def restore_newest(
     return None, Position(), {}
 
 
-def restore(directory: Path, built: Built) -> tuple[Position, dict[str, int]]:
+def restore(directory: Place, built: Built) -> tuple[Position, dict[str, int]]:
     """Fill model, optimizer and random generators from a checkpoint; returns the position and the data's state.
 
     Raises CheckpointError, with nothing changed, for one of another model; DamagedError, with some tensors filled and some not.

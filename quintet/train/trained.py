@@ -13,6 +13,7 @@ from torch import Tensor
 from quintet.checkpoint import hub_names, huggingface
 from quintet.checkpoint.load import Stored, latest, load, read_extra, read_manifest
 from quintet.checkpoint.manifest import step_of
+from quintet.checkpoint.place import Place, Remote
 from quintet.cost.memory import step_memory
 from quintet.data.tokenizer import Tokenizer
 from quintet.errors import CheckpointError
@@ -25,7 +26,7 @@ from quintet.spec.run import Data, Phase, Precision, Run, Source, Train
 from quintet.train import device as machine
 from quintet.train import state
 from quintet.train.build import build
-from quintet.train.directory import CHECKPOINTS, RECIPE, TOKENIZER, create, refuse_existing
+from quintet.train.directory import CHECKPOINTS, RECIPE, TOKENIZER, checkpoints, create, refuse_existing
 from quintet.train.state import Position
 
 
@@ -35,13 +36,13 @@ class Trained:
 
     run: Run
     """The recipe that it was trained with."""
-    checkpoint: Path
+    checkpoint: Place
     """Where it was read from."""
     model: Transformer
     """On `device`, in the run's precision."""
     tokenizer: Tokenizer
     """The one that its data was made with."""
-    tokenizer_file: Path
+    tokenizer_file: Place
     """Its tokenizer.json."""
     device: torch.device
     """Where the model lies."""
@@ -55,24 +56,26 @@ class Kept:
 
     run: Run
     """The recipe that it was trained with."""
-    checkpoint: Path
+    checkpoint: Place
     """Where it lies."""
     tokenizer: Tokenizer
     """The one that its data was made with."""
-    tokenizer_file: Path
+    tokenizer_file: Place
     """Its tokenizer.json."""
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path` is, or the newest complete one of the run that it is. Raises CheckpointError."""
+def find_checkpoint(path: Place) -> Place:
+    """The checkpoint that `path` is, or the newest complete one of the run that it is, or of the store's folder. Raises CheckpointError."""
     if step_of(path.name) is not None:
         return path
+    if isinstance(path, Remote):
+        return latest(path)
     if not (path / RECIPE).is_file():
         raise CheckpointError(f"{path} is neither a run nor a checkpoint; name runs/NAME or runs/NAME/{CHECKPOINTS}/step-...")
-    return latest(path / CHECKPOINTS)
+    return latest(checkpoints(path, parse.read(path / RECIPE)))
 
 
-def open_trained(path: Path) -> Trained:
+def open_trained(path: Place) -> Trained:
     """The weights of a run's newest checkpoint, or of the checkpoint that `path` names. Raises CheckpointError, DataError."""
     kept = open_kept(path)
     device = machine.prepare(Train(num_threads=kept.run.train.num_threads))
@@ -92,14 +95,15 @@ def open_trained(path: Path) -> Trained:
     )
 
 
-def open_kept(path: Path) -> Kept:
+def open_kept(path: Place) -> Kept:
     """What `open_trained` opens, its weights left where they are. Raises CheckpointError, DataError."""
     checkpoint = find_checkpoint(path)
     # A run's own recipe may have been edited since, to name other data for example, and `resume` follows it too.
-    run = parse.read(path / RECIPE) if checkpoint != path else parse.loads(read_extra(checkpoint, RECIPE), origin=f"{checkpoint}/{RECIPE}")
-    read_extra(checkpoint, TOKENIZER)  # verified before it is parsed
+    own = path / RECIPE if isinstance(path, Path) and checkpoint != path else None
+    run = parse.read(own) if own else parse.loads(read_extra(checkpoint, RECIPE), origin=f"{checkpoint}/{RECIPE}")
     file = checkpoint / TOKENIZER
-    return Kept(run=run, checkpoint=checkpoint, tokenizer=Tokenizer.from_file(file), tokenizer_file=file)
+    tokenizer = Tokenizer(read_extra(checkpoint, TOKENIZER), origin=str(file))  # verified before it is parsed
+    return Kept(run=run, checkpoint=checkpoint, tokenizer=tokenizer, tokenizer_file=file)
 
 
 def stored_weights(kept: Kept, *, master: bool) -> Stored:

@@ -86,7 +86,7 @@ def resume(where: Path, *, sinks: Sink, ranks: Ranks | None = None, layout: Layo
     with directory.held(where) if ranks.is_lead else nullcontext():
         directory.refuse_other_tokenizer(Tokenizer.from_file(where / directory.TOKENIZER), prepared)
         told: list[str] = []
-        paths = ranks.lead_first("checkpoints", lambda: candidates(where / directory.CHECKPOINTS, told.append))
+        paths = ranks.lead_first("checkpoints", lambda: candidates(directory.checkpoints(where, run), told.append))
         ranks.agree("checkpoint", ", ".join(path.name for path in paths) or "none")
         session = _Session(run, where, prepared, sinks, device=device, ranks=ranks)
         found, position, data = state.restore_newest(paths, session.built, report=told.append)
@@ -282,7 +282,7 @@ class _Session:
         self.ranks = replace(self.ranks, mesh=replace(self.ranks.mesh, layout=self.run.layout))
         del self.built  # first, so that two never live
         self.built = self._build()
-        state.restore(self.where / directory.CHECKPOINTS / directory_name(position.step), self.built)
+        state.restore(directory.checkpoints(self.where, self.run) / directory_name(position.step), self.built)
         self.saver.plan_anew()
         if self.ranks.is_lead:
             directory.rewrite_recipe(self.where, self.run)
