@@ -15,7 +15,7 @@ from quintet.checkpoint.agreement import Company
 from quintet.checkpoint.durable import failure
 from quintet.checkpoint.exchange import verify_data
 from quintet.checkpoint.manifest import NAME, Manifest, Tensor, loads, step_of
-from quintet.checkpoint.pieces import Pieces, dtype_name, tensors_of
+from quintet.checkpoint.pieces import Box, Later, Pieces, box_at, dtype_name, tensors_of
 from quintet.checkpoint.place import ATTEMPT, Place, Remote, content, entries, require_folder
 from quintet.checkpoint.reading import read, stages
 from quintet.checkpoint.store import DataFiles, Spent, Threads, verify_file
@@ -224,19 +224,22 @@ class Stored(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self._last:
             self._last = {}  # before there are two
-            self._last = {name: self.part(name, ())}
+            self._last = {name: self.box(name, box_at((), self.shape(name)))}
         return self._last[name]
 
-    def part(self, name: str, index: tuple[int, ...]) -> torch.Tensor:
-        """`self[name][index]`, of which no more is read than that."""
-        stored, shape = self._names[name], self.shape(name)
+    def box(self, name: str, box: Box) -> torch.Tensor:
+        """A box of a tensor, of which no more is read than that."""
+        stored = self._names[name]
         dtype = getattr(torch, self.manifest.tensors[stored].dtype)
-        part = torch.empty(shape[len(index) :], dtype=dtype)
-        offsets = (*index, *(0 for _ in part.shape))
-        box = Pieces(shape, [(offsets, part.view(*(1 for _ in index), *part.shape))], dtype=dtype)
+        part = torch.empty(box[1], dtype=dtype)
         company = Company(doing=f"loading {self._directory}", alone=True)
-        _fill({stored: box}, self._directory, self.manifest, company)
+        _fill({stored: Pieces(self.shape(name), [(box[0], part)], dtype=dtype)}, self._directory, self.manifest, company)
         return part
+
+    def later(self, name: str) -> Later:
+        """A tensor whose boxes are read when they are asked for."""
+        dtype = getattr(torch, self.manifest.tensors[self._names[name]].dtype)
+        return Later(self.shape(name), dtype=dtype, read=lambda box: self.box(name, box))
 
     def __contains__(self, name: object) -> bool:
         return name in self._names

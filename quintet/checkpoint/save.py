@@ -42,7 +42,7 @@ from quintet.checkpoint.manifest import (
     directory_name,
     dumps,
 )
-from quintet.checkpoint.pieces import Pieces, boxes_here, dtype_name, meet, tensors_of, values_of, within
+from quintet.checkpoint.pieces import Later, Pieces, boxes_here, dtype_name, meet, tensors_of, values_of, within
 from quintet.checkpoint.place import ATTEMPT, Place, Remote, RemoteWriter, described, store
 from quintet.checkpoint.plan import Item, Plan, make_plan
 from quintet.checkpoint.store import Source, Threads, drop_from_cache, is_rounding, write_pieces
@@ -83,7 +83,7 @@ class Job:
     """What one save writes."""
 
     step: int
-    tensors: Mapping[str, torch.Tensor | Pieces]
+    tensors: Mapping[str, torch.Tensor | Pieces | Later]
     values: Values
     plan: Plan
     extras: Mapping[str, str]
@@ -140,8 +140,10 @@ def _sources(job: Job, threads: Threads) -> Iterator[Source]:
                 yield Source(item.twin, item.box, twin)
 
 
-def held(value: torch.Tensor | Pieces, item: Item) -> torch.Tensor:
+def held(value: torch.Tensor | Pieces | Later, item: Item) -> torch.Tensor:
     """The view of an item's box in what is here of a tensor."""
+    if isinstance(value, Later):
+        return value.read(item.box)
     for offsets, tensor in boxes_here(value).items():
         if meet((offsets, tuple(tensor.shape)), item.box) == item.box:
             return within(item.box, offsets, tensor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,13 @@ import torch
 from torch import Tensor
 
 from quintet.checkpoint import hub_names, huggingface
+from quintet.checkpoint.contents import watched, write_alone
 from quintet.checkpoint.load import Stored, latest, load, read_extra, read_manifest
 from quintet.checkpoint.manifest import step_of
+from quintet.checkpoint.pieces import Later, Pieces, box_at, dtype_name, tensors_of, values_of, within
 from quintet.checkpoint.place import Place, Remote
+from quintet.checkpoint.plan import Item, Plan, Whole
+from quintet.checkpoint.save import Job
 from quintet.cost.memory import step_memory
 from quintet.data.tokenizer import Tokenizer
 from quintet.errors import CheckpointError
@@ -137,12 +142,45 @@ def import_run(
     remedy = "an import needs it beside the weights: fetch it from where the model was published, or export the model with its tokenizer"
     tokenizer = Tokenizer.from_file(source / TOKENIZER, remedy=remedy)
     refuse_existing(_imported_recipe(spec, directory, precision="fp32"))  # before all weights are read
-    weights = dict(huggingface.import_(source, on_progress=on_progress))
+    weights = huggingface.Imported(source)
     run = _imported_recipe(spec, directory, precision=_precision(weights))
-    built = build(run, single(), torch.device("cpu"), on_message=lambda text: None, weights=weights)
     create(run, tokenizer)
+    write_alone(_imported_state(run, directory, weights, on_progress), directory / CHECKPOINTS, doing=f"importing {source}")
+
+
+def _imported_state(run: Run, directory: Path, weights: huggingface.Imported, on_progress: huggingface.OnProgress) -> Job:
+    """A state of step 0, which is read from the files, a part of a tensor at a time, while it is written."""
+    built = build(run, single(), torch.device("meta"), on_message=lambda text: None)
     # No data state: the first resume begins the data anew.
-    state.write(directory, run, state.gather(built, {}, Position()), step=0)
+    gathered = state.gather(built, {}, Position())
+    rounded, plain = state.rounded(gathered), values_of(gathered)
+    tensors = {name: _imported(name, tensor, weights) for name, tensor in tensors_of(gathered).items()}
+    items = tuple(
+        Item(name, box, next((weight for weight, master in rounded.items() if master == name), None))
+        for name, tensor in tensors.items()
+        if name not in rounded
+        for box in (weights.boxes(_weight(name)) if _weight(name) in weights else [box_at((), tensor.shape)])
+    )
+    wholes = {name: Whole(dtype_name(each.dtype), tuple(each.shape), rounded.get(name)) for name, each in tensors.items()}
+    extras = state.extras(directory, run)
+    tensors = watched(tensors, items, on_progress)
+    return Job(step=0, tensors=tensors, values=plain, plan=Plan(items, wholes), extras=extras, codec=run.checkpoint.codec)
+
+
+def _weight(name: str) -> str:
+    """The model's tensor that a tensor of a checkpoint belongs to."""
+    return re.sub(r"model\.|optimizer\.[a-z_]+\.", "", name, count=1)
+
+
+def _imported(name: str, like: Tensor | Pieces, weights: huggingface.Imported) -> Later:
+    """A tensor of the state of step 0: weights and masters are the files', moments are zeros, the rest is here already."""
+    if name.startswith("optimizer.exp_avg"):
+        return Later(like.shape, dtype=like.dtype, read=lambda box: torch.zeros(box[1], dtype=like.dtype))
+    if _weight(name) in weights:
+        stored = weights.later(_weight(name))
+        return Later(like.shape, dtype=like.dtype, read=lambda box: stored.read(box).to(like.dtype))
+    assert isinstance(like, Tensor) and not like.is_meta, name
+    return Later(like.shape, dtype=like.dtype, read=lambda box: within(box, (0,) * like.ndim, like))
 
 
 def _imported_recipe(model: Model, directory: Path, *, precision: Precision) -> Run:
@@ -185,6 +223,6 @@ def _micro_batch(model: Model, *, sequence_length: int, largest: int, precision:
     return 1
 
 
-def _precision(weights: dict[str, Tensor]) -> Precision:
-    kinds: set[Any] = {tensor.dtype for name, tensor in weights.items() if not name.endswith("expert_bias")}
+def _precision(weights: huggingface.Imported) -> Precision:
+    kinds: set[Any] = {weights.dtype(name) for name in weights if not name.endswith("expert_bias")}
     return next((name for name, dtype in DTYPES.items() if kinds == {dtype}), "fp32")
