@@ -21,6 +21,7 @@ from quintet.checkpoint.pieces import Pieces, run_of_boxes
 from quintet.checkpoint.place import Place
 from quintet.checkpoint.retention import prune
 from quintet.checkpoint.save import save
+from quintet.checkpoint.store import Spent
 from quintet.errors import CheckpointError, DamagedError
 from quintet.parallel.bucket import Bucket
 from quintet.spec import parse
@@ -147,7 +148,9 @@ def write(directory: Path, run: Run, state: dict[str, Any], *, step: int) -> Pla
     return path
 
 
-def restore_newest(paths: Sequence[Place], built: Built, *, report: Callable[[str], None]) -> tuple[Place | None, Position, dict[str, int]]:
+def restore_newest(
+    paths: Sequence[Place], built: Built, *, report: Callable[[str], None], spent: Spent | None = None
+) -> tuple[Place | None, Position, dict[str, int]]:
     """Restore from the first of some checkpoints that is not damaged, which is returned; None where there are none.
 
     All ranks call it together: each verifies what it reads, and all pass a checkpoint over if one of them finds damage, which is told to
@@ -156,7 +159,7 @@ def restore_newest(paths: Sequence[Place], built: Built, *, report: Callable[[st
     problems: list[str] = []
     for path in paths:
         try:
-            position, data = restore(path, built)
+            position, data = restore(path, built, spent)
         except DamagedError as error:
             problems.append(f"{path}: {error}")
             continue
@@ -168,7 +171,7 @@ def restore_newest(paths: Sequence[Place], built: Built, *, report: Callable[[st
     return None, Position(), {}
 
 
-def restore(directory: Place, built: Built) -> tuple[Position, dict[str, int]]:
+def restore(directory: Place, built: Built, spent: Spent | None = None) -> tuple[Position, dict[str, int]]:
     """Fill model, optimizer and random generators from a checkpoint; returns the position and the data's state.
 
     Raises CheckpointError, with nothing changed, for one of another model; DamagedError, with some tensors filled and some not.
@@ -177,7 +180,10 @@ def restore(directory: Place, built: Built) -> tuple[Position, dict[str, int]]:
     if torch.cuda.is_available():
         state["random.cuda"] = torch.cuda.get_rng_state()
     values = load(
-        state | {"position": None, "optimizer_steps": None, "data": None}, directory, elsewhere=lambda name: _is_elsewhere(built, name)
+        state | {"position": None, "optimizer_steps": None, "data": None},
+        directory,
+        elsewhere=lambda name: _is_elsewhere(built, name),
+        spent=spent,
     )
     try:
         position = msgspec.convert(values["position"], Position)
