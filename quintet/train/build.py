@@ -48,9 +48,10 @@ def build(
     *,
     on_message: Callable[[str], None],
     recorder: Recorder | None = None,
+    drawn: bool = True,
 ) -> Built:
-    """The model of the recipe with random weights (on the meta device without), and an optimizer without history. `recorder` notes what a
-    pipeline does."""
+    """The model of the recipe with random weights, or, if not `drawn`, with any, which a checkpoint then replaces; and an optimizer without
+    history. `recorder` notes what a pipeline does."""
     with torch.device("meta"):
         model = Transformer(run.model, kernels=kernels(run, device, on_message=on_message))
     parameters = parallelize(model, mesh, run.train, device=device)
@@ -58,7 +59,7 @@ def build(
     def values(piece: Piece) -> Tensor:
         return initial_values(run.model, piece.name, piece.box, seed=run.seed)
 
-    if device.type != "meta":
+    if drawn:
         with torch.no_grad():
             parameters.fill(values)
     pipeline = ModelPipeline(model, parameters, recorder) if mesh.layout.pp > 1 else None

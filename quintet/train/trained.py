@@ -150,7 +150,7 @@ def import_run(
 
 def _imported_state(run: Run, directory: Path, weights: huggingface.Imported, on_progress: huggingface.OnProgress) -> Job:
     """A state of step 0, which is read from the files, a part of a tensor at a time, while it is written."""
-    built = build(run, single(), torch.device("meta"), on_message=lambda text: None)
+    built = build(run, single(), torch.device("meta"), on_message=lambda text: None, drawn=False)
     # No data state: the first resume begins the data anew.
     gathered = state.gather(built, {}, Position())
     rounded, plain = state.rounded(gathered), values_of(gathered)

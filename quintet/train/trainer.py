@@ -96,7 +96,7 @@ def resume(
         paths = ranks.lead_first("checkpoints", lambda: candidates(directory.checkpoints(where, run), told.append))
         ranks.agree("checkpoint", ", ".join(path.name for path in paths) or "none")
         phases.end("find")
-        session = _Session(run, where, prepared, sinks, device=device, ranks=ranks)
+        session = _Session(run, where, prepared, sinks, device=device, ranks=ranks, drawn=not paths)
         phases.end("build")
         spent = Spent()
         found, position, data = state.restore_newest(paths, session.built, report=told.append, spent=spent)
@@ -138,10 +138,13 @@ def _heard(mesh: Mesh) -> tuple[int, ...]:
 class _Session:
     """One process's share of a run: everything that is open while it trains."""
 
-    def __init__(self, run: Run, where: Path, prepared: Prepared, sinks: Sink, *, device: torch.device, ranks: Ranks) -> None:
+    def __init__(
+        self, run: Run, where: Path, prepared: Prepared, sinks: Sink, *, device: torch.device, ranks: Ranks, drawn: bool = True
+    ) -> None:
+        """drawn: whether there is no checkpoint that the weights come from."""
         self.run, self.where, self.prepared, self.sinks, self.device, self.ranks = run, where, prepared, sinks, device, ranks
         self.recorder = Recorder(ranks.mesh.rank, _heard(ranks.mesh), ranks.store)
-        self.built = self._build()
+        self.built = self._build(drawn=drawn)
         self.saver = state.saver(where, run, seconds=ranks.seconds)
         self.held_out, self.held_out_step = math.nan, -1
         self.stretches = curriculum(run)
@@ -153,13 +156,14 @@ class _Session:
         torch.manual_seed(run.seed)  # whatever draws from the global generators, now or later, draws the same in every run of this seed
         self.enter(0)
 
-    def _build(self) -> Built:
+    def _build(self, *, drawn: bool) -> Built:
         return build(
             self.run,
             self.ranks.mesh,
             self.device,
             on_message=lambda text: self.sinks.write(Message(text=text)),
             recorder=self.recorder,
+            drawn=drawn,
         )
 
     def enter(self, phase: int) -> None:
@@ -300,7 +304,7 @@ class _Session:
         self.run = replace(self.run, layout=replace(before, cut=counts))
         self.ranks = replace(self.ranks, mesh=replace(self.ranks.mesh, layout=self.run.layout))
         del self.built  # first, so that two never live
-        self.built = self._build()
+        self.built = self._build(drawn=False)
         state.restore(directory.checkpoints(self.where, self.run) / directory_name(position.step), self.built)
         self.saver.plan_anew()
         if self.ranks.is_lead:
