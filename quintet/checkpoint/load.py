@@ -47,6 +47,8 @@ class Found:
     """Size of its files."""
     digest: str = ""
     """BLAKE3 of the manifest, which is over every other hash."""
+    refers_to: tuple[int, ...] = ()
+    """Steps of the earlier checkpoints whose files it uses too."""
 
 
 def list_checkpoints(root: Place) -> list[Found]:
@@ -115,7 +117,9 @@ def _checked_content(directory: Place) -> bytes:
         there = entries(directory)
         if isinstance(directory, Remote):  # another attempt's, which came to nothing or will
             there = {name: size for name, size in there.items() if not ATTEMPT.fullmatch(name) or name.encode() in data}
-        _check_files(there, _manifest(directory, data))
+        manifest = _manifest(directory, data)
+        _check_files(there, manifest)
+        _check_referred(directory, manifest)
     except FileNotFoundError as error:
         raise CheckpointError(f"{Path(error.filename or NAME).name} is missing") from None
     except OSError as error:
@@ -138,7 +142,8 @@ OnProgress = Callable[[float, float], None]
 def verify(directory: Place, *, on_progress: OnProgress = lambda done, total: None) -> Manifest:
     """`read_manifest`, and every byte of every file has been hashed, by several threads. Raises CheckpointError."""
     manifest = read_manifest(directory)
-    total = sum(file.size for file in manifest.files)
+    texts = sum(file.size for file in manifest.files if file.blake3 is not None)
+    total = texts + sum(piece.length for tensor in manifest.tensors.values() for piece in tensor.pieces)
     done, lock = 0, threading.Lock()
 
     def count(more: int) -> None:
@@ -148,7 +153,7 @@ def verify(directory: Place, *, on_progress: OnProgress = lambda done, total: No
             on_progress(done, total)
 
     _verify_texts(directory)
-    count(sum(file.size for file in manifest.files if file.blake3 is not None))
+    count(texts)
     try:
         with Threads(reading=directory) as threads:
             verify_data(directory, [piece for tensor in manifest.tensors.values() for piece in tensor.pieces], threads, on_bytes=count)
@@ -275,8 +280,9 @@ def _found(path: Place, step: int) -> Found | None:
         problem=None,
         pinned=pinned,
         loss=float(loss) if isinstance(loss, int | float) else None,
-        num_bytes=sum(file.size for file in manifest.files),
+        num_bytes=sum(file.size for file in manifest.files if file.holder is None),
         digest=manifest.digest,
+        refers_to=tuple(sorted({step_of(file.holder) or 0 for file in manifest.files if file.holder is not None})),
     )
 
 
@@ -305,6 +311,8 @@ def _verify_file(directory: Place, manifest: Manifest, name: str) -> None:
 
 def _check_files(there: Mapping[str, int | None], manifest: Manifest) -> None:
     for file in manifest.files:
+        if file.holder is not None:
+            continue
         if file.path not in there:
             raise CheckpointError(f"{file.path} is missing")
         if there[file.path] is None:
@@ -314,6 +322,16 @@ def _check_files(there: Mapping[str, int | None], manifest: Manifest) -> None:
     known = {NAME, *(file.path for file in manifest.files)}
     if extra := sorted(name for name in there if name not in known and not name.startswith(".")):
         raise CheckpointError(f"{_enumerate(extra)} does not belong to it: the manifest does not name it")
+
+
+def _check_referred(directory: Place, manifest: Manifest) -> None:
+    for holder in {file.holder for file in manifest.files if file.holder is not None}:
+        beside = directory.parent / holder
+        require_folder(beside)
+        there = entries(beside)
+        for file in manifest.files:
+            if file.holder == holder and there.get(file.path.partition("/")[2]) != file.size:
+                raise CheckpointError(f"{file.path}, which it refers to, is missing or has another size than {file.size} bytes")
 
 
 def _check_fit(

@@ -213,6 +213,12 @@ def place(text: str | Path) -> Place:
     return Path(rest) if scheme in ("file", "local") else Remote(text)
 
 
+def located(directory: Place, name: str) -> Place:
+    """The file that a manifest in `directory` calls so: its own, or one of the checkpoint beside it that the name begins with."""
+    holder, _, own = name.rpartition("/")
+    return directory.parent / holder / own if holder else directory / name
+
+
 def content(file: Place) -> bytes:
     """The bytes of a file. Raises OSError, also for a link or a pipe."""
     if isinstance(file, Remote):

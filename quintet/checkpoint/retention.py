@@ -16,7 +16,7 @@ from quintet.spec.run import Checkpoint
 
 def keep(checkpoints: Sequence[Found], settings: Checkpoint) -> dict[int, str]:
     """The steps that stay, each with its reasons: pinned, the newest `keep_last`, each multiple of `keep_every`, and the `keep_best` of
-    lowest held-out loss (of equal ones the newer)."""
+    lowest held-out loss (of equal ones the newer); and those that any of these refers to."""
     newest = sorted(checkpoints, key=lambda found: found.step)[-settings.keep_last :]
     judged = sorted((found.loss, -found.step) for found in checkpoints if found.loss is not None)
     rules: list[tuple[str, Callable[[Found], bool]]] = [
@@ -26,7 +26,11 @@ def keep(checkpoints: Sequence[Found], settings: Checkpoint) -> dict[int, str]:
         ("best", lambda found: (found.loss, -found.step) in judged[: settings.keep_best]),
     ]
     reasons = {found.step: ", ".join(name for name, holds in rules if holds(found)) for found in checkpoints}
-    return {step: reason for step, reason in reasons.items() if reason}
+    kept = {step: reason for step, reason in reasons.items() if reason}
+    for found in checkpoints:
+        for step in found.refers_to if found.step in kept else ():
+            kept.setdefault(step, f"step {found.step} refers to it")
+    return kept
 
 
 def prune(root: Place, settings: Checkpoint, *, only_tell: bool = False) -> list[Place]:

@@ -27,7 +27,7 @@ import torch
 from quintet.checkpoint.agreement import Company
 from quintet.checkpoint.durable import FileWriter, TemporaryDirectory, failure, sweep, sync_directory
 from quintet.checkpoint.exchange import verify_data
-from quintet.checkpoint.load import verify
+from quintet.checkpoint.load import read_manifest, verify
 from quintet.checkpoint.manifest import (
     ITEM_SIZE,
     NAME,
@@ -45,7 +45,7 @@ from quintet.checkpoint.manifest import (
 from quintet.checkpoint.pieces import Later, Pieces, boxes_here, dtype_name, meet, tensors_of, values_of, within
 from quintet.checkpoint.place import ATTEMPT, Place, Remote, RemoteWriter, described, store
 from quintet.checkpoint.plan import Item, Plan, make_plan
-from quintet.checkpoint.store import Source, Threads, drop_from_cache, is_rounding, write_pieces
+from quintet.checkpoint.store import Known, Source, Threads, drop_from_cache, is_rounding, write_pieces
 from quintet.errors import CheckpointError
 
 
@@ -88,18 +88,41 @@ class Job:
     plan: Plan
     extras: Mapping[str, str]
     codec: Codec
+    base: int | None = None
+    """The step of the checkpoint that this one may refer to."""
+    known: Known | None = None
+    """What this rank wrote of it; empty where later ones may refer to this one, None where nobody refers to anybody."""
+    wrote: Callable[[list[tuple[str, Piece]]], None] = lambda pieces: None
+    """Hears of the pieces of this rank, once all is saved, where they refer to nothing."""
 
 
 def write(job: Job, root: Place, *, company: Company, threads: Threads, read_back: bool = False) -> Place:
     """Write a planned state as `save` does; with `read_back` every rank reads what it wrote from the disk again before it counts."""
     attempt = _RemoteAttempt(root, job) if isinstance(root, Remote) else _Attempt(root, job)
     try:
-        told = company.lead(attempt.begin)
-        file = attempt.data_file(told, company.rank)
-        company.collect(lambda: _write_share(file, job, threads, read_back=read_back), attempt.commit)
+        told, base_is_there = company.lead(lambda: (attempt.begin(), job.base is not None and _is_there(root, job.base)))
+        job = job if base_is_there or not job.known else replace(job, base=None, known={})
+        file, share = attempt.data_file(told, company.rank), list[_Share]()
+
+        def write_share() -> _Share:
+            share.append(_write_share(file, job, threads, read_back=read_back))
+            return share[0]
+
+        company.collect(write_share, attempt.commit)
     finally:
         attempt.close()
+    if job.known is not None and not job.known:
+        job.wrote(share[0].pieces)
     return attempt.final
+
+
+def _is_there(root: Place, step: int) -> bool:
+    """Whether a checkpoint is whole, as far as a look at its files tells."""
+    try:
+        read_manifest(root / directory_name(step))
+    except CheckpointError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -112,8 +135,8 @@ class _Share:
 
 def _write_share(path: Place, job: Job, threads: Threads, *, read_back: bool) -> _Share:
     def write_all(writer: FileWriter | RemoteWriter) -> _Share:
-        pieces = write_pieces(writer, _sources(job, threads), job.codec, threads)
-        return _Share(writer.file if pieces else None, pieces)
+        pieces = write_pieces(writer, _sources(job, threads), job.codec, threads, job.known)
+        return _Share(writer.file if writer.size else None, pieces)
 
     if isinstance(path, Remote):
         share = path.upload(write_all)
@@ -125,7 +148,7 @@ def _write_share(path: Place, job: Job, threads: Threads, *, read_back: bool) ->
     elif read_back:
         if isinstance(path, Path):
             drop_from_cache(path)
-        verify_data(path.parent, [piece for _, piece in share.pieces], threads)
+        verify_data(path.parent, [piece for _, piece in share.pieces if piece.file == path.name], threads)
     return share
 
 
@@ -193,7 +216,7 @@ class _Attempt:
         """From what all ranks have written to a checkpoint."""
         assert self._temporary is not None
         files = [store(self._temporary.path / name, text.encode()) for name, text in self.job.extras.items()]
-        whole = _manifest(self.job, shares, files)
+        whole = _manifest(self.root, self.job, shares, files)
         store(self._temporary.path / NAME, dumps(whole))
         if not os.path.lexists(self.final) or not _is_saved(self.final, whole, self._set_aside):
             self._temporary.move_to(self.final)
@@ -232,12 +255,12 @@ class _RemoteAttempt:
     def commit(self, shares: list[_Share]) -> None:
         """From what all ranks have written to a checkpoint."""
         files = [described(name, text.encode()) for name, text in self.job.extras.items()]
-        whole = _manifest(self.job, shares, files)
+        whole = _manifest(self.root, self.job, shares, files)
         if NAME in self.final.entries() and _is_saved(self.final, whole, self._set_aside):
             return
         for name, text in self.job.extras.items():
             store(self.final / name, text.encode())
-        there, wanted = self.final.entries(), {file.path: file.size for file in whole.files}
+        there, wanted = self.final.entries(), {file.path: file.size for file in whole.files if file.holder is None}
         if any(there.get(name) != size for name, size in wanted.items()):
             raise CheckpointError(f"{self.final}: what was just written is not there; give each run a folder that no other one writes to")
         try:
@@ -267,7 +290,7 @@ class _RemoteAttempt:
                 raise failure(error, doing=f"removing what is left at {self.final}") from None
 
 
-def _manifest(job: Job, shares: list[_Share], files: list[File]) -> Manifest:
+def _manifest(root: Place, job: Job, shares: list[_Share], files: list[File]) -> Manifest:
     pieces: dict[str, list[Piece]] = {}
     for name, piece in (found for share in shares for found in share.pieces):
         pieces.setdefault(name, []).append(piece)
@@ -276,7 +299,21 @@ def _manifest(job: Job, shares: list[_Share], files: list[File]) -> Manifest:
         for name, whole in job.plan.tensors.items()
     }
     data = [share.file for share in shares if share.file is not None]
+    data += _referred(root, job, {piece.file for share in shares for _, piece in share.pieces if "/" in piece.file})
     return Manifest(step=job.step, files=(*data, *files), tensors=tensors, values=job.values)
+
+
+def _referred(root: Place, job: Job, names: set[str]) -> list[File]:
+    """The files of the base that are referred to."""
+    if not names:
+        return []
+    assert job.base is not None
+    holder = directory_name(job.base)
+    return [
+        replace(file, path=f"{holder}/{file.path}")
+        for file in read_manifest(root / holder).files
+        if f"{holder}/{file.path}" in names
+    ]
 
 
 def _is_saved(final: Place, whole: Manifest, set_aside: Callable[[], None]) -> bool:

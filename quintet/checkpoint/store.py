@@ -10,10 +10,10 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,7 +27,7 @@ from quintet.checkpoint.codec import Bytes
 from quintet.checkpoint.durable import FileWriter, open_regular
 from quintet.checkpoint.manifest import BLOCK, ITEM_SIZE, PLANES, ROW, Codec, File, Piece
 from quintet.checkpoint.pieces import Box, dtype_name
-from quintet.checkpoint.place import Place, Remote, RemoteWriter, hash_of
+from quintet.checkpoint.place import Place, Remote, RemoteWriter, hash_of, located
 from quintet.errors import DamagedError
 
 A = TypeVar("A")
@@ -35,6 +35,8 @@ B = TypeVar("B")
 
 _AHEAD = 4
 """Blocks of a thread that wait for it, or for the one who takes them."""
+CUT = 1 << 22
+"""Elements of a piece at most, where later checkpoints may refer to it."""
 _SMALL = 4096
 """Elements of a piece below which coding gains nothing worth its lengths."""
 _WAITING = 8
@@ -91,8 +93,28 @@ class Source:
     tensor: Tensor
 
 
-def write_pieces(writer: FileWriter | RemoteWriter, sources: Iterable[Source], codec: Codec, threads: Threads) -> list[tuple[str, Piece]]:
-    """Write boxes one behind the other -> the name of the tensor and the piece of each. Raises OSError."""
+Known = Mapping[tuple[str, Box, Codec, str], Piece]
+"""Pieces of an earlier checkpoint by tensor, box, codec and hash, their files named from beside it."""
+
+
+def known_from(pieces: Iterable[tuple[str, Piece]], holder: str) -> dict[tuple[str, Box, Codec, str], Piece]:
+    """What a later checkpoint may refer to of the pieces in the checkpoint of the name `holder`."""
+    return {_key(name, piece): replace(piece, file=f"{holder}/{piece.file}") for name, piece in pieces}
+
+
+def _key(name: str, piece: Piece) -> tuple[str, Box, Codec, str]:
+    return name, (piece.offsets, piece.sizes), piece.codec, piece.blake3
+
+
+def write_pieces(
+    writer: FileWriter | RemoteWriter, sources: Iterable[Source], codec: Codec, threads: Threads, known: Known | None = None
+) -> list[tuple[str, Piece]]:
+    """Write boxes one behind the other -> the name of the tensor and the piece of each. Raises OSError.
+
+    With `known`, boxes are cut into pieces of at most `CUT` elements where their rows allow it, and what is known is not written again.
+    """
+    if known is not None:
+        sources = (part for source in sources for part in _cut(source))
 
     def form(source: Source) -> Codec:
         return codec if dtype_name(source.tensor.dtype) in PLANES and source.tensor.numel() >= _SMALL else "raw"
@@ -114,11 +136,20 @@ def write_pieces(writer: FileWriter | RemoteWriter, sources: Iterable[Source], c
 
     pieces: list[tuple[str, Piece]] = []
     for source, done in itertools.groupby(threads.in_order(stored, blocks()), key=lambda found: found[0]):
-        begin, rows = writer.size, b""
+        begin, rows, kept = writer.size, b"", list[Bytes]()
         for _, parts, digest in done:
+            rows += sum(part.size for part in parts).to_bytes(8, "little") + digest
+            if known is not None:  # it may be there already
+                kept.extend(parts)
+                continue
             for part in parts:
                 writer.write(part.data)
-            rows += sum(part.size for part in parts).to_bytes(8, "little") + digest
+        if known is not None:
+            if there := known.get((source.name, source.box, form(source), blake3(rows).hexdigest())):
+                pieces.append((source.name, there))
+                continue
+            for part in kept:
+                writer.write(part.data)
         writer.write(rows)
         piece = Piece(
             offsets=source.box[0],
@@ -131,6 +162,21 @@ def write_pieces(writer: FileWriter | RemoteWriter, sources: Iterable[Source], c
         )
         pieces.append((source.name, piece))
     return pieces
+
+
+def _cut(source: Source) -> Iterator[Source]:
+    """Parts of a box of at most `CUT` elements, along its first dims: so what does not change, as a frozen expert, has its own pieces."""
+    (offsets, sizes), tensor = source.box, source.tensor
+    dim = next((d for d, size in enumerate(sizes) if size > 1), None)
+    if dim is None or tensor.numel() <= CUT:
+        yield source
+        return
+    rows = max(CUT * sizes[dim] // tensor.numel(), 1)
+    for begin in range(0, sizes[dim], rows):
+        count = min(rows, sizes[dim] - begin)
+        box = (*offsets[:dim], offsets[dim] + begin, *offsets[dim + 1 :]), (*sizes[:dim], count, *sizes[dim + 1 :])
+        part = Source(source.name, box, tensor.narrow(dim, begin, count))
+        yield from _cut(part) if count == 1 else (part,)
 
 
 def is_rounding(of: Tensor, tensor: Tensor, threads: Threads) -> bool:
@@ -192,7 +238,7 @@ class DataFiles:
         """Open files, which the other methods then may read from any thread."""
         for name in names:
             if name not in self._fds and isinstance(self.directory, Path):
-                self._fds[name] = open_regular(self.directory / name)
+                self._fds[name] = open_regular(self._path(name))
 
     @property
     def is_remote(self) -> bool:
@@ -243,8 +289,8 @@ class DataFiles:
     def read(self, name: str, offset: int, length: int, out: Bytes | None = None) -> Bytes:
         """Bytes of a file, in `out` if given."""
         with self.spent("read"):
-            if isinstance(self.directory, Remote):
-                return self._requested(self.directory / name, offset, length, out)
+            if isinstance(file := located(self.directory, name), Remote):
+                return self._requested(file, offset, length, out)
             data = np.empty(length, np.uint8) if out is None else out
             view = data.data
             while len(view):
@@ -261,6 +307,11 @@ class DataFiles:
         if out is not None:
             out[:] = data
         return data if out is None else out
+
+    def _path(self, name: str) -> Path:
+        path = located(self.directory, name)
+        assert isinstance(path, Path)
+        return path
 
     def _shorter(self, name: str) -> DamagedError:
         return DamagedError(f"{self.directory / name} became shorter while it was read; use another checkpoint")
