@@ -245,6 +245,9 @@ class Checkpoint:
 
     every: int | None = None
     """Steps between checkpoints; absent: only at the end and on a signal."""
+    directory: str | None = None
+    """Where checkpoints go, in a folder with the run's name: a folder, or a URL that fsspec knows, such as s3://bucket/checkpoints (which
+    needs quintet[s3]). Absent: in the run's directory."""
     keep_last: int = 2
     """Newest checkpoints that are kept."""
     keep_every: int | None = None
@@ -254,13 +257,18 @@ class Checkpoint:
     codec: Literal["planes", "raw"] = "planes"
     """planes: floats coded without loss into about 5/6 of their bytes (fp32) or 2/3 (bf16); raw: as they are, for slow processors
     before fast disks."""
+    full_every: int = 1
+    """1: each checkpoint holds all. n: of n in a row only the first does; the others refer to it for each part that is the same there, such
+    as frozen weights, and it stays as long as one of them does."""
     background: bool = True
     """Write while training goes on; it takes host memory for a copy of what each rank writes."""
     tolerated_failures: int = 1
     """Background saves that may fail one after the other before the run ends; each is told at once."""
 
     def __post_init__(self) -> None:
-        _positive(self, "keep_last")
+        _positive(self, "keep_last", "full_every")
+        if self.directory is not None and not self.directory.rpartition("://")[2].strip("/ "):
+            raise SpecError(f"directory ({self.directory!r}) names no folder; name one, such as s3://bucket/checkpoints, or leave it out")
         for name in ("keep_best", "tolerated_failures"):
             if getattr(self, name) < 0:
                 raise SpecError(f"{name} ({getattr(self, name)}) must not be negative")
