@@ -17,7 +17,6 @@ import errno
 import os
 import shutil
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -199,6 +198,13 @@ class Documents(Protocol):
     def document(self, index: int) -> Tokens:
         """The ids of one document: a view, not a copy."""
 
+    @property
+    def runs(self) -> Sequence[Tokens]:
+        """The ids of many documents, one after another, in one run or more."""
+
+    def places(self, documents: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The run that each document lies in, and its first token there."""
+
 
 class Shard:
     """A shard opened for reading; the ids stay on disk until they are touched."""
@@ -234,6 +240,15 @@ class Shard:
     def document(self, index: int) -> Tokens:
         """The ids of one document: a view, not a copy."""
         return self.tokens[int(self.offsets[index]) : int(self.offsets[index + 1])]
+
+    @property
+    def runs(self) -> Sequence[Tokens]:
+        """All ids, as one run."""
+        return (self.tokens,)
+
+    def places(self, documents: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The run that each document lies in, and its first token there."""
+        return np.zeros(len(documents), np.int64), self.offsets[:-1][documents].astype(np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,8 +324,8 @@ class Selection:
         self._shards = shards = [Shard(root / name, tokenizer=tokenizer, verify=verify) for name in meta.shards]
         if [shard.meta.content for shard in shards] != list(meta.contents):
             raise _damaged(directory, "names shards that are no longer the same")
-        self._tokens = [shard.tokens for shard in shards]
-        self._starts = np.cumsum([0, *(shard.num_tokens for shard in shards)]).tolist()
+        self._runs = [shard.tokens for shard in shards]
+        self._starts = np.cumsum([0, *(shard.num_tokens for shard in shards)])
         self._begins: NDArray[np.uint64] = _map(directory / "begins.bin", np.dtype("<u8"))
         self._lengths: NDArray[np.uint32] = _map(directory / "lengths.bin", np.dtype("<u4"))
 
@@ -330,10 +345,19 @@ class Selection:
 
     def document(self, index: int) -> Tokens:
         """The ids of one document: a view, not a copy."""
-        begin = int(self._begins[index])
-        shard = bisect_right(self._starts, begin) - 1
-        begin -= self._starts[shard]
-        return self._tokens[shard][begin : begin + int(self._lengths[index])]
+        (run,), (begin,) = self.places(np.array([index]))
+        return self._runs[run][begin : begin + int(self._lengths[index])]
+
+    @property
+    def runs(self) -> Sequence[Tokens]:
+        """The ids of each shard."""
+        return self._runs
+
+    def places(self, documents: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The run that each document lies in, and its first token there."""
+        begins = self._begins[documents].astype(np.int64)
+        runs = np.searchsorted(self._starts, begins, side="right") - 1
+        return runs, begins - self._starts[runs]
 
     def chosen(self, name: str) -> NDArray[np.int64]:
         """The documents of the shard `name` that are selected."""

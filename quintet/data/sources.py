@@ -189,7 +189,7 @@ def list_files(source: Source) -> Listing:
 
 
 def _path_files(path: str, source: Source) -> tuple[list[File], int]:
-    tops = [path] if os.path.lexists(path) else sorted(glob.glob(path, recursive=True))
+    tops = [path] if os.path.lexists(path) else _glob(path)
     if not tops:
         word = "glob matches nothing" if glob.has_magic(path) else "file or folder does not exist"
         raise DataError(f"source {source.name!r}: {path!r}: {word} (working folder {os.getcwd()}); correct data.sources.paths")
@@ -197,15 +197,34 @@ def _path_files(path: str, source: Source) -> tuple[list[File], int]:
     num_not_text = 0
     for top in tops:
         if os.path.isdir(top):
-            for name in _walk(top, without=frozenset(["__pycache__"])):
+            closed: list[OSError] = []
+            for name in _walk(top, without=frozenset(["__pycache__"]), on_error=closed.append):
                 file = _regular(name) if _is_text_or_container(name) else None
                 files += [file] if file else []
                 num_not_text += file is None
+            # Opening such a folder fails when its turn comes, which counts it as unreadable.
+            files += [File(path=str(error.filename), kind="text", num_bytes=0, mtime_ns=0) for error in closed]
         elif file := _regular(top):
             files.append(file)
         elif len(tops) == 1:
             raise DataError(f"source {source.name!r}: {path!r} is not a regular file that can be read; correct data.sources.paths")
     return files, num_not_text
+
+
+def _glob(pattern: str) -> list[str]:
+    """What a glob matches, without hidden names and without going through links to folders, which may lead in circles."""
+    parts = Path(pattern).parts
+    plain = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    rest = [*parts[plain:], *(["*"] if parts[-1] == "**" else [])]
+    top = Path(*parts[:plain])
+    found = top.glob("/".join(rest)) if rest else ()
+    show_hidden = any(part.startswith(".") for part in rest)
+
+    def is_meant(path: Path) -> bool:
+        is_hidden = any(part.startswith(".") for part in path.relative_to(top).parts)
+        return (show_hidden or not is_hidden) and not (path.is_symlink() and path.is_dir())
+
+    return sorted(str(path) for path in found if is_meant(path))
 
 
 def _remote_files(path: str, source: Source) -> tuple[list[File], int]:
@@ -235,8 +254,8 @@ def remote_digest(file: File) -> str:
     return f"{told}:{info['size']}"
 
 
-def _walk(top: str, *, without: frozenset[str]) -> Iterator[str]:
-    for folder, folders, names in os.walk(top):
+def _walk(top: str, *, without: frozenset[str], on_error: Callable[[OSError], None] | None = None) -> Iterator[str]:
+    for folder, folders, names in os.walk(top, onerror=on_error):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in without)
         yield from (os.path.join(folder, name) for name in sorted(names) if not name.startswith("."))
 
@@ -404,6 +423,7 @@ class Reader:
         try:
             with file.open() as stream, pq.ParquetFile(stream, pre_buffer=False) as table:
                 num_rows = table.metadata.num_rows
+                _refuse_bomb(file.num_bytes, _expanded_bytes(table.metadata))
                 if self.text_key not in table.schema_arrow.names:
                     near = did_you_mean(self.text_key, table.schema_arrow.names)
                     self.skips.add("missing_text", origin, f"no column {self.text_key!r}{near}", count=num_rows)
@@ -479,6 +499,16 @@ def _is_stringlike(type_: pa.DataType) -> bool:
     return any(test(type_) for test in (t.is_string, t.is_large_string, t.is_string_view, t.is_binary, t.is_large_binary))
 
 
+def _refuse_bomb(stored: int, expanded: int) -> None:
+    if expanded > _BOMB_BYTES and expanded > _BOMB_RATIO * stored:
+        raise _Broken("bomb", f"{stored} bytes become {expanded}")
+
+
+def _expanded_bytes(metadata: pq.FileMetaData) -> int:
+    """What the file says its columns are once they are decompressed, in bytes."""
+    return sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+
+
 class _Decoder(Protocol):
     @property
     def eof(self) -> bool: ...
@@ -501,8 +531,7 @@ def _decompress(stream: IO[bytes], new_decoder: Callable[[], _Decoder], chunk_si
                     decoder = new_decoder()
                 if content := decoder.decompress(chunk):
                     content_size += len(content)
-                    if content_size > _BOMB_BYTES and content_size > _BOMB_RATIO * stored:
-                        raise _Broken("bomb", f"{stored} bytes became {content_size}")
+                    _refuse_bomb(stored, content_size)
                     yield content
                 chunk = decoder.unused_data
     except (zlib.error, zstandard.ZstdError) as error:
