@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from blake3 import blake3
@@ -158,6 +158,30 @@ class Row(NamedTuple):
     """Tokens behind the last piece, which are eos_id."""
 
 
+class Stream(Protocol):
+    """Rows, one after another."""
+
+    def read(self) -> Row:
+        """The next row; moves on."""
+
+    def skip(self) -> None:
+        """Move on to the next row."""
+
+
+class Empty:
+    """Rows of padding alone."""
+
+    def __init__(self, *, row_length: int, eos_id: int) -> None:
+        self._ids = np.full(row_length, eos_id)
+
+    def read(self) -> Row:
+        """A row without a document."""
+        return Row([self._ids], [], len(self._ids))
+
+    def skip(self) -> None:
+        """Nothing."""
+
+
 class _Packed(NamedTuple):
     """A window, ready to be read: of each piece where it lies, as plain numbers."""
 
@@ -203,8 +227,15 @@ class Rows:
             window = self._pack()
             run, begin = self.shard.places(window.document)
             begin = begin + window.start
-            lists = (values.tolist() for values in (window.first, run, begin, begin + window.length))
-            self._packed = _Packed((self.epoch, self.window), window, *lists, rearranged=window.rearranged())
+            self._packed = _Packed(
+                place=(self.epoch, self.window),
+                window=window,
+                first=window.first.tolist(),
+                run=run.tolist(),
+                begin=begin.tolist(),
+                end=(begin + window.length).tolist(),
+                rearranged=window.rearranged(),
+            )
         return self._packed
 
     def _pack(self) -> Window:

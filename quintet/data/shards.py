@@ -367,6 +367,37 @@ class Selection:
         return np.searchsorted(self._shards[i].offsets[:-1], mine).astype(np.int64)
 
 
+class Chosen:
+    """Some documents of others, in their order."""
+
+    def __init__(self, documents: Documents, chosen: NDArray[np.int64]) -> None:
+        """`chosen`: their numbers, ascending: [N]."""
+        self._documents = documents
+        self._chosen = chosen
+
+    @property
+    def num_documents(self) -> int:
+        """Documents."""
+        return len(self._chosen)
+
+    def lengths(self, documents: NDArray[np.int64] | slice = slice(None)) -> NDArray[np.int64]:
+        """Tokens of the given documents, end-of-document included."""
+        return self._documents.lengths(self._chosen[documents])
+
+    def document(self, index: int) -> Tokens:
+        """The ids of one document: a view, not a copy."""
+        return self._documents.document(int(self._chosen[index]))
+
+    @property
+    def runs(self) -> Sequence[Tokens]:
+        """The ids of all documents, these and others."""
+        return self._documents.runs
+
+    def places(self, documents: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The run that each document lies in, and its first token there."""
+        return self._documents.places(self._chosen[documents])
+
+
 def _read_meta(directory: Path, kind: type[T], *, tokenizer: str | None) -> T:
     """meta.json, of this format, made by `tokenizer`."""
     try:
