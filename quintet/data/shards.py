@@ -154,17 +154,26 @@ class ShardWriter:
         with suppress(OSError):  # After a full disk, closing fails once more.
             self._tokens.close()
 
-    def append(self, documents: Sequence[Tokens], *, num_bytes: int) -> None:
-        """Add documents (ids, end-of-document included) made of `num_bytes` bytes of text."""
-        if documents:
-            content = np.concatenate(documents).astype(self.dtype).tobytes()
+    def append(self, documents: Sequence[Tokens], *, num_bytes: int, end: int | None = None) -> Tokens:
+        """Add documents made of `num_bytes` bytes of text, with the id `end` behind each, if it is given; returns what was written."""
+        runs: Sequence[Tokens] = documents
+        lengths = np.fromiter((len(ids) for ids in documents), np.uint64, len(documents))
+        if end is not None:
+            behind = np.array([end], self.dtype)
+            runs = [run for ids in documents for run in (ids, behind)]
+            lengths += np.uint64(1)
+        content = np.empty(int(lengths.sum()), self.dtype)
+        if runs:
+            np.concatenate(runs, out=content, casting="same_kind")
+            stored = content.view(np.uint8).data
             with disk_errors(self.directory):
-                self._tokens.write(content)
-            self._hash.update(content)
-            self._lengths.append(np.fromiter((len(ids) for ids in documents), np.uint64, len(documents)))
+                self._tokens.write(stored)
+            self._hash.update(stored)
+            self._lengths.append(lengths)
             self.num_documents += len(documents)
-            self.num_tokens += len(content) // self.dtype.itemsize
+            self.num_tokens += len(content)
             self.num_bytes += num_bytes
+        return content
 
     def finish(self, *, tokenizer: str) -> None:
         """Write the index and meta.json, naming the tokenizer's fingerprint."""

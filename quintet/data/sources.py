@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import glob
 import inspect
+import itertools
 import os
 import re
 import stat
@@ -545,14 +546,14 @@ def _lines(chunks: Iterable[bytes], limit: int) -> Iterator[bytes | None]:
     parts: list[bytes] = []
     held = 0
     for chunk in chunks:
-        begin = 0
-        while (end := chunk.find(b"\n", begin)) >= 0:
-            held += end - begin
-            yield b"".join([*parts, chunk[begin:end]]) if held <= limit else None
-            parts.clear()
-            held, begin = 0, end + 1
-        held += len(chunk) - begin
-        parts.append(chunk[begin:])
+        first, *rest = chunk.split(b"\n")
+        held += len(first)
+        parts.append(first)
+        if rest:
+            yield b"".join(parts) if held <= limit else None
+            for line in itertools.islice(rest, len(rest) - 1):
+                yield line if len(line) <= limit else None
+            parts, held = [rest[-1]], len(rest[-1])
         if held > limit:
             parts.clear()
     if held:
