@@ -2,7 +2,8 @@
 
 A source names files, folders, globs, or the running interpreter's own library. Folders are walked in a fixed order without
 following links, leaving out hidden names and `__pycache__`; what is neither text by its name nor a known container is counted
-as `not_text`. Containers are .jsonl, .jsonl.gz, .jsonl.zst and .parquet; every other file is one document.
+as `not_text`. Containers are .jsonl, .jsonl.gz, .jsonl.zst, .parquet and .warc, .warc.gz, .warc.wet, .warc.wet.gz; every other file is
+one document.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import ast
 import glob
 import inspect
+import io
 import itertools
 import os
 import re
@@ -19,9 +21,10 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Literal, NamedTuple, Protocol, get_args
+from typing import IO, Any, Literal, NamedTuple, Protocol, get_args
 
 import fsspec
 import orjson
@@ -35,9 +38,9 @@ from quintet.spec.run import Source
 
 Reason = Literal[
     "empty", "over_long", "nul_bytes", "invalid_utf8", "corrupt_json", "missing_text", "not_a_string", "truncated", "corrupt_file",
-    "unreadable", "bomb", "not_python", "not_text",
+    "unreadable", "bomb", "not_python", "not_plain_text", "not_text",
 ]  # fmt: skip
-Kind = Literal["text", "jsonl", "parquet", "docstrings", "topics"]
+Kind = Literal["text", "jsonl", "parquet", "warc", "docstrings", "topics"]
 
 REMEDIES: Mapping[str, str] = {
     "empty": "there is no text in it; remove it",
@@ -52,6 +55,7 @@ REMEDIES: Mapping[str, str] = {
     "unreadable": "the file cannot be opened; check that it exists and may be read",
     "bomb": "it expands to more than 250 times its size, which text does not; write the file again",
     "not_python": "the file does not parse as Python",
+    "not_plain_text": "the archive holds pages and not their text; take the text out of them first, or use the crawl's WET files",
     "not_text": "the name is not that of a text file; name the file itself to read it all the same",
 }
 """What each reason means and what can be done about it."""
@@ -64,6 +68,9 @@ TEXT_SUFFIXES = frozenset(
 )
 TEXT_NAMES = frozenset("AUTHORS CHANGELOG CONTRIBUTING COPYING Dockerfile INSTALL LICENSE Makefile NEWS NOTICE README TODO".split())
 _CONTAINERS: dict[str, Kind] = {".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".jsonl.zst": "jsonl", ".parquet": "parquet"}
+_CONTAINERS |= {".warc": "warc", ".warc.gz": "warc", ".warc.wet": "warc", ".warc.wet.gz": "warc"}
+_PAGES = frozenset(["conversion", "resource", "response"])
+"""Types of WARC records that hold a page or its text; the others tell about those."""
 
 # Generated tables, and files that are there to be wrong: in no text is anything learnt from them.
 _STDLIB_WITHOUT = frozenset("site-packages dist-packages __pycache__ encodings pydoc_data encoded_modules tokenizedata".split())
@@ -318,6 +325,7 @@ class Reader:
             "text": self._text,
             "jsonl": self._jsonl,
             "parquet": self._parquet,
+            "warc": self._warc,
             "docstrings": self._docstrings,
             "topics": self._topics,
         }
@@ -444,6 +452,28 @@ class Reader:
         except (pa.ArrowException, OSError) as error:
             raise _Broken("corrupt_file", f"after {row} rows: {str(error).splitlines()[0]}") from None
 
+    def _warc(self, file: File) -> Iterator[Document]:
+        """The records whose content is plain text; others that hold pages are counted."""
+        shown, others = _shown(file.path), Counter[str]()
+        try:
+            for number, record in enumerate(_warc_records(self._chunks(file)), start=1):
+                if record.rec_type not in _PAGES:
+                    continue
+                headers = record.http_headers or record.rec_headers
+                content_type = (headers.get_header("Content-Type") or "").partition(";")[0].strip().lower()
+                if content_type != "text/plain":
+                    others[content_type or "no type"] += 1
+                    continue
+                raw, ended = _read(record.content_stream(), self.max_document_bytes + 1)
+                if ended and record.raw_stream.limit > 0:
+                    raise _Broken("truncated", f"record {number} ends early")
+                if document := self._accept(f"{shown}:record {number}", raw):
+                    yield document
+        finally:
+            if others:
+                kinds = ", ".join(f"{count} of {kind}" for kind, count in others.most_common(3))
+                self.skips.add("not_plain_text", shown, f"records of pages: {kinds}", count=others.total())
+
     def _cell(self, origin: str, value: pa.LargeBinaryScalar) -> Document | None:
         buffer = value.as_buffer()
         if buffer is None:
@@ -498,6 +528,57 @@ def _prose(node: ast.AST) -> Iterator[str]:
 def _is_stringlike(type_: pa.DataType) -> bool:
     t = pa.types
     return any(test(type_) for test in (t.is_string, t.is_large_string, t.is_string_view, t.is_binary, t.is_large_binary))
+
+
+class _Stream(io.RawIOBase):
+    """Chunks of bytes as a file."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks = chunks
+        self._left = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        """At most `size` bytes, and none at the end only."""
+        while not self._left and (chunk := next(self._chunks, None)) is not None:
+            self._left = chunk
+        found, self._left = (self._left, b"") if size < 0 else (self._left[:size], self._left[size:])
+        return found
+
+
+def _warc_records(chunks: Iterator[bytes]) -> Iterator[Any]:
+    """The records of a WARC file that is decompressed already; raises _Broken where it cannot be read further."""
+    try:
+        from warcio.archiveiterator import ArchiveIterator
+    except ImportError as error:
+        raise DataError(f"WARC files need warcio ({error}); install it: pip install -c constraints.txt 'quintet[warc]'") from None
+    records = ArchiveIterator(_Stream(chunks))
+    number = 0
+    while True:
+        try:
+            with redirect_stderr(io.StringIO()):  # what is wrong is told below
+                record = next(records, None)
+        except _Broken:
+            raise
+        except Exception as error:  # on bad records it raises what it happens to meet
+            raise _Broken("corrupt_file", f"after {number} records: {' '.join(str(error).split())[:200]}") from None
+        if records.err_count:
+            raise _Broken("corrupt_file", f"after {number} records: a record is not as long as it says")
+        if record is None:
+            return
+        number += 1
+        yield record
+
+
+def _read(stream: IO[bytes], size: int) -> tuple[bytes, bool]:
+    """At most `size` bytes, and whether there are no more."""
+    parts: list[bytes] = []
+    while size > 0 and (part := stream.read(size)):
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts), size > 0
 
 
 def _refuse_bomb(stored: int, expanded: int) -> None:
