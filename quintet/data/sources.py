@@ -239,6 +239,7 @@ def _remote_files(path: str, source: Source) -> tuple[list[File], int]:
     """The files at a URL: one file, all below a folder, or a glob's."""
     try:
         system, inner = fsspec.core.url_to_fs(path)
+        system.invalidate_cache()  # what this process saw there before may have changed
         infos = system.glob(inner, detail=True) if glob.has_magic(inner) else system.find(inner, detail=True)
     except (ImportError, ValueError) as error:
         raise DataError(f"source {source.name!r}: {path!r} cannot be reached: {error}; install that package, or correct the URL") from None
