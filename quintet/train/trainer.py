@@ -231,8 +231,8 @@ class _Session:
             result = run_step(
                 self.built,
                 batch,
-                settings=settings,
-                train=self.run.train,
+                settings=replace(settings, batch_sequences=settings.batch_sequences * batch.rows_per_sequence),
+                train=replace(self.run.train, micro_batch=self.run.train.micro_batch * batch.rows_per_sequence),
                 document_mask=self.run.data.document_mask,
                 step=position.step + 1,
                 stop=lambda: bool(stop),
