@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 
 from quintet.cost.architecture import Architecture
+from quintet.plan.eager_time import eager_hop, eager_update, eager_zero
 from quintet.plan.pipeline_time import PipelineTime, pipeline_time
 from quintet.plan.rates import gather_seconds, send_seconds
 from quintet.plan.setup import SIZE, Setup
@@ -63,7 +64,10 @@ def step_time(setup: Setup, cluster: Cluster) -> Timed:
     times = {part: stage_time(part, found, moe=bool(a.num_experts)) for part in set(cut)}
     stages = tuple(times[part] for part in cut)
     stride = layout.num_ranks // layout.pp
-    hop = send_seconds(cluster, setup.tokens / layout.tp * a.hidden_size * 2, stride=stride) if layout.pp > 1 else 0.0
+    sent = setup.tokens / layout.tp * a.hidden_size * 2
+    hop = 0.0
+    if layout.pp > 1:
+        hop = send_seconds(cluster, sent, stride=stride) if cluster.eager is None else eager_hop(cluster, sent)
     pipeline = pipeline_time(
         layout,
         setup.num_microbatches,
@@ -126,6 +130,9 @@ def _zero_seconds(setup: Setup, cluster: Cluster, cut: tuple[Part, ...], stages:
     for mine in {ranks[0], ranks[-1]}:
         common = sum(weights_of(setup, cut[stage])[0] for stage in mine)
         experts = sum(weights_of(setup, cut[stage])[1] for stage in mine)
+        if cluster.eager is not None:
+            worst = max(worst, eager_zero(setup, cluster, common, experts), key=sum)
+            continue
         # All-to-alls take the same cards: only what they leave of the work hides anything.
         backward = hidden * max(0.0, sum(stages[s].input + stages[s].weight - stages[s].all_to_all for s in mine))
         forward = hidden * max(0.0, sum(stages[s].forward - stages[s].all_to_all for s in mine))
@@ -151,4 +158,6 @@ def _optimizer_seconds(setup: Setup, cluster: Cluster, cut: tuple[Part, ...]) ->
     shards = (setup.replicas, setup.expert_replicas) if layout.zero else (1, 1)
     own = {part: sum(n / ways for n, ways in zip(weights_of(setup, part), shards, strict=True)) for part in set(cut)}
     most = max(sum(own[cut[stage]] for stage in held) for held in ranks_of(layout))
+    if cluster.eager is not None:
+        return eager_update(cluster, most)
     return most * (OPTIMIZER_BYTES + 4 * setup.moments_bytes) / bandwidth
