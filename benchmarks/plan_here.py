@@ -17,11 +17,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from startup import circumstances, headline, write_json
 from traffic import Trainee
 
+from quintet.cli.doctor import measured_cpu
 from quintet.launch.local import run_on_ranks
 from quintet.plan.estimate import Estimate, estimate
 from quintet.plan.setup import of_run
@@ -31,7 +31,6 @@ from quintet.spec.cluster import Cluster, as_tree, dumps, read
 from quintet.spec.layout import Layout
 from quintet.spec.run import Run
 from quintet.train.device import prepare
-from quintet.train.measure import measured_cluster
 
 LAYOUTS = (
     Layout(dp=2),
@@ -117,7 +116,7 @@ def main() -> None:
     if options.cluster and options.cluster.exists():
         cluster = read(options.cluster)
     else:
-        cluster = measured_cluster(torch.device("cpu"), name="cpu", memory_bytes=16e9, num_devices=2)
+        cluster = measured_cpu(2)
         if options.cluster:
             options.cluster.write_text(dumps(cluster))
     alone = generation("eager")

@@ -32,7 +32,9 @@ def eager_block(a: Architecture, policy: Policy, cluster: Cluster, software: Sof
     plain = _products((*a.attention, *((*a.router, *a.shared) if moe else a.dense)), tokens=tokens, policy=policy, cluster=cluster)
     grouped = _experts(a, policy, cluster) if moe else (0.0, 0.0, 0.0)
     core, core_backward = _core(a, policy, eager)
-    rest = (eager.moe, eager.moe_backward) if moe else (eager.dense, eager.dense_backward)
+    rest = (eager.dense, eager.dense_backward)
+    if moe:
+        rest = (eager.moe, eager.moe_backward) if policy.ep == 1 else (eager.routed, eager.routed_backward)
     forward_bytes, backward_bytes = moved_bytes(a, policy, moe=moe)
     moved, moved_backward = rest[0].seconds(calls=0, num_bytes=forward_bytes), rest[1].seconds(calls=0, num_bytes=backward_bytes)
     common, experts = a.block_weights(moe=moe)

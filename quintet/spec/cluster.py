@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -120,7 +120,7 @@ class Gpu:
 
 @dataclass(frozen=True, kw_only=True)
 class Calls:
-    """How long an operation takes that runs as it is called: seconds of the call, of its arithmetic and of its bytes, one after the other."""
+    """How long an operation takes that runs as it is called: seconds of the call, of its arithmetic and of its bytes, in turn."""
 
     call: float = 0.0
     """Seconds of each call, whatever its size."""
@@ -145,8 +145,8 @@ class Calls:
 
 @dataclass(frozen=True, kw_only=True)
 class Eager:
-    """A CPU, which runs operations one by one as they are called and hides nothing behind anything, as `quintet doctor --cluster` measures
-    it with as many ranks at work at once as the machine shall have. Products are in bf16, and count the bytes of both operands and result."""
+    """A CPU, which runs operations one by one as they are called and hides nothing, as `quintet doctor --cluster` measures it with as
+    many ranks at work at once as the machine shall have. Products are in bf16, and count the bytes of both operands and result."""
 
     product: Calls
     """A product with a weight matrix."""
@@ -170,6 +170,9 @@ class Eager:
     moe: Calls
     """The same of a mixture of experts."""
     moe_backward: Calls
+    routed: Calls
+    """The same where ranks share the experts; without the messages."""
+    routed_backward: Calls
     loss: Calls
     """Of the logits' bytes, without products."""
     accumulate: Calls
@@ -251,7 +254,7 @@ class Cluster:
         return self._hash
 
 
-_SCALED = {
+_SCALED: dict[str, Callable[[Cluster, float], Cluster]] = {
     "link": lambda c, f: replace(_eager(c, messages=f), link=replace(c.link, bandwidth=c.link.bandwidth * f)),
     "network": lambda c, f: replace(c, network=replace(c.network, bandwidth=c.network.bandwidth * f)),
     "memory": lambda c, f: replace(c, gpu=replace(c.gpu, memory_bytes=c.gpu.memory_bytes * f)),

@@ -1,5 +1,5 @@
-"""What this machine reaches, measured in less than a minute, as a cluster for the planner: products, copies and attention of a device, and of
-a CPU every kind of call that a step is made of, with all its ranks at work at once, since they share memory and caches.
+"""What this machine reaches, measured in less than a minute, as a cluster for the planner: products, copies and attention of a device, and
+of a CPU every kind of call that a step is made of, with all its ranks at work at once, since they share memory and caches.
 
 Figures of a CPU (`spec.cluster.Eager`) are fitted to a few sizes each by least squares of relative errors. Weights come from a pool that no
 cache holds, as in a step. What a layer does besides products and attention is what a real one of each kind takes longer.
@@ -17,16 +17,18 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from quintet.cost.architecture import of_model
-from quintet.launch.local import run_on_ranks
 from quintet.model.block import Block
+from quintet.model.moe import MixtureOfExperts
 from quintet.model.rope import rotation
 from quintet.ops.attention import attend_block, attend_block_backward, attention
 from quintet.ops.cross_entropy import head_loss
 from quintet.ops.pointwise import REFERENCE
 from quintet.parallel import collectives
 from quintet.parallel.collectives import Group
+from quintet.parallel.expert import AllToAllDispatch
 from quintet.parallel.mesh import make_mesh
 from quintet.plan.block_time import Policy, moved_bytes
 from quintet.plan.eager_time import core_work, eager_block
@@ -81,35 +83,52 @@ class Sample:
     num_bytes: float = 0.0
 
 
-def measured_cluster(device: torch.device, *, name: str, memory_bytes: float, num_devices: int, cores: int = 1) -> Cluster:
-    """A cluster of this machine's devices; on CPU of `num_devices` ranks that share its cores, measured at once. Raises RankError."""
-    if device.type == "cpu":
-        found = run_on_ranks(num_devices, _rank_figures, (), preload=(__name__,))
-        peak, copied, curve = found[0][:3]
-        eager = _mean([figures[3] for figures in found])
-        link = Link(bandwidth=min(1e12, 1 / max(eager.gather.per_byte, 1e-12)), share=1.0, latency=min(eager.gather.call, 1.0))
-    else:
-        peak, copied, curve = _device_figures(device)
-        eager, link = None, Link(bandwidth=copied, share=1.0, latency=1e-5)
-        cores = torch.cuda.get_device_properties(device).multi_processor_count
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """What a device, or one of several ranks of a CPU, reaches."""
+
+    peak: Rates
+    memory_bandwidth: float
+    attention: Attention
+    eager: Eager | None = None
+
+
+def device_figures(device: torch.device) -> Figures:
+    """Of a device alone."""
+    peak = Rates(fp32=measured_peak(device, "fp32"), bf16=measured_peak(device, "bf16"))
+    return Figures(peak=peak, memory_bandwidth=copy_bandwidth(device), attention=attention_curve(device, peak=peak.bf16))
+
+
+def rank_figures() -> Figures:
+    """Of one rank of a CPU, as `run_on_ranks` started it and the others."""
+    device = prepare(Train(device="cpu"))
+    dist.init_process_group("gloo")
+    torch.manual_seed(dist.get_rank())
+    found = replace(device_figures(device), eager=eager_figures())
+    dist.barrier()
+    dist.destroy_process_group()
+    return found
+
+
+def measured_cluster(found: Sequence[Figures], *, name: str, memory_bytes: float, num_devices: int, num_cores: int) -> Cluster:
+    """A cluster of devices that have these figures (of ranks: their mean), each with so much memory and so many cores."""
+    first, eager = found[0], _mean([one.eager for one in found if one.eager is not None])
+    link = Link(bandwidth=first.memory_bandwidth, share=1.0, latency=1e-5)
+    if eager is not None and eager.gather.per_byte:
+        link = Link(bandwidth=1 / eager.gather.per_byte, share=1.0, latency=eager.gather.call)
     gpu = Gpu(
         name=name,
-        peak=peak,
+        peak=first.peak,
         reachable=Rates(fp32=1.0, bf16=1.0),
         sustained=1.0,
-        memory_bytes=memory_bytes / (num_devices if device.type == "cpu" else 1),
-        memory_bandwidth=copied,
-        num_cores=cores,
-        attention=curve,
+        memory_bytes=memory_bytes,
+        memory_bandwidth=first.memory_bandwidth,
+        num_cores=num_cores,
+        attention=first.attention,
         watts=0.0,
         dollars_per_hour=0.0,
     )
     return Cluster(gpu=gpu, num_gpus=num_devices, domain=max(1, num_devices), link=link, network=link, eager=eager)
-
-
-def _device_figures(device: torch.device) -> tuple[Rates, float, Attention]:
-    peak = Rates(fp32=measured_peak(device, "fp32"), bf16=measured_peak(device, "bf16"))
-    return peak, copy_bandwidth(device), attention_curve(device, peak=peak.bf16)
 
 
 def copy_bandwidth(device: torch.device, *, num_bytes: int = 1 << 27) -> float:
@@ -151,22 +170,11 @@ def _through(rates: list[float]) -> tuple[float, float]:
 # ----------------------------------------------------------------------------------------------- a CPU's calls
 
 
-def _rank_figures() -> tuple[Rates, float, Attention, Eager]:
-    """All figures of one rank of several, as `run_on_ranks` started it."""
-    device = prepare(Train(device="cpu"))
-    dist.init_process_group("gloo")
-    torch.manual_seed(dist.get_rank())
-    found = (*_device_figures(device), eager_figures(device))
-    dist.barrier()
-    dist.destroy_process_group()
-    return found
-
-
-def eager_figures(device: torch.device) -> Eager:
+def eager_figures() -> Eager:
     """Every kind of call, measured on this rank while the others of the default group do the same."""
     product, grouped = products(), grouped_products()
     core, ring = core_attention(), ring_attention()
-    none, loss = Calls(), Calls()
+    unknown = ("dense", "dense_backward", "moe", "moe_backward", "routed", "routed_backward", "loss")
     known = Eager(
         product=product[0],
         product_input=product[1],
@@ -178,14 +186,16 @@ def eager_figures(device: torch.device) -> Eager:
         core_backward=core[1],
         ring=ring[0],
         ring_backward=ring[1],
-        **dict.fromkeys(("dense", "dense_backward", "moe", "moe_backward", "loss"), none),
+        **dict.fromkeys(unknown, Calls()),
         accumulate=accumulating(),
         update=updating(),
         **messages(make_mesh(Layout(dp=dist.get_world_size()))["dp"]),
     )
-    (dense, dense_backward), (moe, moe_backward) = (rest_of_layer(known, moe=moe) for moe in (False, True))
-    loss = rest_of_loss(known)
-    return replace(known, dense=dense, dense_backward=dense_backward, moe=moe, moe_backward=moe_backward, loss=loss)
+    group = make_mesh(Layout(dp=dist.get_world_size(), ep=dist.get_world_size()))["ep"]
+    found: dict[str, Calls] = {"loss": rest_of_loss(known)}
+    for name, moe, ep in (("dense", False, None), ("moe", True, None), ("routed", True, group)):
+        found[name], found[f"{name}_backward"] = rest_of_layer(known, moe=moe, ep=ep)
+    return replace(known, **found)
 
 
 def products() -> list[Calls]:
@@ -264,8 +274,22 @@ def updating() -> Calls:
     def update() -> None:
         torch._foreach_norm([gradient], 2, dtype=torch.float32)
         gradient.mul_(0.5)
-        settings = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "eps": 1e-8, "maximize": False, "amsgrad": False}
-        torch._fused_adamw_([master], [gradient], [first], [second], [], [count], **settings)
+        adamw(
+            [master],
+            [gradient],
+            [first],
+            [second],
+            [],
+            [count],
+            fused=True,
+            amsgrad=False,
+            beta1=0.9,
+            beta2=0.95,
+            lr=1e-3,
+            weight_decay=0.1,
+            eps=1e-8,
+            maximize=False,
+        )
         weights.copy_(master)
 
     return Calls(per_byte=_seconds(update) / (2 * numel))
@@ -288,17 +312,22 @@ def messages(group: Group) -> dict[str, Calls]:
         for size in MESSAGES:
             numel = size // 4 // group.size * group.size
             whole, even = torch.zeros(numel), [numel // group.size] * group.size
-            seconds = _seconds(lambda send=send, whole=whole: send(whole), together=True)  # type: ignore[misc]
+            seconds = _together(lambda send=send, whole=whole: send(whole))  # type: ignore[misc]
             samples.append(Sample(seconds=seconds, num_bytes=times * 4 * numel * (group.size - 1) / group.size))
         found[name] = fit(samples)
     return found
 
 
-def rest_of_layer(known: Eager, *, moe: bool) -> tuple[Calls, Calls]:
-    """What a layer takes besides products and attention, forward and backward, by the bytes of its element-wise functions."""
-    layer = Block(MODEL, dense=not moe, kernels=REFERENCE)
+def rest_of_layer(known: Eager, *, moe: bool, ep: Group | None) -> tuple[Calls, Calls]:
+    """What a layer takes besides products and attention, forward and backward, by the bytes of its element-wise functions; with `ep` one
+    whose experts these ranks share, all of them at once, but without the time of the messages."""
+    layer, ranks = Block(MODEL, dense=not moe, kernels=REFERENCE), 1 if ep is None else ep.size
+    if ep is not None:
+        assert isinstance(layer.ffn, MixtureOfExperts)
+        layer.ffn.dispatch = AllToAllDispatch(ep, None, NUM_EXPERTS, MODEL.hidden_size)
     for name, parameter in layer.named_parameters():
-        parameter.data = (torch.ones_like(parameter) if "norm" in name else torch.randn_like(parameter) * 0.05).bfloat16()
+        own = parameter[: NUM_EXPERTS // ranks] if "experts" in name else parameter
+        parameter.data = (torch.ones_like(own) if "norm" in name else torch.randn_like(own) * 0.05).bfloat16()
     for buffer in layer.buffers():
         buffer.zero_()
     samples: tuple[list[Sample], list[Sample]] = ([], [])
@@ -306,11 +335,11 @@ def rest_of_layer(known: Eager, *, moe: bool) -> tuple[Calls, Calls]:
         turn, a = rotation(MODEL, torch.arange(length)), of_model(MODEL)
         x = torch.randn(sequences, length, MODEL.hidden_size).bfloat16().requires_grad_()
         both = _both(lambda x=x, turn=turn: layer(x, turn, None)[0], (x, *layer.parameters()))  # type: ignore[misc]
-        policy = _policy(sequences, length)
-        silent = replace(known, accumulate=Calls())
+        policy = _policy(sequences, length, ep=ranks)
+        silent = replace(known, accumulate=Calls(), exchange=Calls())
         one = eager_block(a, policy, _with(silent), generation("eager"), moe=moe)
-        known_seconds = (one.compute_forward, one.compute_input + one.compute_weight)
-        for kind, seconds, counted, num_bytes in zip(samples, both, known_seconds, moved_bytes(a, policy, moe=moe), strict=True):
+        counted_seconds = (one.compute_forward, one.compute_input + one.compute_weight)
+        for kind, seconds, counted, num_bytes in zip(samples, both, counted_seconds, moved_bytes(a, policy, moe=moe), strict=True):
             kind.append(Sample(seconds=max(seconds - counted, 0.0), num_bytes=num_bytes))
     return fit(samples[0]), fit(samples[1])
 
@@ -350,7 +379,7 @@ def fit(samples: Sequence[Sample]) -> Calls:
 def _pool(*shape: int) -> itertools.cycle[Tensor]:
     """Weights in bf16 that take turns."""
     numel = torch.Size(shape).numel()
-    return itertools.cycle(torch.zeros(max(1, POOL_BYTES // 2 // numel), *shape, dtype=torch.bfloat16).normal_())
+    return itertools.cycle(torch.full((max(1, POOL_BYTES // 2 // numel), *shape), 0.05, dtype=torch.bfloat16))
 
 
 def _heads(sequences: int, length: int) -> list[Tensor]:
@@ -358,13 +387,13 @@ def _heads(sequences: int, length: int) -> list[Tensor]:
     return [torch.randn(sequences, MODEL.num_heads, length, width).bfloat16().requires_grad_() for width in widths]
 
 
-def _policy(sequences: int, length: int) -> Policy:
+def _policy(sequences: int, length: int, *, ep: int) -> Policy:
     return Policy(
         tokens=sequences * length,
         sequence_length=length,
         tp=1,
         cp=1,
-        ep=1,
+        ep=ep,
         expert_tp=1,
         expert_stride=1,
         gather_rows=False,
@@ -391,42 +420,51 @@ def _with(eager: Eager) -> Cluster:
     return Cluster(gpu=gpu, link=link, network=link, eager=eager)
 
 
-def _mean(found: Sequence[Eager]) -> Eager:
+def _mean(found: Sequence[Eager]) -> Eager | None:
     def of(name: str) -> Calls:
-        all_ranks = [getattr(eager, name) for eager in found]
-        return Calls(**{part.name: statistics.mean(getattr(one, part.name) for one in all_ranks) for part in fields(Calls)})
+        calls = [getattr(eager, name) for eager in found]
+        return Calls(**{part.name: statistics.mean(getattr(one, part.name) for one in calls) for part in fields(Calls)})
 
-    return Eager(**{field.name: of(field.name) for field in fields(Eager)})
+    return Eager(**{field.name: of(field.name) for field in fields(Eager)}) if found else None
 
 
 def _both(forward: Callable[[], Tensor], inputs: Iterable[Tensor]) -> tuple[float, float]:
     """Median seconds of a forward and of its backward to the inputs."""
-    held, found = tuple(inputs), ([], [])  # type: tuple[Tensor, ...], tuple[list[float], list[float]]
+    held, there, back = tuple(inputs), list[float](), list[float]()
     for _ in range(3 * ROUNDS):
         begin = _now()
         out = forward()
         middle = _now()
         torch.autograd.grad(out, held, torch.ones_like(out), allow_unused=True)
-        found[0].append(middle - begin), found[1].append(_now() - middle)
-    return statistics.median(found[0][1:]), statistics.median(found[1][1:])
+        there.append(middle - begin)
+        back.append(_now() - middle)
+    return statistics.median(there[1:]), statistics.median(back[1:])
 
 
-def _seconds(work: Callable[[], object], *, together: bool = False) -> float:
-    """Median seconds of a call, after one that does not count, in rounds of some milliseconds; `together` as often on every rank."""
-    clock = time.perf_counter if together else _now
+def _seconds(work: Callable[[], object]) -> float:
+    """Median seconds of a call, after one that does not count, in rounds of some milliseconds."""
     work()
-    times, begin = 4, clock()
+    times, begin = 4, _now()
     for _ in range(times):
         work()
-    if not together:
-        times = max(1, min(100, round(0.004 * times / max(clock() - begin, 1e-9))))
+    times = max(1, min(100, round(0.004 * times / max(_now() - begin, 1e-9))))
     found = []
     for _ in range(ROUNDS):
-        begin = clock()
+        begin = _now()
         for _ in range(times):
             work()
-        found.append((clock() - begin) / times)
+        found.append((_now() - begin) / times)
     return statistics.median(found)
+
+
+def _together(send: Callable[[], object]) -> float:
+    """The least seconds of a message between ranks, which any other program may hold up."""
+    found = []
+    for _ in range(4 * ROUNDS):
+        begin = time.perf_counter()
+        send()
+        found.append(time.perf_counter() - begin)
+    return min(found)
 
 
 def _now() -> float:
