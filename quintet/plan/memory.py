@@ -24,7 +24,7 @@ from quintet.cost.memory import logits_bytes
 from quintet.plan.block_time import Policy
 from quintet.plan.setup import Setup
 from quintet.plan.stages import Part, policy_of, ranks_of
-from quintet.plan.step_time import reads_embedding_again, weights_of
+from quintet.plan.step_time import reads_embedding_again, unsplit_weights, weights_of
 from quintet.schedule import build
 from quintet.schedule.check import in_flight
 from quintet.schedule.classic import rounds
@@ -122,7 +122,9 @@ def _of_rank(
     ends = sum(part.embedding for part in held) + sum(reads_embedding_again(a, part) for part in held)
     both = layout.pp > 1 and (setup.num_mtp > 0 or a.tie_embeddings)
     twice = a.vocab_size * a.hidden_size / layout.tp if both and ends == 1 else 0.0
-    shared, whole = _sharded(setup, common - twice / 2, experts), common + experts
+    # Quintet's ZeRO shares what tp leaves whole over the ranks of tp as well.
+    over_tp = 0.0 if setup.megatron else sum(unsplit_weights(setup, part) for part in held) * (1 - 1 / layout.tp)
+    shared, whole = _sharded(setup, common - twice / 2 - over_tp, experts), common + experts
     modules = sum(part.num_mtp for part in held)
     num_moe = sum(part.num_moe for part in held) + (modules if a.num_experts else 0)
     num_dense = sum(part.num_dense for part in held) + (0 if a.num_experts else modules)

@@ -107,22 +107,29 @@ def step_time(setup: Setup, cluster: Cluster) -> Timed:
 def weights_of(setup: Setup, part: Part) -> tuple[float, float]:
     """Weights that a rank of a stage holds: those that its replicas share, and of its routed experts."""
     layout = setup.layout
-    return _weights(setup.architecture, part, layout.tp, layout.ep * layout.expert_tp)
+    return _weights(setup.architecture, part, layout.tp, layout.ep * layout.expert_tp)[:2]
+
+
+def unsplit_weights(setup: Setup, part: Part) -> float:
+    """Of the former, those that tp leaves whole, so that all of its ranks hold the same."""
+    return _weights(setup.architecture, part, setup.layout.tp, setup.layout.ep * setup.layout.expert_tp)[2]
 
 
 @lru_cache(maxsize=50_000)
-def _weights(a: Architecture, part: Part, tp: int, expert_ways: int) -> tuple[float, float]:
-    common, experts = 0.0, 0.0
+def _weights(a: Architecture, part: Part, tp: int, expert_ways: int) -> tuple[float, float, float]:
+    common, experts, unsplit = 0.0, 0.0, 0.0
     for moe, num in ((False, part.num_dense), (True, part.num_moe), (bool(a.num_experts), part.num_mtp)):
         shared, routed = a.block_weights(moe=moe) if num else (0, 0)
         # tp leaves norms, routers and down-projections of latents whole.
         whole = 2 * a.hidden_size + sum(p.weights for p in (*a.attention, *(a.router if moe else ())) if p.split == "tokens")
         common += num * (whole + (shared - whole) / tp)
+        unsplit += num * whole
         experts += num * routed / expert_ways
     common += part.num_mtp * a.projection[0].weights
+    unsplit += part.num_mtp * a.projection[0].weights
     vocabulary = a.vocab_size * a.hidden_size / tp
     common += vocabulary * ((part.embedding or reads_embedding_again(a, part)) + (part.head and not a.tie_embeddings))
-    return common, experts
+    return common, experts, unsplit
 
 
 def reads_embedding_again(a: Architecture, part: Part) -> bool:
