@@ -41,6 +41,9 @@ Recipe = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RECIPE.tom
 RunPath = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
 """The path of a run or a checkpoint."""
 
+ModelPath = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+"""The path of a run or a checkpoint, or a checkpoint's URL."""
+
 Directory = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIRECTORY")]
 """The path of another directory."""
 

@@ -21,6 +21,7 @@ from quintet.spec.run import Run
 
 if TYPE_CHECKING:
     from quintet.parallel.rendezvous import Ranks
+    from quintet.train.phases import Phases
 
 _BRIEF = 24
 """Letters of a value that ranks tell each other as it is."""
@@ -38,6 +39,9 @@ def together(run: Run, run_directory: Path, *, first: Callable[[], Run], resume:
 
             require_ranks(run.layout, 1)
         run = first()  # before torch is loaded: most mistakes show here
+    from quintet.train.phases import since_process_start
+
+    phases = since_process_start()
     import torch
 
     from quintet.parallel.rendezvous import PROCESSES_ON_NODE, joined
@@ -55,10 +59,10 @@ def together(run: Run, run_directory: Path, *, first: Callable[[], Run], resume:
     late = lambda text: warn([text])  # noqa: E731
     with joined(run.layout, about=about, device=machine, seconds=run.train.rank_timeout, notice=late) as ranks:
         if ranks.store is None:
-            return _on_this_rank(run, run_directory, ranks, resume=resume)
+            return _on_this_rank(run, run_directory, ranks, resume=resume, phases=phases)
         try:
             warn(_other_nodes(run.layout) if ranks.is_lead else [])
-            return _on_this_rank(_of_rank_0(first, ranks), run_directory, ranks, resume=resume)
+            return _on_this_rank(_of_rank_0(first, ranks), run_directory, ranks, resume=resume, phases=phases)
         except QuintetError as error:
             if ranks.first_to_tell(str(error)):
                 tell(str(error))
@@ -68,14 +72,14 @@ def together(run: Run, run_directory: Path, *, first: Callable[[], Run], resume:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _on_this_rank(run: Run, run_directory: Path, ranks: Ranks, *, resume: bool) -> int:
+def _on_this_rank(run: Run, run_directory: Path, ranks: Ranks, *, resume: bool, phases: Phases) -> int:
     from quintet.cli.watch import watched
     from quintet.train import trainer
 
     def train(sinks: Fanout) -> int:
         with ranks.losses_named():
             if resume:
-                return trainer.resume(run_directory, sinks=sinks, ranks=ranks, layout=run.layout)
+                return trainer.resume(run_directory, sinks=sinks, ranks=ranks, layout=run.layout, phases=phases)
             return trainer.train(run, sinks=sinks, ranks=ranks)
 
     return watched(run, run_directory, train, resumed=resume) if ranks.is_lead else train(Fanout([]))

@@ -93,7 +93,7 @@ def step_memory(
 
     recomputed = (block(moe, replace(train, recompute="none")) - block(moe, train) for moe, num in num_blocks.items() if num)
     outside = outside_bytes(model, train, layout, sequence_length=sequence_length, losses=part.last * (1 + modules), modules=modules)
-    logits = _logits(model, train, layout, sequence_length=sequence_length, modules=modules) if part.last else 0
+    logits = logits_bytes(model, train, layout, sequence_length=sequence_length, modules=modules) if part.last else 0
     blocks = {f"layers.{layer}": block(layer >= model.num_dense_layers, train) for layer in part.layers}
     blocks |= {f"mtp.{module}": block(True, train) for module in range(modules)}
     return Memory(
@@ -105,7 +105,7 @@ def step_memory(
         activations=_in_flight(model, layout, place, blocks, outside, num_microbatches or 2 * layout.pp),
         recomputation=max(recomputed, default=0),
         logits=logits,
-        messages=_messages(model, train, layout, sequence_length=sequence_length),
+        messages=message_bytes(model, train, layout, sequence_length=sequence_length),
     )
 
 
@@ -199,14 +199,14 @@ def _gathered(model: Model, layout: Layout, blocks: dict[str, int], outside: int
     return largest
 
 
-def _logits(model: Model, train: Train, layout: Layout, *, sequence_length: int, modules: int) -> int:
+def logits_bytes(model: Model, train: Train, layout: Layout, *, sequence_length: int, modules: int) -> int:
     """Bytes of the loss."""
     size, rows = element_bytes(train), model.vocab_size // layout.tp
     chunk = 2 * size * min(train.loss_chunk, tokens_of(train, layout, sequence_length)) * rows
     return chunk + (FP32 + size * modules) * rows * model.hidden_size
 
 
-def _messages(model: Model, train: Train, layout: Layout, *, sequence_length: int) -> int:
+def message_bytes(model: Model, train: Train, layout: Layout, *, sequence_length: int) -> int:
     """Bytes of the largest message that a rank has in hand, and of what it was made from or becomes."""
     size, tokens = element_bytes(train), tokens_of(train, layout, sequence_length)
     gathered = tokens * model.hidden_size if layout.tp > 1 else 0

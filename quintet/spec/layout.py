@@ -380,7 +380,7 @@ def nearest_legal(layout: Layout, model: Model, sequence_lengths: Iterable[int],
     lengths = tuple(sequence_lengths)
 
     def around(degree: int) -> list[int]:
-        powers = {2**i for i in range(14) if degree / 4 <= 2**i <= degree * 4}
+        powers = {2**i for i in range(14) if degree / 8 <= 2**i <= degree * 4}
         divisors = {d for d in range(1, degree + 1) if degree % d == 0 and d >= degree / 8}
         return sorted({1, degree, max(degree - 1, 1), degree + 1} | powers | divisors)
 

@@ -75,6 +75,9 @@ class Data:
     """Share of the code documents rearranged as prefix, suffix, middle (V3 4.1)."""
     document_mask: bool = False
     """Keep attention inside each document of a packed sequence; V3 pre-training lets it cross."""
+    buckets: tuple[int, ...] = ()
+    """Lengths of rows, ascending, such as 128 to 10240: every batch has one of them, and a document a row of its own; absent: documents
+    are packed into rows of the phase's sequence_length."""
     strict: bool = False
     """Stop at the first unreadable document instead of counting and skipping it."""
     max_document_bytes: int = 10_000_000
@@ -92,6 +95,8 @@ class Data:
             raise SpecError(f"source names must differ, got {names}")
         _share(self, "held_out", "fim_rate")
         _positive(self, "max_document_bytes")
+        if any(a >= b for a, b in zip((0, *self.buckets), self.buckets, strict=False)):
+            raise SpecError(f"buckets {list(self.buckets)} must be lengths in tokens, larger than 0 and ascending")
 
     def weights(self, mixture: Mapping[str, float], *, phase: str = "") -> tuple[float, ...]:
         """The weight of every source where `mixture` replaces some. Raises SpecError for an unknown source, or if nothing is left."""
@@ -245,6 +250,9 @@ class Checkpoint:
 
     every: int | None = None
     """Steps between checkpoints; absent: only at the end and on a signal."""
+    directory: str | None = None
+    """Where checkpoints go, in a folder with the run's name: a folder, or a URL that fsspec knows, such as s3://bucket/checkpoints (which
+    needs quintet[s3]). Absent: in the run's directory."""
     keep_last: int = 2
     """Newest checkpoints that are kept."""
     keep_every: int | None = None
@@ -254,13 +262,18 @@ class Checkpoint:
     codec: Literal["planes", "raw"] = "planes"
     """planes: floats coded without loss into about 5/6 of their bytes (fp32) or 2/3 (bf16); raw: as they are, for slow processors
     before fast disks."""
+    full_every: int = 1
+    """1: each checkpoint holds all. n: of n in a row only the first does; the others refer to it for each part that is the same there, such
+    as frozen weights, and it stays as long as one of them does."""
     background: bool = True
     """Write while training goes on; it takes host memory for a copy of what each rank writes."""
     tolerated_failures: int = 1
     """Background saves that may fail one after the other before the run ends; each is told at once."""
 
     def __post_init__(self) -> None:
-        _positive(self, "keep_last")
+        _positive(self, "keep_last", "full_every")
+        if self.directory is not None and not self.directory.rpartition("://")[2].strip("/ "):
+            raise SpecError(f"directory ({self.directory!r}) names no folder; name one, such as s3://bucket/checkpoints, or leave it out")
         for name in ("keep_best", "tolerated_failures"):
             if getattr(self, name) < 0:
                 raise SpecError(f"{name} ({getattr(self, name)}) must not be negative")
@@ -337,7 +350,12 @@ class Run:
                 )
         for phase in self.phases:
             self.data.weights(phase.weights, phase=phase.name)
-        require_legal(self.layout, self.model, (phase.sequence_length for phase in self.phases))
+            if self.data.buckets and self.data.buckets[-1] > phase.sequence_length:
+                raise SpecError(
+                    f"phase {phase.name!r}: the largest of data.buckets ({self.data.buckets[-1]}) must be at most sequence_length "
+                    f"({phase.sequence_length}); leave it out, or lengthen the sequence"
+                )
+        require_legal(self.layout, self.model, (*self.data.buckets, *(phase.sequence_length for phase in self.phases)))
         if not 0 <= self.seed < 2**63:
             raise SpecError(f"seed ({self.seed}) must lie between 0 and 2^63 - 1")
 

@@ -7,7 +7,7 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import Tensor
 from quintet.checkpoint.background import Failed
 from quintet.checkpoint.load import candidates
 from quintet.checkpoint.manifest import directory_name
+from quintet.checkpoint.store import Spent
 from quintet.cost.balance import recut
 from quintet.cost.flops import flops_per_token
 from quintet.cost.memory import largest_rank
@@ -30,7 +31,7 @@ from quintet.data.tokenizer import Tokenizer
 from quintet.errors import DONE, INTERRUPTED
 from quintet.model.generate import generate
 from quintet.monitor.meter import Meter
-from quintet.monitor.metrics import Message, Record, Saved, truncate_after
+from quintet.monitor.metrics import Message, Record, Resumed, Saved, truncate_after
 from quintet.monitor.report import write_report
 from quintet.monitor.sinks import Sink
 from quintet.parallel.collectives import all_reduce
@@ -46,6 +47,7 @@ from quintet.train import directory, state
 from quintet.train.build import Built, build
 from quintet.train.foresee import require_schedule
 from quintet.train.held_out import held_out_loss
+from quintet.train.phases import Phases
 from quintet.train.state import Position
 from quintet.train.step import StepResult, run_step
 
@@ -73,12 +75,16 @@ def train(run: Run, *, sinks: Sink, ranks: Ranks | None = None) -> int:
         return _Session(run, where, prepared, sinks, device=device, ranks=ranks).loop(Position())
 
 
-def resume(where: Path, *, sinks: Sink, ranks: Ranks | None = None, layout: Layout | None = None) -> int:
+def resume(
+    where: Path, *, sinks: Sink, ranks: Ranks | None = None, layout: Layout | None = None, phases: Phases | None = None
+) -> int:
     """Continue the run in directory `where` from its newest complete checkpoint as if it had not stopped; returns and raises as `train`.
 
     With another `layout` than the run's recipe has it goes on there, up to rounding as if it had not moved, and the recipe follows. A run
-    that stopped before its first checkpoint begins anew, which its seed makes the same.
+    that stopped before its first checkpoint begins anew, which its seed makes the same. `phases` tell when the process began.
     """
+    phases = phases or Phases()
+    phases.end("imports")
     saved = parse.read(where / directory.RECIPE)
     run = replace(saved, layout=layout or saved.layout)
     ranks = ranks or Ranks(make_mesh(run.layout), None)
@@ -88,11 +94,16 @@ def resume(where: Path, *, sinks: Sink, ranks: Ranks | None = None, layout: Layo
     device = machine.prepare(run.train)
     with directory.held(where) if ranks.is_lead else nullcontext():
         directory.refuse_other_tokenizer(Tokenizer.from_file(where / directory.TOKENIZER), prepared)
+        phases.end("data")
         told: list[str] = []
-        paths = ranks.lead_first("checkpoints", lambda: candidates(where / directory.CHECKPOINTS, told.append))
+        paths = ranks.lead_first("checkpoints", lambda: candidates(directory.checkpoints(where, run), told.append))
         ranks.agree("checkpoint", ", ".join(path.name for path in paths) or "none")
-        session = _Session(run, where, prepared, sinks, device=device, ranks=ranks)
-        found, position, data = state.restore_newest(paths, session.built, report=told.append)
+        phases.end("find")
+        session = _Session(run, where, prepared, sinks, device=device, ranks=ranks, drawn=not paths)
+        phases.end("build")
+        spent = Spent()
+        found, position, data = state.restore_newest(paths, session.built, report=told.append, spent=spent)
+        phases.end("load")
         session.enter(position.phase)
         if data:
             session.loader.restore(data)
@@ -104,7 +115,12 @@ def resume(where: Path, *, sinks: Sink, ranks: Ranks | None = None, layout: Layo
                 told.append(f"another layout from step {position.step + 1} on: {run.layout} instead of {saved.layout}")
         for text in (*told, f"resumed from {found}" if found else "no checkpoint was written yet: beginning anew"):
             sinks.write(Message(text=text))
-        return session.loop(position)
+
+        def first_step_done() -> None:
+            phases.end("step")
+            sinks.write(Resumed(step=position.step, path=str(found), seconds=phases.seconds, load_seconds=spent.seconds))
+
+        return session.loop(position, first_step_done=first_step_done if found else None)
 
 
 @dataclass(frozen=True)
@@ -125,10 +141,13 @@ def _heard(mesh: Mesh) -> tuple[int, ...]:
 class _Session:
     """One process's share of a run: everything that is open while it trains."""
 
-    def __init__(self, run: Run, where: Path, prepared: Prepared, sinks: Sink, *, device: torch.device, ranks: Ranks) -> None:
+    def __init__(
+        self, run: Run, where: Path, prepared: Prepared, sinks: Sink, *, device: torch.device, ranks: Ranks, drawn: bool = True
+    ) -> None:
+        """drawn: whether there is no checkpoint that the weights come from."""
         self.run, self.where, self.prepared, self.sinks, self.device, self.ranks = run, where, prepared, sinks, device, ranks
         self.recorder = Recorder(ranks.mesh.rank, _heard(ranks.mesh), ranks.store)
-        self.built = self._build()
+        self.built = self._build(drawn=drawn)
         self.saver = state.saver(where, run, seconds=ranks.seconds)
         self.held_out, self.held_out_step = math.nan, -1
         self.sizes: dict[int, list[float]] = {}
@@ -141,13 +160,14 @@ class _Session:
         torch.manual_seed(run.seed)  # whatever draws from the global generators, now or later, draws the same in every run of this seed
         self.enter(0)
 
-    def _build(self) -> Built:
+    def _build(self, *, drawn: bool) -> Built:
         return build(
             self.run,
             self.ranks.mesh,
             self.device,
             on_message=lambda text: self.sinks.write(Message(text=text)),
             recorder=self.recorder,
+            drawn=drawn,
         )
 
     def enter(self, phase: int) -> None:
@@ -162,7 +182,7 @@ class _Session:
         flops = (flops_per_token(self.run.model, sequence_length=length, mtp=mtp).total for mtp in (False, True))
         self.meters = tuple(Meter(flops_per_token=count, peak_flops=self.peak_flops) for count in flops)
 
-    def loop(self, position: Position) -> int:
+    def loop(self, position: Position, *, first_step_done: Callable[[], None] | None = None) -> int:
         """Train from `position` to the end or to a signal."""
         with _stop_signals() as stop, self.recorder.telling(), self._saves_finished():
             clock = _Clock(self.device, position.tokens)
@@ -172,6 +192,9 @@ class _Session:
                     self.enter(position.phase)
                     self.loader.restore(data)
                 position, result, settings = self._step(position, stop)
+                if first_step_done is not None:
+                    first_step_done()
+                    first_step_done = None
                 if position.step % self.run.monitor.every == 0 or position.step == self.num_steps:
                     self._record(position, result, settings, *clock.lap(position.tokens))
                 with clock.paused():
@@ -208,8 +231,8 @@ class _Session:
             result = run_step(
                 self.built,
                 batch,
-                settings=settings,
-                train=self.run.train,
+                settings=replace(settings, batch_sequences=settings.batch_sequences * batch.rows_per_sequence),
+                train=replace(self.run.train, micro_batch=self.run.train.micro_batch * batch.rows_per_sequence),
                 document_mask=self.run.data.document_mask,
                 step=position.step + 1,
                 stop=lambda: bool(stop),
@@ -313,9 +336,9 @@ class _Session:
         self.run = replace(self.run, layout=replace(self.run.layout, cut=counts))
         self.ranks = replace(self.ranks, mesh=replace(self.ranks.mesh, layout=self.run.layout))
         del self.built  # first, so that two never live
-        self.built = self._build()
+        self.built = self._build(drawn=False)
         self.built.model.rotate_like(self.run.model_in(self.stretch.phase))
-        state.restore(self.where / directory.CHECKPOINTS / directory_name(position.step), self.built)
+        state.restore(directory.checkpoints(self.where, self.run) / directory_name(position.step), self.built)
         self.saver.plan_anew()
         self.sizes.clear()
 
