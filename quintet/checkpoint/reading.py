@@ -16,6 +16,9 @@ from quintet.checkpoint.manifest import BLOCK, ITEM_SIZE, ROW, Manifest, Piece
 from quintet.checkpoint.pieces import Box, Pieces, boxes_here, meet, run_of_boxes, within
 from quintet.checkpoint.store import Block, DataFiles, Threads, fill, flat_memory
 
+_TURN = 4
+"""Blocks after which another rank may be the one that reads."""
+
 Key = tuple[str, int]
 """A piece by its file and offset."""
 
@@ -113,7 +116,9 @@ def _readers(told: Sequence[Mapping[Key, list[tuple[int, int]]]]) -> dict[Key, l
     load = [0] * len(told)
     shared: dict[Key, list[_Shared]] = {}
     for key in sorted(needs):
-        for first, end in itertools.pairwise(sorted({edge for _, span in needs[key] for edge in span})):
+        edges = {edge for _, span in needs[key] for edge in span}
+        turns = range(min(edges), max(edges), _TURN) if len(needs[key]) > 1 else ()
+        for first, end in itertools.pairwise(sorted({*edges, *turns})):
             ranks = tuple(rank for rank, span in needs[key] if span[0] <= first and end <= span[1])
             if ranks:
                 reader = min(ranks, key=lambda rank: load[rank])

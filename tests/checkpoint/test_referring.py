@@ -172,5 +172,5 @@ def test_a_reference_to_a_later_step_or_out_of_the_folder_is_refused(path: str) 
     piece = Piece(offsets=(0,), sizes=(4,), file=path, offset=0, length=56, codec="raw", blake3="0" * 64)
     tensor = Tensor(dtype="float32", shape=(4,), pieces=(piece,))
     file = File(path=path, size=56, blake3=None)
-    with pytest.raises(CheckpointError, match="is no data file of an earlier checkpoint|is not a file name"):
+    with pytest.raises(CheckpointError, match=r"is no data file of an earlier checkpoint|is not a file name"):
         dumps(Manifest(step=7, files=(file,), tensors={"w": tensor}, values={}))
