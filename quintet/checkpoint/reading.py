@@ -181,12 +181,20 @@ def _part_of_block(job: _Job, readers: Mapping[Key, list[_Shared]], rows: Sequen
 def _jobs(reading: Reading) -> Iterator[_Job]:
     """What is to be done with each block of which something is wanted."""
     piece = reading.piece
-    for number in range(piece.num_blocks):
+    ends = [end for wish in reading.wishes if (shared := meet(wish.box, (piece.offsets, piece.sizes))) for end in _ends(shared, piece)]
+    for number in range(min(ends) // BLOCK, max(ends) // BLOCK + 1):
         begin, end = number * BLOCK, min((number + 1) * BLOCK, piece.numel)
         runs = [_moved(box, piece.offsets) for box in run_of_boxes(piece.sizes, begin, end)]
         hits = [(wish, run, shared) for wish in reading.wishes for run in runs if (shared := meet(wish.box, run))]
         if hits:
             yield _Job(reading, number, (begin, end), runs, hits)
+
+
+def _ends(box: Box, piece: Piece) -> tuple[int, int]:
+    """The first and the last element of a box within a piece, by their places in it."""
+    corners = ([a - begin + more for a, n, begin in zip(*box, piece.offsets, strict=True) for more in [last * (n - 1)]] for last in (0, 1))
+    first, last = (sum(at * math.prod(piece.sizes[d + 1 :]) for d, at in enumerate(corner)) for corner in corners)
+    return first, last
 
 
 @dataclass(frozen=True)
