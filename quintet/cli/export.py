@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
     with Bar(f"exporting to {given.directory}") as bar:
         huggingface.export(
             state,
-            kept.run.model,
+            kept.model,
             given.directory,
             tokenizer_file=kept.tokenizer_file,
             bos_token_id=kept.tokenizer.bos_id,

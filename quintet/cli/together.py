@@ -6,7 +6,7 @@ import hashlib
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,9 @@ from quintet.spec.run import Run
 if TYPE_CHECKING:
     from quintet.parallel.rendezvous import Ranks
     from quintet.train.phases import Phases
+
+_BRIEF = 24
+"""Letters of a value that ranks tell each other as it is."""
 
 
 def together(run: Run, run_directory: Path, *, first: Callable[[], Run], resume: bool) -> int:
@@ -41,18 +44,20 @@ def together(run: Run, run_directory: Path, *, first: Callable[[], Run], resume:
     phases = since_process_start()
     import torch
 
-    from quintet.parallel.rendezvous import joined
+    from quintet.parallel.rendezvous import PROCESSES_ON_NODE, joined
     from quintet.train import device
 
     about = {
-        **{f"[{field.name}] in the recipe": _digest(getattr(run, field.name)) for field in fields(run)},
+        **_values(run),
         "version of Quintet": quintet.__version__,
         "version of torch": str(torch.__version__),
-        "number of processes on its node": os.environ.get("LOCAL_WORLD_SIZE", "unknown"),
+        PROCESSES_ON_NODE: os.environ.get("LOCAL_WORLD_SIZE", "unknown"),
         "number of restarts": os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
     }
     machine = device.prepare(run.train)
-    with joined(run.layout, about=about | {"kind of device": machine.type}, device=machine, seconds=run.train.rank_timeout) as ranks:
+    about["kind of device"] = machine.type
+    late = lambda text: warn([text])  # noqa: E731
+    with joined(run.layout, about=about, device=machine, seconds=run.train.rank_timeout, notice=late) as ranks:
         if ranks.store is None:
             return _on_this_rank(run, run_directory, ranks, resume=resume, phases=phases)
         try:
@@ -106,5 +111,15 @@ def _other_nodes(layout: Layout) -> list[str]:
     ]
 
 
-def _digest(section: object) -> str:
-    return hashlib.blake2b(repr(section).encode(), digest_size=6).hexdigest()
+def _values(run: Run) -> dict[str, str]:
+    """Every field of the recipe's sections by its name there: its value, or the digest of a long one."""
+    told = {}
+    for field in fields(run):
+        section = getattr(run, field.name)
+        inner = {f"{field.name}.{each.name}": getattr(section, each.name) for each in fields(section)} if is_dataclass(section) else None
+        told.update(inner or {field.name: section})
+    return {f"{name} in the recipe": _brief(repr(value)) for name, value in told.items()}
+
+
+def _brief(text: str) -> str:
+    return text if len(text) <= _BRIEF else hashlib.blake2b(text.encode(), digest_size=6).hexdigest()

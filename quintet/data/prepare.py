@@ -33,7 +33,7 @@ from quintet.data.dedup import Duplicates, Fingerprints
 from quintet.data.digest import hash_of
 from quintet.data.engine import Engine, Local
 from quintet.data.origin import Origin, origin_of, parts_of, shape_of, spec_of
-from quintet.data.part import Job, Judge, NoProgress, PartStatistics, Progress, batches, first_bytes, is_held_out, rank
+from quintet.data.part import Job, Judge, NoProgress, PartStatistics, Progress, batches, first_bytes, is_held_out, keep, ranks_of
 from quintet.data.shards import Selection, Shard, committed_folder, disk_errors, write_file, write_selection
 from quintet.data.sources import File, Listing, Reader, list_files
 from quintet.data.statistics import NO_DUPLICATES, Statistics, gather
@@ -193,6 +193,7 @@ def _make(
     targets = _targets(data, plan, directory, tokenizer)
     done = {source.name: _still_good(data, source, plan, directory, tokenizer, targets[source.name], progress) for source in data.sources}
     jobs = _jobs(data, plan, directory, tokenizer, targets, [name for name, good in done.items() if not good], progress)
+    keep(tokenizer)
     for _ in engine.run(jobs, progress, on_message):
         pass
     reused = {name: bool(good) for name, good in done.items()}
@@ -609,7 +610,7 @@ def _training_texts(data: Data, listings: Mapping[str, Listing], *, seed: int, w
         read = 0
         for batch in batches(reader):
             judged, _ = judge.text(batch)
-            ranks = np.array([rank(document) for document in judged], np.uint64)
+            ranks = ranks_of(judged)
             kept = (d.text for d, out in zip(judged, is_held_out(ranks, data.held_out).tolist(), strict=True) if not out)
             pieces = [piece for text in kept for piece in cut.pieces(text, _TRAINING_PIECE_BYTES)]
             stored = reader.bytes_read - read

@@ -26,6 +26,7 @@ from quintet.model.transformer import Transformer
 from quintet.parallel.mesh import single
 from quintet.parallel.precision import DTYPES, cast
 from quintet.spec import parse
+from quintet.spec.curriculum import curriculum
 from quintet.spec.model import Model
 from quintet.spec.run import Data, Phase, Precision, Run, Source, Train
 from quintet.train import device as machine
@@ -53,6 +54,8 @@ class Trained:
     """Where the model lies."""
     step: int
     """Optimizer steps done."""
+    phase: Phase
+    """The phase of the curriculum that they ended in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +64,10 @@ class Kept:
 
     run: Run
     """The recipe that it was trained with."""
+    phase: Phase
+    """The phase of the curriculum that training has come to."""
+    model: Model
+    """The recipe's model as it is in that phase."""
     checkpoint: Place
     """Where it lies."""
     tokenizer: Tokenizer
@@ -85,7 +92,7 @@ def open_trained(path: Place) -> Trained:
     kept = open_kept(path)
     device = machine.prepare(Train(num_threads=kept.run.train.num_threads))
     with torch.device("meta"):
-        model = Transformer(kept.run.model)
+        model = Transformer(kept.model)
     cast(model, kept.run.train.precision)
     model.to_empty(device=device)
     load({f"model.{name}": tensor for name, tensor in model.state_dict().items()}, kept.checkpoint, strict=False)
@@ -97,6 +104,7 @@ def open_trained(path: Place) -> Trained:
         tokenizer_file=kept.tokenizer_file,
         device=device,
         step=read_manifest(kept.checkpoint).step,
+        phase=kept.phase,
     )
 
 
@@ -108,13 +116,17 @@ def open_kept(path: Place) -> Kept:
     run = parse.read(own) if own else parse.loads(read_extra(checkpoint, RECIPE), origin=f"{checkpoint}/{RECIPE}")
     file = checkpoint / TOKENIZER
     tokenizer = Tokenizer(read_extra(checkpoint, TOKENIZER), origin=str(file))  # verified before it is parsed
-    return Kept(run=run, checkpoint=checkpoint, tokenizer=tokenizer, tokenizer_file=file)
+    position: Any = read_manifest(checkpoint).values.get("position")
+    number = position.get("phase") if isinstance(position, dict) else None
+    stretches = curriculum(run)
+    phase = stretches[number if isinstance(number, int) and 0 <= number < len(stretches) else -1].phase
+    return Kept(run=run, phase=phase, model=run.model_in(phase), checkpoint=checkpoint, tokenizer=tokenizer, tokenizer_file=file)
 
 
 def stored_weights(kept: Kept, *, master: bool) -> Stored:
     """The model's tensors as the checkpoint has them, each read when it is asked for; with `master`, in place of weights that were rounded
     to bf16 the fp32 master weights. Raises CheckpointError for a checkpoint that lacks them."""
-    names = {name: f"model.{name}" for name in hub_names.shapes(kept.run.model)}
+    names = {name: f"model.{name}" for name in hub_names.shapes(kept.model)}
     saved = read_manifest(kept.checkpoint).tensors
     if master:
         rounded = [name for name, full in names.items() if full in saved and saved[full].dtype != "float32"]
