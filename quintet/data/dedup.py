@@ -4,7 +4,7 @@ Documents that share an exact fingerprint or a band (see `minhash`) are joined; 
 order in which parts were made.
 
 Keys are taken from the parts' files and sorted range by range. A first pass notes which documents share any key; all else happens among
-those alone, so that memory is 3 bytes for each document, about 80 for each one that shares a key, and 50 for each of `GROUPED` keys.
+those alone, so that memory is 2 bytes for each document, about 60 for each one that shares a key, and 110 for each of `GROUPED` keys.
 """
 
 from __future__ import annotations
