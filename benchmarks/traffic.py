@@ -61,6 +61,10 @@ LAYOUTS = (
     "tp=2 dp=2 ep=2 expert_tp=2 zero=1",
     "cp=4 zero=1",
     "dp=2 cp=2 ep=4 zero=3",
+    "pp=4 schedule=1f1b",
+    "pp=2 tp=2 schedule=zb1p zero=1",
+    "pp=2 dp=2 ep=2 zero=1 micro_batch=1",
+    "pp=4 schedule=dualpipe zero=1 micro_batch=1",
 )
 COLLECTIVES: dict[str, Callable[[Tensor, Group], object]] = {
     "all-reduce": lambda x, group: collectives.all_reduce(x, group),
@@ -268,7 +272,6 @@ def _foretold(run: Run, rank: int, sequences: int, rows: Rows | None) -> dict[st
         run.layout,
         sequence_length=run.phases[0].sequence_length,
         batch_sequences=sequences,
-        document_mask=run.data.document_mask,
         rank=rank,
         rows=rows,
     )
@@ -276,9 +279,8 @@ def _foretold(run: Run, rank: int, sequences: int, rows: Rows | None) -> dict[st
 
 def _rows(run: Run, found: Sequence[Mapping[str, Any]]) -> list[Rows]:
     """The rows that each rank exchanged."""
-    layout, sent = run.layout, [rank["rows"] for rank in found]
-    if not sent[0]:
-        return [Rows(out=0, into=0)] * layout.num_ranks
+    layout = run.layout
+    sent = [rank["rows"] or [0] * layout.ep for rank in found]  # a stage may have no experts, or all of them
 
     def arriving(rank: int) -> int:
         return sum(sent[source][layout.coordinates(rank).ep] for source in layout.group_of(rank, "ep"))

@@ -11,9 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from quintet.cli.options import Switch, read
+from quintet.errors import UsageError
 from quintet.monitor.machine import Finding, findings, memory_bytes, num_cores
 from quintet.monitor.units import num_bytes
-from quintet.spec.cluster import Link, dumps
+from quintet.spec.cluster import Cluster, dumps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +24,10 @@ class Arguments:
     measure: Switch = False
     """Also measure the peak of matrix multiplication, which MFU is told against; takes some seconds."""
     cluster: Path | None = None
-    """Also measure copies, attention and messages, and write a cluster.toml that `quintet plan --gpu cluster.toml` plans with; takes
-    longer, and wants a quiet machine."""
+    """Also measure all kinds of calls and messages, and write a cluster.toml that `quintet plan --gpu cluster.toml` plans with; takes
+    up to a minute, and wants a quiet machine."""
+    ranks: int | None = None
+    """With --cluster on a CPU: ranks that are measured at once and share the cores; absent: 2, or 1 where there is one core."""
     json: Switch = False
     """Print JSON."""
 
@@ -34,7 +37,7 @@ def main(arguments: list[str]) -> int:
     given = read(Arguments, arguments, command="doctor")
     found = [*findings(), *torch_findings(), *(measured() if given.measure else [])]
     if given.cluster:
-        found.append(write_cluster(given.cluster))
+        found.append(write_cluster(given.cluster, ranks=given.ranks))
     if given.json:
         print(json.dumps([asdict(finding) for finding in found], indent=2))
     else:
@@ -91,33 +94,47 @@ def measured() -> list[Finding]:
     return [Finding(name=f"peak in {precision}", value=f"{peak / 1e9:,.0f} GFLOP/s on {here.type}") for precision, peak in peaks]
 
 
-def write_cluster(path: Path) -> Finding:
-    """Measure this machine and write it for the planner: a device with its own memory, or on CPU one rank that has all of the machine."""
+def write_cluster(path: Path, *, ranks: int | None) -> Finding:
+    """Measure this machine and write it for the planner: its devices, or on CPU ranks that share its cores. Raises UsageError."""
     from quintet.spec.run import Train
     from quintet.train import device
-    from quintet.train.measure import measured_cluster
 
     here = device.prepare(Train())
-    if here.type == "cuda":
-        import torch
-
-        about = torch.cuda.get_device_properties(here)
-        name, memory, num, link = about.name, float(about.total_memory), torch.cuda.device_count(), None
-    else:
-        name, memory, num, link = "cpu", float(memory_bytes()), 1, message_link()
-    cluster = measured_cluster(here, name=name, memory_bytes=memory, num_devices=num, link=link)
+    if here.type == "cuda" and ranks is not None:
+        raise UsageError(f"--ranks ({ranks}) is for CPUs; here each CUDA device has a rank of its own")
+    if here.type == "cpu" and ranks is not None and not 1 <= ranks <= num_cores():
+        raise UsageError(f"--ranks ({ranks}) must lie between 1 and the {num_cores()} cores of this machine")
+    cluster = measured_cpu(ranks or min(2, num_cores())) if here.type == "cpu" else measured_devices()
     path.write_text(dumps(cluster))
     gpu, link = cluster.gpu, cluster.link
-    rates = (
-        f"bf16 {gpu.peak.bf16 / 1e9:,.0f} GFLOP/s, memory {gpu.memory_bandwidth / 1e9:.1f} GB/s, messages {link.effective / 1e9:.2f} GB/s"
+    value = (
+        f"{path}: {cluster.num_gpus} x {gpu.name}, bf16 {gpu.peak.bf16 / 1e9:,.0f} GFLOP/s, memory {gpu.memory_bandwidth / 1e9:.1f} GB/s, "
+        f"messages {link.effective / 1e9:.2f} GB/s"
     )
-    value = f"{path}: {rates}"
     return Finding(name="cluster", value=value)
 
 
-def message_link() -> Link:
-    """Latency and bandwidth of messages between two processes here."""
+def measured_cpu(ranks: int) -> Cluster:
+    """This machine's cores and memory, shared by so many ranks, all measured at once. Raises RankError."""
     from quintet.launch.local import run_on_ranks
-    from quintet.train.measure import gather_seconds, link_of
+    from quintet.train.measure import measured_cluster, rank_figures
 
-    return link_of(*run_on_ranks(2, gather_seconds, (), preload=("quintet.train.measure",))[0])
+    found = run_on_ranks(ranks, rank_figures, (), preload=("quintet.train.measure",))
+    cores = max(1, num_cores() // ranks)
+    return measured_cluster(found, name="cpu", memory_bytes=memory_bytes() / ranks, num_devices=ranks, num_cores=cores)
+
+
+def measured_devices() -> Cluster:
+    """This machine's CUDA devices, by the first of them."""
+    import torch
+
+    from quintet.train.measure import device_figures, measured_cluster
+
+    about = torch.cuda.get_device_properties(0)
+    return measured_cluster(
+        [device_figures(torch.device("cuda"))],
+        name=about.name,
+        memory_bytes=float(about.total_memory),
+        num_devices=torch.cuda.device_count(),
+        num_cores=about.multi_processor_count,
+    )

@@ -48,8 +48,8 @@ class Arguments:
     """Devices; absent: as many as the recipe's layout takes."""
     gpu: str = "h800"
     """The device by its name in the catalogue, or a cluster.toml."""
-    software: str = "deepseek"
-    """How well kernels and overlap work: a generation of `plan.software`."""
+    software: str | None = None
+    """How well kernels and overlap work: a generation of `plan.software`; absent: deepseek, or eager on a CPU that was measured."""
     precision: Literal["recipe", "bf16", "fp8", "nvfp4", "fp32"] = "recipe"
     """Of matrix products."""
     batch: int | None = None
@@ -162,7 +162,8 @@ def _setup(given: Arguments, run: Run, cluster: Cluster) -> Setup:
     precision: Precision = run.train.precision if given.precision == "recipe" else given.precision
     if run.layout.num_ranks != cluster.num_gpus:  # the search chooses its own; nothing of the layout is judged
         run = _with_layout(run, Layout())
-    chosen = of_run(run, software=generation(given.software, device=cluster.gpu.name), batch_sequences=batch, precision=precision)
+    software = generation(_software(given, cluster), device=cluster.gpu.name)
+    chosen = of_run(run, software=software, batch_sequences=batch, precision=precision)
     if run.layout.pp > 1 and not allowed(chosen):
         raise SpecError(
             f"layout.schedule {chosen.schedule} cannot run {chosen.num_microbatches} micro-batches over "
@@ -171,6 +172,10 @@ def _setup(given: Arguments, run: Run, cluster: Cluster) -> Setup:
             f"--layout.pp or --layout.schedule"
         )
     return chosen
+
+
+def _software(given: Arguments, cluster: Cluster) -> str:
+    return given.software or ("deepseek" if cluster.eager is None else "eager")
 
 
 def _with_layout(run: Run, layout: Layout) -> Run:
@@ -250,7 +255,7 @@ def report(planned: Planned, run: Run, given: Arguments, sizes: page.Scaling | N
     """The plan for a person."""
     cluster = planned.cluster
     parts: list[RenderableType] = [
-        Rule(f"{run.name} on {cluster.num_gpus:,} x {cluster.gpu.name}, software {given.software}", align="left"),
+        Rule(f"{run.name} on {cluster.num_gpus:,} x {cluster.gpu.name}, software {_software(given, cluster)}", align="left"),
         *(f"[dim]·[/dim] {note}" for note in planned.notes),
     ]
     tokens = given.tokens or sum(stretch.num_tokens for stretch in curriculum(run))

@@ -234,7 +234,14 @@ def _attention(a: Architecture, policy: Policy, cluster: Cluster) -> tuple[float
 
 
 def _moved(a: Architecture, policy: Policy, cluster: Cluster, software: Software, *, moe: bool) -> tuple[float, float]:
-    """Seconds of norms, residuals, rotary embedding, activations and routing, by the bytes that fused kernels read and write."""
+    """Seconds of norms, residuals, rotary embedding, activations and routing."""
+    bandwidth = cluster.gpu.memory_bandwidth * software.memory / software.moved
+    forward, backward = moved_bytes(a, policy, moe=moe)
+    return forward / bandwidth, backward / bandwidth
+
+
+def moved_bytes(a: Architecture, policy: Policy, *, moe: bool) -> tuple[float, float]:
+    """Bytes that fused kernels of norms, residuals, rotary embedding, activations and routing read and write, forward and backward."""
     width, tp, tokens = a.hidden_size, policy.tp, policy.tokens
     inner = a.shared_ffn_size if moe else a.ffn_size
     gate = 3 if a.gated else 2
@@ -250,8 +257,7 @@ def _moved(a: Architecture, policy: Policy, cluster: Cluster, software: Software
         forward += rows * routed + 4 * a.num_experts / tp
         backward += rows * (4 * width + (2 * gate - 1) * a.expert_ffn_size / policy.expert_tp) + 4 * a.num_experts / tp
     size = 4 if policy.precision == "fp32" else 2
-    bandwidth = cluster.gpu.memory_bandwidth * software.memory / software.moved
-    return tokens * size * forward / bandwidth, tokens * size * backward / bandwidth
+    return tokens * size * forward, tokens * size * backward
 
 
 def _tensor(a: Architecture, policy: Policy, cluster: Cluster, software: Software, *, moe: bool) -> tuple[float, float]:

@@ -109,7 +109,8 @@ class Estimate:
 def estimate(setup: Setup, cluster: Cluster) -> Estimate:
     """Raises SpecError for a schedule that the layout's ranks and micro-batches do not allow."""
     timed = step_time(setup, cluster)
-    return Estimate(setup=setup, cluster=cluster, timed=timed, memory=rank_memory(setup, timed.parts))
+    memory = rank_memory(setup, timed.parts, device="cpu" if cluster.eager else "cuda")
+    return Estimate(setup=setup, cluster=cluster, timed=timed, memory=memory)
 
 
 def bounds(found: Estimate) -> dict[str, float]:

@@ -1,10 +1,10 @@
 """Bytes on each rank of a pipeline at the peak of a step: states, activations in flight, logits, messages, and the margins around them.
 
-`cost.memory` counts a step of Quintet's own models on its runtime; this adds what a plan needs beyond it: every rank of a pipeline with as
-many micro-batches in flight as its schedule keeps, fp8, devices' own overhead, and transformers other than Quintet's.
+`cost` counts what Quintet's own models keep on its runtime; this adds what a plan needs beyond it: every rank of a pipeline with as many
+micro-batches in flight as its schedule keeps, fp8, devices' own overhead, and transformers other than Quintet's.
 
-Elements that a layer keeps of a token for backward, with fused attention and without recomputation (t = tp, D hidden, F inner width, h
-heads of qk width q and value width v, g key-value heads, K experts per token):
+In fp8, and of other transformers, elements that a layer keeps of a token for backward, with fused attention and without recomputation (t =
+tp, D hidden, F inner width, h heads of qk width q and value width v, g key-value heads, K experts per token):
 
     attention    D/t norm's input, D/t its output, (h q + g (q + v))/t, h v/t attention's output, and log-sum-exp
     latent       D/t, D/t, latents twice, h (2 q + v)/t, h v/t twice (`cost.activations`)
@@ -14,20 +14,27 @@ heads of qk width q and value width v, g key-value heads, K experts per token):
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from operator import attrgetter
 
+from quintet.cost import activations
+from quintet.cost.activations import Device
+from quintet.cost.memory import logits_bytes
 from quintet.plan.block_time import Policy
 from quintet.plan.setup import Setup
 from quintet.plan.stages import Part, policy_of, ranks_of
-from quintet.plan.step_time import reads_embedding_again, weights_of
+from quintet.plan.step_time import reads_embedding_again, unsplit_weights, weights_of
 from quintet.schedule import build
 from quintet.schedule.check import in_flight
 from quintet.schedule.classic import rounds
+from quintet.spec.run import Train
 
 BF16, FP32, INDEX = 2, 4, 8
 FRAMEWORK_BYTES = 2.5e9
 """CUDA's context, NCCL's buffers, workspaces of products; assumed."""
+CPU_FRAMEWORK_BYTES = 0.25e9
+"""A process that has imported torch and Quintet, as measured on Linux."""
 FRAGMENTATION = 0.04
 """Of what comes and goes: activations, logits, messages; assumed."""
 IMBALANCE = 0.10
@@ -57,7 +64,7 @@ class RankMemory:
     @property
     def total(self) -> float:
         """Sum of the parts."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        return _sum_of_parts(self)
 
     @property
     def margins(self) -> float:
@@ -65,27 +72,43 @@ class RankMemory:
         return self.imbalance + self.fragmentation + self.framework
 
 
-def rank_memory(setup: Setup, parts: tuple[Part, ...]) -> tuple[RankMemory, ...]:
+_parts_of = attrgetter(*(field.name for field in fields(RankMemory)))
+
+
+def _sum_of_parts(one: RankMemory) -> float:
+    return float(sum(_parts_of(one)))  # searches ask often, so the names are looked up once
+
+
+def rank_memory(setup: Setup, parts: tuple[Part, ...], *, device: Device = "cuda") -> tuple[RankMemory, ...]:
     """Of each rank of the pipeline, first to last."""
     held = ranks_of(setup.layout)
     peaks = peaks_in_flight(setup.schedule, setup.layout.pp, setup.num_microbatches, setup.chunks)
     policy = policy_of(setup)
-    kinds = {moe: _block(setup, policy, moe=moe) for moe in (False, True)}
+    kinds = {moe: _block(setup, policy, moe=moe, device=device) for moe in (False, True)}
     routed, messages = _routed_bytes(setup, policy), _message_bytes(setup)
     known: dict[tuple[float, tuple[Part, ...]], RankMemory] = {}
     found = []
     for rank, stages in enumerate(held):
         key = (peaks[rank], tuple(parts[stage] for stage in stages))
         if key not in known:
-            known[key] = _of_rank(setup, key[1], in_flight=key[0], kinds=kinds, routed=routed, messages=messages)
+            one = _of_rank(setup, key[1], in_flight=key[0], kinds=kinds, routed=routed, messages=messages)
+            known[key] = one if device == "cuda" else replace(one, framework=CPU_FRAMEWORK_BYTES)
         found.append(known[key])
     return tuple(found)
 
 
-def _block(setup: Setup, policy: Policy, *, moe: bool) -> tuple[float, float]:
+def _block(setup: Setup, policy: Policy, *, moe: bool, device: Device) -> tuple[float, float]:
     """What a layer keeps, and what it holds besides while it is computed again."""
-    kept = block_bytes(setup, policy, moe=moe)
+    kept = block_bytes(setup, policy, moe=moe, device=device)
+    if (train := setup.policy) is not None:
+        return kept, _own_block(setup, replace(train, recompute="none"), moe=moe, device=device) - kept
     return kept, _full_bytes(setup, policy, moe=moe) - kept
+
+
+def _own_block(setup: Setup, train: Train, *, moe: bool, device: Device) -> float:
+    """What a layer of Quintet's own model keeps, as its runtime does."""
+    assert setup.model is not None
+    return activations.block_bytes(setup.model, train, setup.layout, moe=moe, sequence_length=setup.sequence_length, device=device)
 
 
 def _of_rank(
@@ -99,7 +122,9 @@ def _of_rank(
     ends = sum(part.embedding for part in held) + sum(reads_embedding_again(a, part) for part in held)
     both = layout.pp > 1 and (setup.num_mtp > 0 or a.tie_embeddings)
     twice = a.vocab_size * a.hidden_size / layout.tp if both and ends == 1 else 0.0
-    shared, whole = _sharded(setup, common - twice / 2, experts), common + experts
+    # Quintet's ZeRO shares what tp leaves whole over the ranks of tp as well.
+    over_tp = 0.0 if setup.megatron else sum(unsplit_weights(setup, part) for part in held) * (1 - 1 / layout.tp)
+    shared, whole = _sharded(setup, common - twice / 2 - over_tp, experts), common + experts
     modules = sum(part.num_mtp for part in held)
     num_moe = sum(part.num_moe for part in held) + (modules if a.num_experts else 0)
     num_dense = sum(part.num_dense for part in held) + (0 if a.num_experts else modules)
@@ -157,8 +182,10 @@ def _counted_peaks(schedule: str, num_ranks: int, num_microbatches: int, chunks:
     return tuple(float(peak) for peak in in_flight(build(schedule, num_ranks, num_microbatches, chunks=chunks)))
 
 
-def block_bytes(setup: Setup, policy: Policy, *, moe: bool) -> float:
+def block_bytes(setup: Setup, policy: Policy, *, moe: bool, device: Device = "cuda") -> float:
     """What a layer keeps of a micro-batch from forward for backward."""
+    if (train := setup.policy) is not None:
+        return _own_block(setup, train, moe=moe, device=device)
     a, tokens, tp = setup.architecture, policy.tokens, policy.tp
     kept = _full_bytes(setup, policy, moe=moe)
     if policy.recompute == "full":
@@ -220,6 +247,10 @@ def _routed_bytes(setup: Setup, policy: Policy) -> float:
 
 def _end_bytes(setup: Setup, part: Part) -> float:
     """Of losses and MTP modules."""
+    if setup.model is not None and (train := setup.policy) is not None:
+        losses = part.head + part.num_mtp
+        more = {"sequence_length": setup.sequence_length, "losses": losses, "modules": part.num_mtp}
+        return activations.outside_bytes(setup.model, train, setup.layout, **more) if losses else 0.0
     a, tokens = setup.architecture, setup.tokens
     losses, width = (1 if part.head else 0) + part.num_mtp, a.hidden_size
     return (
@@ -229,7 +260,9 @@ def _end_bytes(setup: Setup, part: Part) -> float:
 
 
 def _logits_bytes(setup: Setup) -> float:
-    """Logits in bf16 and fp32, and their gradient, of the tokens whose logits exist at a time."""
+    """Logits in bf16 and fp32, and their gradient, of the tokens whose logits exist at a time; in Quintet also the head's gradient."""
+    if setup.model is not None and (train := setup.policy) is not None:
+        return logits_bytes(setup.model, train, setup.layout, sequence_length=setup.sequence_length, modules=setup.num_mtp)
     a = setup.architecture
     tokens = min(setup.tokens, setup.loss_chunk or setup.tokens)
     return tokens * a.vocab_size / setup.layout.tp * (2 * _word(setup) + (FP32 if setup.precision != "fp32" else 0))

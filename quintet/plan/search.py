@@ -173,7 +173,7 @@ def _first_that_fits(setup: Setup, cluster: Cluster, space: Space, found: Found,
         found.num_estimated += 1
         if timed.step.total > limit * setup.batch_sequences:
             return None
-        memory = rank_memory(tried, timed.parts)
+        memory = rank_memory(tried, timed.parts, device="cpu" if cluster.eager else "cuda")
         one = Estimate(setup=tried, cluster=cluster, timed=timed, memory=memory)
         if one.fits:
             return one

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from quintet.cost.architecture import Architecture, of_model
 from quintet.errors import SpecError
 from quintet.plan.software import Software
 from quintet.spec.layout import Layout, PipelineName
-from quintet.spec.run import Recompute, Run
+from quintet.spec.model import Model
+from quintet.spec.run import Recompute, Run, Train
 
 Precision = Literal["fp32", "bf16", "fp8", "nvfp4"]
 SIZE: dict[str, float] = {"fp32": 4, "bf16": 2, "fp8": 1, "nvfp4": 0.5625}
@@ -41,6 +42,8 @@ class Setup:
     the all-to-all, instead of tokens before it, as here."""
     loss_chunk: int | None = None
     """Tokens whose logits exist at a time; None: all of a micro-batch."""
+    model: Model | None = None
+    """Quintet's own model, whose activations `cost.activations` counts as its runtime keeps them; None: another system's transformer."""
     software: Software = field(default_factory=lambda: Software(name="plain"))
 
     def __post_init__(self) -> None:
@@ -83,6 +86,15 @@ class Setup:
         return max(1, self.replicas * self.layout.tp // (self.layout.ep * self.layout.expert_tp))
 
     @property
+    def policy(self) -> Train | None:
+        """How Quintet would train the micro-batches, where it can: its own model, in fp32 or bf16."""
+        if self.model is None or self.precision not in ("fp32", "bf16"):
+            return None
+        precision: Any = self.precision
+        chunk = self.loss_chunk or self.tokens
+        return Train(micro_batch=self.micro_batch, precision=precision, recompute=self.recompute, loss_chunk=chunk)
+
+    @property
     def num_mtp(self) -> int:
         """MTP modules that run."""
         return self.architecture.num_mtp_modules if self.mtp else 0
@@ -100,5 +112,6 @@ def of_run(run: Run, *, software: Software, batch_sequences: int, precision: Pre
         recompute=run.train.recompute,
         moments_bytes=2 if run.optimizer.moments == "bf16" else 4,
         loss_chunk=run.train.loss_chunk,
+        model=run.model,
         software=software,
     )

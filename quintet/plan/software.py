@@ -77,6 +77,7 @@ GENERATIONS: dict[str, Software] = {
     found.name: found
     for found in (
         _generation("plain", 1.0),
+        _generation("eager", 1.0, launch=0.0, waits_for_host=False, tp_hidden=0.0, zero_hidden=0.0, p2p_hidden=0.0, straggle=0.0),
         _generation("megatron 2021", 1.015),
         _generation("megatron 2023", 1.021),
         _generation("megascale", 1.301),

@@ -9,6 +9,7 @@ from itertools import accumulate
 from quintet.cost.architecture import Architecture
 from quintet.cost.balance import cut
 from quintet.plan.block_time import BlockTime, Policy, block_time, ends_time
+from quintet.plan.eager_time import eager_block, eager_end
 from quintet.plan.setup import Setup
 from quintet.spec.cluster import Cluster
 from quintet.spec.layout import Layout
@@ -43,12 +44,13 @@ class Blocks:
 
 def blocks(setup: Setup, cluster: Cluster) -> Blocks:
     """Of one micro-batch."""
-    a, policy = setup.architecture, policy_of(setup)
+    a, policy, software = setup.architecture, policy_of(setup), setup.software
+    block, end = (block_time, _end) if cluster.eager is None else (eager_block, eager_end)
     return Blocks(
-        dense=block_time(a, policy, cluster, setup.software, moe=False) if a.num_layers > a.num_moe_layers else BlockTime(),
-        moe=block_time(a, policy, cluster, setup.software, moe=True) if a.num_moe_layers else BlockTime(),
-        embedding=_end(a, policy, cluster, setup.software, head=False),
-        head=_end(a, policy, cluster, setup.software, head=True),
+        dense=block(a, policy, cluster, software, moe=False) if a.num_layers > a.num_moe_layers else BlockTime(),
+        moe=block(a, policy, cluster, software, moe=True) if a.num_moe_layers else BlockTime(),
+        embedding=end(a, policy, cluster, software, head=False),
+        head=end(a, policy, cluster, software, head=True),
     )
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from operator import attrgetter
 
 from quintet.cost.architecture import Architecture
+from quintet.plan.eager_time import eager_hop, eager_update, eager_zero
 from quintet.plan.pipeline_time import PipelineTime, pipeline_time
 from quintet.plan.rates import gather_seconds, send_seconds
 from quintet.plan.setup import SIZE, Setup
@@ -40,7 +42,14 @@ class StepTime:
     @property
     def total(self) -> float:
         """The step."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        return _sum_of_parts(self)
+
+
+_parts_of = attrgetter(*(field.name for field in fields(StepTime)))
+
+
+def _sum_of_parts(one: StepTime) -> float:
+    return float(sum(_parts_of(one)))  # searches ask often, so the names are looked up once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +72,10 @@ def step_time(setup: Setup, cluster: Cluster) -> Timed:
     times = {part: stage_time(part, found, moe=bool(a.num_experts)) for part in set(cut)}
     stages = tuple(times[part] for part in cut)
     stride = layout.num_ranks // layout.pp
-    hop = send_seconds(cluster, setup.tokens / layout.tp * a.hidden_size * 2, stride=stride) if layout.pp > 1 else 0.0
+    sent = setup.tokens / layout.tp * a.hidden_size * 2
+    hop = 0.0
+    if layout.pp > 1:
+        hop = send_seconds(cluster, sent, stride=stride) if cluster.eager is None else eager_hop(cluster, sent)
     pipeline = pipeline_time(
         layout,
         setup.num_microbatches,
@@ -95,22 +107,29 @@ def step_time(setup: Setup, cluster: Cluster) -> Timed:
 def weights_of(setup: Setup, part: Part) -> tuple[float, float]:
     """Weights that a rank of a stage holds: those that its replicas share, and of its routed experts."""
     layout = setup.layout
-    return _weights(setup.architecture, part, layout.tp, layout.ep * layout.expert_tp)
+    return _weights(setup.architecture, part, layout.tp, layout.ep * layout.expert_tp)[:2]
+
+
+def unsplit_weights(setup: Setup, part: Part) -> float:
+    """Of the former, those that tp leaves whole, so that all of its ranks hold the same."""
+    return _weights(setup.architecture, part, setup.layout.tp, setup.layout.ep * setup.layout.expert_tp)[2]
 
 
 @lru_cache(maxsize=50_000)
-def _weights(a: Architecture, part: Part, tp: int, expert_ways: int) -> tuple[float, float]:
-    common, experts = 0.0, 0.0
+def _weights(a: Architecture, part: Part, tp: int, expert_ways: int) -> tuple[float, float, float]:
+    common, experts, unsplit = 0.0, 0.0, 0.0
     for moe, num in ((False, part.num_dense), (True, part.num_moe), (bool(a.num_experts), part.num_mtp)):
         shared, routed = a.block_weights(moe=moe) if num else (0, 0)
         # tp leaves norms, routers and down-projections of latents whole.
         whole = 2 * a.hidden_size + sum(p.weights for p in (*a.attention, *(a.router if moe else ())) if p.split == "tokens")
         common += num * (whole + (shared - whole) / tp)
+        unsplit += num * whole
         experts += num * routed / expert_ways
     common += part.num_mtp * a.projection[0].weights
+    unsplit += part.num_mtp * a.projection[0].weights
     vocabulary = a.vocab_size * a.hidden_size / tp
     common += vocabulary * ((part.embedding or reads_embedding_again(a, part)) + (part.head and not a.tie_embeddings))
-    return common, experts
+    return common, experts, unsplit
 
 
 def reads_embedding_again(a: Architecture, part: Part) -> bool:
@@ -126,6 +145,9 @@ def _zero_seconds(setup: Setup, cluster: Cluster, cut: tuple[Part, ...], stages:
     for mine in {ranks[0], ranks[-1]}:
         common = sum(weights_of(setup, cut[stage])[0] for stage in mine)
         experts = sum(weights_of(setup, cut[stage])[1] for stage in mine)
+        if cluster.eager is not None:
+            worst = max(worst, eager_zero(setup, cluster, common, experts), key=sum)
+            continue
         # All-to-alls take the same cards: only what they leave of the work hides anything.
         backward = hidden * max(0.0, sum(stages[s].input + stages[s].weight - stages[s].all_to_all for s in mine))
         forward = hidden * max(0.0, sum(stages[s].forward - stages[s].all_to_all for s in mine))
@@ -151,4 +173,6 @@ def _optimizer_seconds(setup: Setup, cluster: Cluster, cut: tuple[Part, ...]) ->
     shards = (setup.replicas, setup.expert_replicas) if layout.zero else (1, 1)
     own = {part: sum(n / ways for n, ways in zip(weights_of(setup, part), shards, strict=True)) for part in set(cut)}
     most = max(sum(own[cut[stage]] for stage in held) for held in ranks_of(layout))
+    if cluster.eager is not None:
+        return eager_update(cluster, most)
     return most * (OPTIMIZER_BYTES + 4 * setup.moments_bytes) / bandwidth

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -119,6 +119,92 @@ class Gpu:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Calls:
+    """How long an operation takes that runs as it is called: seconds of the call, of its arithmetic and of its bytes, in turn."""
+
+    call: float = 0.0
+    """Seconds of each call, whatever its size."""
+    per_flop: float = 0.0
+    """Seconds of each floating-point operation."""
+    per_byte: float = 0.0
+    """Seconds of each byte."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if not 0 <= (value := getattr(self, field.name)) < math.inf:
+                raise SpecError(f"{field.name} ({value}) must be finite and not negative, in seconds")
+
+    def seconds(self, *, calls: float = 1.0, flops: float = 0.0, num_bytes: float = 0.0) -> float:
+        """Of so many calls that do so much together."""
+        return calls * self.call + flops * self.per_flop + num_bytes * self.per_byte
+
+    def faster(self, *, flops: float = 1.0, num_bytes: float = 1.0) -> Calls:
+        """The same with arithmetic and bytes that go so many times as fast."""
+        return Calls(call=self.call, per_flop=self.per_flop / flops, per_byte=self.per_byte / num_bytes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eager:
+    """A CPU, which runs operations one by one as they are called and hides nothing, as `quintet doctor --cluster` measures it with as
+    many ranks at work at once as the machine shall have. Products are in bf16, and count the bytes of both operands and result."""
+
+    product: Calls
+    """A product with a weight matrix."""
+    product_input: Calls
+    """The gradient of its input."""
+    product_weight: Calls
+    """The gradient of its weight."""
+    grouped: Calls
+    """Products of experts; a call for each expert."""
+    grouped_input: Calls
+    grouped_weight: Calls
+    core: Calls
+    """Core attention; a call for each block of queries."""
+    core_backward: Calls
+    ring: Calls
+    """Core attention of a ring's parts."""
+    ring_backward: Calls
+    dense: Calls
+    """All else that a dense layer does, by the bytes of norms, activations and so on; launching is its call."""
+    dense_backward: Calls
+    moe: Calls
+    """The same of a mixture of experts."""
+    moe_backward: Calls
+    routed: Calls
+    """The same where ranks share the experts; without the messages."""
+    routed_backward: Calls
+    loss: Calls
+    """Of the logits' bytes, without products."""
+    accumulate: Calls
+    """Adding a weight's gradient up, by its bytes in bf16."""
+    update: Calls
+    """The optimizer, by the bytes of the weights in bf16."""
+    gather: Calls
+    """An all-gather, by the bytes that a rank sends."""
+    scatter: Calls
+    """A reduce-scatter, in fp32."""
+    reduce: Calls
+    """An all-reduce, in fp32, by the bytes that a rank would have to send."""
+    exchange: Calls
+    """An all-to-all."""
+    send: Calls
+    """A message to the next rank of a pipeline or ring."""
+
+    def faster(self, *, flops: float = 1.0, num_bytes: float = 1.0, messages: float = 1.0) -> Eager:
+        """The same with arithmetic, memory and messages that are so many times as fast."""
+        changed = {
+            name: getattr(self, name).faster(num_bytes=messages)
+            if name in _MESSAGES
+            else getattr(self, name).faster(flops=flops, num_bytes=num_bytes)
+            for name in (field.name for field in fields(self))
+        }
+        return Eager(**changed)
+
+
+_MESSAGES = ("gather", "scatter", "reduce", "exchange", "send")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Cluster:
     """Equal devices in domains of fast links, joined by a network."""
 
@@ -141,6 +227,8 @@ class Cluster:
     """Bytes per second per device in which a checkpoint is written, assumed."""
     overhead_power: float = 1.6
     """Power of hosts, network and cooling, as a factor on the devices' own, assumed."""
+    eager: Eager | None = None
+    """The measured figures of a CPU; absent: an accelerator, which `gpu` describes."""
 
     def __post_init__(self) -> None:
         _positive(self, "num_gpus", "domain", "storage_bandwidth")
@@ -166,15 +254,21 @@ class Cluster:
         return self._hash
 
 
-_SCALED = {
-    "link": lambda c, f: replace(c, link=replace(c.link, bandwidth=c.link.bandwidth * f)),
+_SCALED: dict[str, Callable[[Cluster, float], Cluster]] = {
+    "link": lambda c, f: replace(_eager(c, messages=f), link=replace(c.link, bandwidth=c.link.bandwidth * f)),
     "network": lambda c, f: replace(c, network=replace(c.network, bandwidth=c.network.bandwidth * f)),
     "memory": lambda c, f: replace(c, gpu=replace(c.gpu, memory_bytes=c.gpu.memory_bytes * f)),
-    "memory_bandwidth": lambda c, f: replace(c, gpu=replace(c.gpu, memory_bandwidth=c.gpu.memory_bandwidth * f)),
-    "compute": lambda c, f: replace(c, gpu=replace(c.gpu, peak=Rates(**{name: peak * f for name, peak in c.gpu.peak.items()}))),
+    "memory_bandwidth": lambda c, f: replace(_eager(c, num_bytes=f), gpu=replace(c.gpu, memory_bandwidth=c.gpu.memory_bandwidth * f)),
+    "compute": lambda c, f: replace(
+        _eager(c, flops=f), gpu=replace(c.gpu, peak=Rates(**{name: peak * f for name, peak in c.gpu.peak.items()}))
+    ),
     "price": lambda c, f: replace(c, gpu=replace(c.gpu, dollars_per_hour=c.gpu.dollars_per_hour * f)),
     "failures": lambda c, f: replace(c, failures_per_device_year=c.failures_per_device_year * f),
 }
+
+
+def _eager(cluster: Cluster, **factors: float) -> Cluster:
+    return replace(cluster, eager=cluster.eager and cluster.eager.faster(**factors))
 
 
 def _positive(section: object, *names: str) -> None:
@@ -388,6 +482,7 @@ def read(path: Path) -> Cluster:
 
 
 _SECTIONS: dict[str, type] = {"gpu": Gpu, "link": Link, "network": Link, "attention": Attention, "peak": Rates, "reachable": Rates}
+_SECTIONS |= {"eager": Eager} | {field.name: Calls for field in fields(Eager)}
 
 
 def _refuse_unknown(tree: Mapping[str, Any], kind: type, *, origin: str) -> None:
