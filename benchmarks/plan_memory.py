@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,33 +108,35 @@ def kept(run: Run) -> int:
     whole: Any = {"backend": "aot_eager_decomp_partition", "dynamic": False, "fullgraph": True}
     fused = Kernels(*(torch.compile(getattr(REFERENCE, name), **whole) for name in Kernels.__dataclass_fields__))
     building.kernels = lambda run, device, on_message: fused  # type: ignore[assignment]
-    trainee, began = Trainee(run, sequences=SEQUENCES), list[int]()
-    _note_backwards(began)
+    trainee = Trainee(run, sequences=SEQUENCES)
     trainee.step()
-    found = []
-    for _ in range(2):  # a message that a thread of gloo is the last to hold is freed unseen: the lesser of two
-        began.clear()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            trainee.step()
-        assert profile.profiler and profile.profiler.kineto_results
-        events = profile.profiler.kineto_results.events()
-        found.append(sum(event.nbytes() for event in events if event.name() == "[memory]" and event.start_ns() < began[0]))
+    found = [_until_backward(trainee) for _ in range(2)]
     dist.barrier()
-    return min(found)
+    return min(found)  # a message that a thread of gloo is the last to hold is freed unseen
 
 
-def _note_backwards(began: list[int]) -> None:
-    """A time stamp whenever a backward begins: of a loss, or in a pipeline of a stage."""
-    backward, stage, pair = torch.Tensor.backward, Pipeline._backward, Pipeline._pair
+def _until_backward(trainee: Trainee) -> int:
+    """Bytes that a step allocates and keeps until the first backward, of a loss, or in a pipeline of a stage."""
+    profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    whole, stage, pair = torch.Tensor.backward, Pipeline._backward, Pipeline._pair
+    running = True
 
-    def note(of: Any) -> Any:
-        def noted(*arguments: Any, **more: Any) -> Any:
-            began.append(time.time_ns())
+    def ending(of: Any) -> Any:
+        def ended(*arguments: Any, **more: Any) -> Any:
+            nonlocal running
+            if running:
+                profile.stop()
+                running = False
             return of(*arguments, **more)
 
-        return noted
+        return ended
 
-    torch.Tensor.backward, Pipeline._backward, Pipeline._pair = note(backward), note(stage), note(pair)  # type: ignore[method-assign]
+    torch.Tensor.backward, Pipeline._backward, Pipeline._pair = ending(whole), ending(stage), ending(pair)  # type: ignore[method-assign]
+    profile.start()
+    trainee.step()
+    torch.Tensor.backward, Pipeline._backward, Pipeline._pair = whole, stage, pair  # type: ignore[method-assign]
+    assert profile.profiler and profile.profiler.kineto_results
+    return sum(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
 
 
 def activations(only: str) -> list[dict[str, Any]]:
