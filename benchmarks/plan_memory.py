@@ -25,6 +25,7 @@ from startup import circumstances, headline, write_json
 from traffic import Trainee
 
 import quintet.train.build as building
+from quintet.errors import RankError
 from quintet.launch.local import run_on_ranks
 from quintet.ops.pointwise import REFERENCE, Kernels
 from quintet.parallel.pipeline import Pipeline
@@ -71,6 +72,7 @@ ACTIVATION_CASES: tuple[tuple[Layout, str], ...] = (
     (Layout(pp=2, dp=2, ep=2, zero=1, schedule="1f1b"), "none"),
 )
 SEQUENCES = 8
+TRIES = 4
 
 
 def states() -> list[dict[str, Any]]:
@@ -139,21 +141,31 @@ def _until_backward(trainee: Trainee) -> int:
     return sum(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
 
 
+def measured(run: Run) -> list[int]:
+    """`kept` of every rank; torch's profiler now and then crashes beside gloo's threads, and then the ranks begin anew."""
+    for _ in range(TRIES - 1):
+        try:
+            return run_on_ranks(run.layout.num_ranks, kept, (run,), preload=("torch", "traffic"))
+        except RankError as error:
+            print(f"once more: {error}", file=sys.stderr)
+    return run_on_ranks(run.layout.num_ranks, kept, (run,), preload=("torch", "traffic"))
+
+
 def activations(only: str) -> list[dict[str, Any]]:
     rows = []
     for layout, recompute in (case for case in ACTIVATION_CASES if only in f"{case[0]} {case[1]}"):
         run = small(layout, recompute)
-        held = run_on_ranks(layout.num_ranks, kept, (run,), preload=("torch", "traffic"))
+        held = measured(run)
         setup = setup_of(run)
         planned = rank_memory(setup, step_time(setup, named("h100", num_gpus=layout.num_ranks)).parts, device="cpu")
         stride = layout.num_ranks // layout.pp
         for place in range(layout.pp):
-            measured = statistics.mean(held[place * stride : (place + 1) * stride])
+            mean = statistics.mean(held[place * stride : (place + 1) * stride])
             foretold = planned[place].activations + _head_gradients(setup, planned[place])
-            error, name = foretold / measured - 1, f"  {layout!s:34} {recompute:10} {place:5}"
-            row = {"layout": str(layout), "recompute": recompute, "place": place, "measured": measured, "planned": foretold}
+            error, name = foretold / mean - 1, f"  {layout!s:34} {recompute:10} {place:5}"
+            row = {"layout": str(layout), "recompute": recompute, "place": place, "measured": mean, "planned": foretold}
             rows.append(row | {"error": error})
-            print(f"{name} {measured / 2**20:10.1f} {foretold / 2**20:9.1f}   {error:+6.1%}", flush=True)
+            print(f"{name} {mean / 2**20:10.1f} {foretold / 2**20:9.1f}   {error:+6.1%}", flush=True)
     return rows
 
 
