@@ -322,7 +322,8 @@ def roofline(found: Estimate) -> str:
 
     corners = [at(math.exp(low), math.exp(low) * gpu.memory_bandwidth), at(ridge, peak), at(math.exp(high), peak)]
     body = _axes("operations per byte", f"Tera-operations per second, {setup.precision}")
-    _ticks(body, [(math.log(value), f"{value / 1e12:,.0f}" if value > 1e13 else f"{value / 1e12:.2g}") for value in (peak, peak / 4, peak / 16)], bottom, top)
+    speeds = [(math.log(value), f"{value / 1e12:,.0f}" if value > 1e13 else f"{value / 1e12:.2g}") for value in (peak, peak / 4, peak / 16)]
+    _ticks(body, speeds, bottom, top)
     _ticks(body, [(math.log(value), f"{value:,.0f}") for value in (ridge, ridge * 4, ridge / 2)], low, high, along=True)
     body.append(f'<polyline fill="none" stroke="#3f9b5f" stroke-width="2" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in corners)}"/>')
     for index, (name, intensity, speed) in enumerate(points):
