@@ -15,6 +15,7 @@ from rich.table import Table
 from quintet.cli.describe import warn
 from quintet.cli.options import Overrides, Recipe, Switch, read_with_recipe
 from quintet.cost.memory import largest_rank
+from quintet.cost.pipeline import fewest_sequences
 from quintet.cost.pipeline import read as read_schedule
 from quintet.errors import UsageError
 from quintet.launch.room import RANKS_PER_CORE, require_room
@@ -61,7 +62,7 @@ def main(arguments: list[str]) -> int:
     given = read_with_recipe(Arguments, arguments, command="verify")
     run = tiny(given.run) if given.tiny else given.run
     fewest = fewest_microbatches(run.layout.pipeline, run.layout.pp) if run.layout.pp > 1 else 1
-    enough = run.layout.dp * run.train.micro_batch * (fewest - 1) + 1
+    enough = fewest_sequences(run.layout, run.train.micro_batch)
     kept = None if run.layout.schedule_file is None else read_schedule(run.layout.schedule_file).num_microbatches
     usual = max(2 * run.layout.dp + 1, enough) if kept is None else run.layout.dp * run.train.micro_batch * kept
     sequences = given.sequences or usual

@@ -6,6 +6,7 @@ bears the head, once for itself and once for every MTP module, and these modules
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -18,7 +19,7 @@ from quintet.spec.stage import Part, Stage, stages_of
 _NOMINAL_LENGTH = 4096
 """Tokens of a sequence for the cost of attention: one cut serves all phases of a run."""
 
-_WORTH_IT = 0.95
+WORTH_IT = 0.95
 """What the slowest stage must come down to before stages are cut anew."""
 
 
@@ -50,7 +51,8 @@ def layer_costs(model: Model) -> tuple[list[float], float]:
 def recut(model: Model, layout: Layout, seconds: Sequence[float]) -> tuple[int, ...] | None:
     """Layers of each stage, by how long each of the layout's present stages takes; None where the slowest would gain less than 5 %.
 
-    A layer is taken to cost its stage's seconds in proportion to its operations; what stands behind the last layer likewise.
+    A layer is taken to cost its stage's seconds in proportion to its operations; what stands behind the last layer likewise. Since that may
+    be far from true, stages move half of the way, and are timed again.
     """
     layers, behind = layer_costs(model)
     stages = pipeline_stages(model, layout)
@@ -59,9 +61,16 @@ def recut(model: Model, layout: Layout, seconds: Sequence[float]) -> tuple[int, 
         for layer in stage.layers:
             layers[layer] *= rate
         behind *= rate if stage.last else 1
-    counts = cut(layers, layout.num_stages, behind=behind)
+    counts = _half_way([len(stage.layers) for stage in stages], cut(layers, layout.num_stages, behind=behind))
     found = [sum(layers[layer] for layer in stage.layers) + stage.last * behind for stage in stages_of(model, counts)]
-    return counts if max(found) < _WORTH_IT * max(seconds) else None
+    return counts if max(found) < WORTH_IT * max(seconds) else None
+
+
+def _half_way(now: Sequence[int], wanted: Sequence[int]) -> tuple[int, ...]:
+    """Layers of each stage, where every border between stages goes half of its way, rounded up."""
+    ends = [(a, b) for a, b in zip(itertools.accumulate(now), itertools.accumulate(wanted), strict=True)]
+    moved = [0, *(a + (b - a + 1) // 2 if b > a else a - (a - b + 1) // 2 for a, b in ends)]
+    return tuple(end - begin for begin, end in itertools.pairwise(moved))
 
 
 def cut(costs: Sequence[float], num_stages: int, *, behind: float = 0.0) -> tuple[int, ...]:

@@ -6,8 +6,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from quintet.errors import SpecError
-from quintet.schedule import Schedule, build
-from quintet.schedule.text import loads
+from quintet.schedule import Schedule, build, check, fewest_microbatches
+from quintet.schedule.text import read as read_schedule
 from quintet.spec.layout import ARRANGEMENT, Layout
 
 
@@ -34,13 +34,20 @@ def kept_schedule(layout: Layout, num_microbatches: int) -> Schedule | None:
 
 @lru_cache
 def read(file: str) -> Schedule:
-    """The schedule in a file. Raises SpecError."""
+    """The schedule in a file, which can run. Raises SpecError."""
     try:
-        return loads(Path(file).read_text(), origin=file)
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(
-            f"layout.schedule_file {file!r} cannot be read: {error}; `quintet schedule search --save` writes such files"
-        ) from None
+        kept = read_schedule(Path(file))
+        check(kept)
+    except SpecError as error:
+        raise SpecError(f"layout.schedule_file {file!r}: {error}") from None
+    return kept
+
+
+def fewest_sequences(layout: Layout, micro_batch: int) -> int:
+    """The smallest batch, over all replicas, of as many micro-batches as the schedule takes that `layout.schedule` or its default names."""
+    fewest = fewest_microbatches(layout.pipeline, layout.pp) if layout.pp > 1 else 1
+    rounded = layout.arrangement == "mirror" and fewest % 2 == 0  # an odd number gets an empty one
+    return layout.dp * micro_batch * (fewest - 1 - rounded) + 1
 
 
 def require_suited(kept: Schedule, layout: Layout) -> None:
@@ -49,7 +56,12 @@ def require_suited(kept: Schedule, layout: Layout) -> None:
     if kept.num_ranks != layout.pp:
         raise SpecError(f"{file} is for {kept.num_ranks} ranks, but layout.pp is {layout.pp}; set layout.pp, or search one for it")
     if kept.routes != _routes(layout):
-        suited = [name for name in ARRANGEMENT if kept.routes == _routes(_named(layout, name, kept.num_stages))]
+        several = kept.num_stages > layout.pp
+        suited = [
+            name
+            for name, arrangement in ARRANGEMENT.items()
+            if (arrangement != "loop" or several) and kept.routes == _routes(_named(layout, name, kept.num_stages))
+        ]
         remedy = f"set layout.schedule to {' or '.join(suited)}" if suited else "no layout.schedule puts them so"
         chunks = f" and layout.chunks to {kept.num_stages // layout.pp}" if suited and suited[0].startswith("interleaved") else ""
         raise SpecError(

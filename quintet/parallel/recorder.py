@@ -136,7 +136,7 @@ class Recorder:
         op = ""
         with suppress(IndexError):  # another thread may have begun a new step
             _, position, step = self.steps[-1]
-            op = f"at {step} (step {position} of row {self.num_rows})"
+            op = f"at {step} (place {position} in row {self.num_rows})"
         text = ", ".join(filter(None, (self.doing, op, f"waits at {self.waits_for}" if self.waits_for else "")))
         with suppress(RuntimeError):
             self.store.set(f"step-{self.rank}", json.dumps((time.time(), text)))

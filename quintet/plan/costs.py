@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -30,6 +31,14 @@ class Layer:
     """Of the forward's dispatch, and of the backward of combine, which is a dispatch."""
     combine_bytes: float
     """Of the forward's combine, and of the backward of dispatch, which is a combine."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not 0 <= value < math.inf:
+                raise SpecError(f"layer.{field.name} ({value}) must be finite and not negative")
+        if not self.attention_forward + self.mlp_forward > 0:
+            raise SpecError("layer.attention_forward and layer.mlp_forward are both 0; one must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +77,15 @@ class Costs:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name in ("p2p_bandwidth", "all_to_all_bandwidth", "layers") and not value > 0:
-                raise SpecError(f"{field.name} ({value}) must be above 0")
-            if isinstance(value, float | int) and not value >= 0:
-                raise SpecError(f"{field.name} ({value}) must not be negative")
-        if any(not part >= 0 for part in self.profile) or (self.profile and not sum(self.profile) > 0):
-            raise SpecError(f"profile {list(self.profile)} must have no negative part and one above 0")
+            if field.name in ("p2p_bandwidth", "all_to_all_bandwidth", "layers"):
+                if not value > 0:
+                    raise SpecError(f"{field.name} ({value}) must be above 0")
+            elif isinstance(value, float | int) and not 0 <= value < math.inf:
+                raise SpecError(f"{field.name} ({value}) must be finite and not negative")
+        if not self.forward + self.backward_input + self.weight > 0:
+            raise SpecError("forward, backward_input and weight are all 0; one must be above 0")
+        if any(not 0 <= part < math.inf for part in self.profile) or (self.profile and not sum(self.profile) > 0):
+            raise SpecError(f"profile {list(self.profile)} must have no negative or infinite part and one above 0")
         if not 0 < self.pair <= 2:
             raise SpecError(f"pair ({self.pair}) must lie above 0 and at most at 2: an overlapped pair as a share of F + I + W")
 
@@ -147,7 +159,10 @@ def read(text: str) -> Costs:
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise UsageError(f"cannot read costs from {text}: {error}") from None
     elif "=" in text:
-        tree = dict(_assignment(word) for word in text.split(","))
+        words = [_assignment(word) for word in text.split(",")]
+        tree = dict(words)
+        if twice := sorted({name for name in tree if [known for known, _ in words].count(name) > 1}):
+            raise UsageError(f"the costs name {twice[0]} more than once")
     else:
         raise UsageError(
             f"{text!r} is no costs{did_you_mean(text, PRESETS)}; give {', '.join(PRESETS)}, a .toml file, or forward=1,backward_input=1,..."
@@ -161,10 +176,10 @@ def read(text: str) -> Costs:
         raise SpecError(f"{text}: {error}") from None
 
 
-def _assignment(word: str) -> tuple[str, float]:
+def _assignment(word: str) -> tuple[str, float | int]:
     name, _, value = word.partition("=")
     try:
-        return name.strip().replace("-", "_"), float(value)
+        return name.strip().replace("-", "_"), int(value) if value.strip().isdecimal() else float(value)
     except ValueError:
         raise UsageError(f"{word!r} in the costs must be a name, '=' and a number, such as forward=0.05") from None
 

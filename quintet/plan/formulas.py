@@ -31,7 +31,7 @@ def formula(schedule: Schedule, costs: Costs, *, pair: float) -> Formula:
     p, m, v = schedule.num_ranks, schedule.num_microbatches, schedule.num_stages // schedule.num_ranks
     share = share_of_rank(costs)
     bubble = None
-    if schedule.name in BUBBLES:
+    if schedule.name in BUBBLES and (m >= p or schedule.name in ("gpipe", "1f1b")):  # with fewer micro-batches the others' do not hold
         bubble = bubble_seconds(
             schedule.name,
             num_ranks=p,

@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
 
 from quintet.errors import SpecError
+from quintet.schedule.build import NAMES, build
 from quintet.schedule.op import Op, Pair, Work
 from quintet.schedule.table import Schedule
 
 _OP = re.compile(r"(\d+)([FBIW])(\d+)")
 _PAIR = re.compile(r"\((\d+F\d+);(\d+B\d+)\)")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,59}")
+_MOST_BYTES = 256 << 20
+
+
+class _Tree(msgspec.Struct, forbid_unknown_fields=True):
+    """The JSON as it is written."""
+
+    name: str
+    num_microbatches: int
+    routes: list[str]
+    table: list[str]
+
 
 
 def dumps(schedule: Schedule) -> str:
@@ -28,16 +45,39 @@ def dumps(schedule: Schedule) -> str:
 def loads(text: str, *, origin: str) -> Schedule:
     """The schedule that JSON text describes. Raises SpecError for anything else; whether it can run is for `check` to say."""
     try:
-        tree: Any = json.loads(text)
-        routes = tuple(tuple(int(rank) for rank in str(route).split()) for route in tree["routes"])
-        table = tuple(tuple(_work(word, origin) for word in str(row).split()) for row in tree["table"])
-        schedule = Schedule(name=str(tree["name"]), num_microbatches=int(tree["num_microbatches"]), routes=routes, table=table)
-    except (ValueError, KeyError, TypeError) as error:
+        tree = msgspec.json.decode(text, type=_Tree)
+        routes = tuple(tuple(int(rank) for rank in route.split()) for route in tree.routes)
+        table = tuple(tuple(_work(word, origin) for word in row.split()) for row in tree.table)
+    except (ValueError, RecursionError) as error:
         if isinstance(error, SpecError):
             raise
-        raise SpecError(f"{origin} is no schedule: {type(error).__name__} {error}; `quintet schedule --save` writes them") from None
+        raise SpecError(f"{origin} is no schedule: {error}; `quintet schedule --save` writes them") from None
+    if not _NAME.fullmatch(tree.name):
+        raise SpecError(f"{origin}: name {tree.name[:80]!r} must be at most 60 letters, digits, '-', '_' and '.'")
+    schedule = Schedule(name=tree.name, num_microbatches=tree.num_microbatches, routes=routes, table=table)
     _refuse_routes(schedule, origin)
-    return schedule
+    return _renamed(schedule)
+
+
+def read(path: Path) -> Schedule:
+    """The schedule in a file. Raises SpecError."""
+    try:
+        if path.exists() and (not path.is_file() or path.stat().st_size > _MOST_BYTES):
+            raise OSError(f"it must be a file of at most {_MOST_BYTES >> 20} MB")
+        return loads(path.read_text(), origin=str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"cannot read the schedule {path}: {error}; `quintet schedule search --save` writes such files") from None
+
+
+def _renamed(schedule: Schedule) -> Schedule:
+    """Another name for what has the name of one that it is not."""
+    if schedule.name not in NAMES:
+        return schedule
+    with suppress(SpecError):
+        chunks = schedule.num_stages // schedule.num_ranks
+        if build(schedule.name, schedule.num_ranks, schedule.num_microbatches, chunks=chunks) == schedule:
+            return schedule
+    return replace(schedule, name=f"{schedule.name}-from-file")
 
 
 def _work(word: str, origin: str) -> Work:

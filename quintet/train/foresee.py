@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from quintet.cost.memory import step_memory
+from quintet.cost.pipeline import fewest_sequences, require_suited
 from quintet.cost.pipeline import read as read_schedule
-from quintet.cost.pipeline import require_suited
 from quintet.data.prepare import foresee
 from quintet.errors import QuintetError, SpecError
 from quintet.monitor import machine
@@ -49,7 +49,7 @@ def require_schedule(run: Run) -> None:
         smallest = max(1, round(PhaseCurves(phase).batch.lowest))
         count = layout.num_microbatches(smallest, micro_batch)
         if count < fewest:
-            needed = layout.dp * micro_batch * (fewest - 1) + 1
+            needed = fewest_sequences(layout, micro_batch)
             raise SpecError(
                 f"phase {phase.name!r} has batches of {smallest} sequences, which make {count} micro-batches of train.micro_batch "
                 f"({micro_batch}) on each of layout.dp ({layout.dp}) replicas, but {layout.pipeline} on layout.pp ({layout.pp}) takes at "

@@ -21,7 +21,7 @@ from quintet.checkpoint.background import Failed
 from quintet.checkpoint.load import candidates
 from quintet.checkpoint.manifest import directory_name
 from quintet.checkpoint.store import Spent
-from quintet.cost.balance import recut
+from quintet.cost.balance import WORTH_IT, pipeline_stages, recut
 from quintet.cost.flops import flops_per_token
 from quintet.cost.memory import largest_rank
 from quintet.cost.micro_batch import better_micro_batch
@@ -151,6 +151,7 @@ class _Session:
         self.saver = state.saver(where, run, seconds=ranks.seconds)
         self.held_out, self.held_out_step = math.nan, -1
         self.sizes: dict[int, list[float]] = {}
+        self.slowest: dict[tuple[int, ...], float] = {}
         self.stretches = curriculum(run)
         self.num_steps = sum(stretch.num_steps for stretch in self.stretches)
         self.peak_flops = machine.measured_peak(device, run.train.precision) * run.layout.num_ranks
@@ -302,8 +303,9 @@ class _Session:
         seconds, size = self.built.pipeline.stage_seconds(), self.run.train.micro_batch
         if seconds is None:
             return
-        if (counts := recut(self.run.model, self.run.layout, seconds)) is not None:
-            told = f"the slowest stage takes {max(seconds):.3f} s of {sum(seconds):.3f} s; layout.cut is {counts}"
+        if (counts := self._better_cut(seconds)) is not None:
+            slowest = f"the slowest of {len(seconds)} stages takes {max(seconds):.3f} s for a micro-batch, all {sum(seconds):.3f} s"
+            told = f"{slowest}; layout.cut is {counts}"
             self._cut_anew(position, counts)
         else:
             self.sizes[size] = seconds
@@ -313,9 +315,21 @@ class _Session:
             told = f"micro-batches of {size} take the slowest stage {max(seconds):.3f} s; train.micro_batch is {better}"
             self.run = replace(self.run, train=replace(self.run.train, micro_batch=better))
             self.built.pipeline.forget_times()
+            self.slowest.clear()
         self.sinks.write(Message(text=f"{told} from step {position.step + 1} on"))
         if self.ranks.is_lead:
             directory.rewrite_recipe(self.where, self.run)
+
+    def _better_cut(self, seconds: list[float]) -> tuple[int, ...] | None:
+        """Of stages: back to one that was faster, or on to one that was not tried yet."""
+        layout, model = self.run.layout, self.run.model
+        now = tuple(len(stage.layers) for stage in pipeline_stages(model, layout))
+        self.slowest[now] = max(seconds)
+        best = min(self.slowest, key=self.slowest.__getitem__)
+        if self.slowest[best] < WORTH_IT * max(seconds):
+            return best
+        counts = recut(model, layout, seconds)
+        return None if counts in self.slowest else counts
 
     def _better_size(self, batch_sequences: int) -> int | None:
         """Of micro-batches, by the sizes that were tried since the stages were last cut; where memory allows."""

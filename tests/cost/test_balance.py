@@ -58,11 +58,14 @@ def test_v3_on_16_places_has_one_layer_beside_its_head_and_mtp_module() -> None:
 def test_measured_stages_move_layers_away_from_a_slow_one_and_stay_where_it_would_not_pay() -> None:
     layout = Layout(pp=4, schedule="1f1b", cut=(16, 16, 16, 13))
     counts = recut(V3, layout, [2.0, 1.0, 1.0, 1.0])
-    assert counts is not None and counts[0] < 16 and sum(counts) == 61
-    # With that cut, and times that are as the first ones said, nothing is left to gain.
+    assert counts is not None and 12 <= counts[0] < 16 and sum(counts) == 61, "half of the way"
+    # Times that are as the first ones said lead on, until nothing is left to gain.
     layers, behind = layer_costs(V3)
     rate = [seconds / cost for seconds, cost in zip([2.0, 1.0, 1.0, 1.0], stage_costs(layers, (16, 16, 16, 13), behind), strict=True)]
     slow = [cost * rate[min(layer // 16, 3)] for layer, cost in enumerate(layers)]
-    seconds = stage_costs(slow, counts, behind * rate[3])
-    assert max(seconds) < 1.5
-    assert recut(V3, replace(layout, cut=counts), seconds) is None
+    last, steps = counts, 0
+    while counts is not None:
+        assert all(counts[:-1]) and sum(counts) == 61
+        seconds, last, steps = stage_costs(slow, counts, behind * rate[3]), counts, steps + 1
+        counts = recut(V3, replace(layout, cut=counts), seconds)
+    assert max(seconds) < 1.4 and last[0] < 12 and steps <= 5

@@ -81,7 +81,7 @@ def test_the_others_hear_what_a_rank_does_and_what_it_has_done() -> None:
         assert told() == "in step 3"
         one.begin_row()
         one.begin("0F1", 4)
-        assert told() == "in step 3, at 0F1 (step 4 of row 1)"
+        assert told() == "in step 3, at 0F1 (place 4 in row 1)"
     with one.during("the evaluation of step 3"):
         assert told() == "in the evaluation of step 3"
     assert told() == "behind the evaluation of step 3"

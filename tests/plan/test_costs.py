@@ -126,7 +126,7 @@ def test_costs_are_read_from_names_words_and_files(tmp_path: Path) -> None:
         ("deepsek-v3", "'deepsek-v3' is no costs (did you mean 'deepseek-v3'?); give equal, deepseek-v3"),
         ("forwrad=1", "unknown cost 'forwrad' (did you mean 'forward'?)"),
         ("forward=fast", "'forward=fast' in the costs must be a name, '=' and a number"),
-        ("forward=-1", "forward (-1.0) must not be negative"),
+        ("forward=-1", "forward (-1.0) must be finite and not negative"),
         ("pair=0", "pair (0.0) must lie above 0"),
         ("p2p_bandwidth=0", "p2p_bandwidth (0.0) must be above 0"),
         ("nowhere.toml", "cannot read costs from nowhere.toml"),
@@ -152,5 +152,5 @@ def test_a_broken_file_is_refused_with_the_place(tmp_path: Path) -> None:
 
 
 def test_not_a_number_is_refused() -> None:
-    with pytest.raises(SpecError, match="must not be negative"):
+    with pytest.raises(SpecError, match="must be finite and not negative"):
         replace(Costs(), forward=float("nan"))

@@ -21,8 +21,8 @@ def test_a_schedule_that_was_asked_for_wants_its_micro_batches_in_the_smallest_b
     with pytest.raises(SpecError) as error:
         require_schedule(replace(V3, layout=replace(V3.layout, schedule="dualpipe")))
     assert "batches of 3072 sequences, which make 24 micro-batches" in str(error.value)
-    assert "takes at least 32; raise phases.batch to 3969 or more" in str(error.value)
-    longer = replace(V3, phases=tuple(replace(phase, batch=("3969",)) for phase in V3.phases))
+    assert "takes at least 32; raise phases.batch to 3841 or more" in str(error.value)
+    longer = replace(V3, phases=tuple(replace(phase, batch=("3841",)) for phase in V3.phases))
     require_schedule(replace(longer, layout=replace(V3.layout, schedule="dualpipe")))
 
 
@@ -53,7 +53,7 @@ def test_steps_of_as_many_micro_batches_go_by_the_schedule_of_a_file_and_others_
     [
         (Layout(pp=2, schedule="dualpipe", schedule_file=FOUND), "is for 4 ranks, but layout.pp is 2"),
         (Layout(pp=4, schedule="zb1p", schedule_file=FOUND), "zb1p on [[0, 1, 2, 3]]; set layout.schedule to dualpipe"),
-        (Layout(pp=4, schedule_file="nowhere.json"), "'nowhere.json' cannot be read"),
+        (Layout(pp=4, schedule_file="nowhere.json"), "'nowhere.json': cannot read the schedule nowhere.json: [Errno 2]"),
         (Layout(pp=4, schedule_file=__file__), "is no schedule"),
     ],
 )

@@ -320,7 +320,7 @@ def test_a_rank_that_stops_amid_a_step_is_named_with_what_waits_for_it_and_what_
     assert codes(fates) == [76, -9]
     told = fates[0].told
     assert "rank 0 waits at 0B1 from rank 1, which did not come" in told and "Traceback" not in told
-    assert "rank 0: in step 2, at 0B1 (step " in told and "rank 1: in step 2, at 1B1 (step " in told and " s ago" in told
+    assert "rank 0: in step 2, at 0B1 (place " in told and "rank 1: in step 2, at 1B1 (place " in told and " s ago" in told
     assert "look first at rank 1, which was silent for longest" in told
 
 
