@@ -212,6 +212,7 @@ def test_scaling_sets_four_ranks_beside_two_and_one(tmp_path: Path, mini: Path) 
     assert one["waiting_by_axis"] == {} and one["efficiency"] == [1.0, 1.0] and one["wire_bytes"] == 0
     assert 0 < sum(four["waiting_by_axis"].values()) < 1 and "ep" in four["waiting_by_axis"]
     assert (four["wire_bytes"] > 0) == result["emulated_hosts"]
+    assert 0 < four["off"] < 1e-4
 
 
 @pytest.mark.parametrize("flags", [["--links", "0", "100"], ["--delay", "1"]], ids=" ".join)
