@@ -176,7 +176,8 @@ def _batches(run: Run, recipe: Path, sequences: int, steps: int, console: Consol
     from quintet.data.loader import Loader
 
     prepared = prepare(run, console, recipe=recipe, on_other="beside")
-    loader = Loader(prepared, run.data, sequence_length=run.phases[0].sequence_length, seed=run.seed)
+    data = replace(run.data, buckets=())  # both sides see the same batches, of one length
+    loader = Loader(prepared, data, sequence_length=run.phases[0].sequence_length, seed=run.seed)
     return [loader.next_batch(sequences) for _ in range(steps)]
 
 
