@@ -27,7 +27,7 @@ _EXTENT = 4 << 20
 """Most bytes of an extent of several parts."""
 _GAP = 1 << 16
 """Bytes between two parts that are read rather than asked for apart."""
-_LITTLE = 1 << 14
+_LITTLE = 1 << 16
 """Bytes of a part up to which the thread that comes upon it uses it by itself."""
 _UNDER_WAY = 8
 """Extents that a rank has begun, and as many that are being used."""
