@@ -306,12 +306,12 @@ def factors(counts: Sequence[int], mebibytes: int, host: str | None) -> list[dic
 
 def show(steps: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> None:
     """Print both tables."""
-    print(f"\n{'bytes per rank and step':38}{'axis':20}{'calls':>6}{'foretold':>14}{'counted rows':>14}", end="")
+    print(f"\n{'bytes per rank and step':42}{'axis':20}{'calls':>6}{'foretold':>14}{'counted rows':>14}", end="")
     print(f"{'measured':>14}{'ratio':>9}{'wire':>7}")
     for step in steps:
         for i, (axis, row) in enumerate(step["axes"].items()):
             first, last = step["layout"] if i == 0 else "", f"{step['wire_ratio']:7.2f}" if i == 0 else ""
-            print(f"{first:38}{axis:20}{row['calls']:6}{row['foretold']:14,.0f}{row['counted_rows']:14,.0f}", end="")
+            print(f"{first:42}{axis:20}{row['calls']:6}{row['foretold']:14,.0f}{row['counted_rows']:14,.0f}", end="")
             print(f"{row['measured']:14,.0f}{row['measured'] / row['counted_rows']:9.5f}{last}")
     print(f"\n{'collective':18}{'ranks':>6}{'counted':>14}{'on the wire':>14}{'factor':>8}")
     for row in rows:

@@ -200,10 +200,9 @@ def _gathered(model: Model, layout: Layout, blocks: dict[str, int], outside: int
 
 
 def logits_bytes(model: Model, train: Train, layout: Layout, *, sequence_length: int, modules: int) -> int:
-    """Bytes of the loss. A split vocabulary has its logits and their gradient in fp32 too, since ranks compare them in between."""
+    """Bytes of the loss."""
     size, rows = element_bytes(train), model.vocab_size // layout.tp
-    per_logit = 2 * size + (2 * FP32 if layout.tp > 1 and size < FP32 else 0)
-    chunk = per_logit * min(train.loss_chunk, tokens_of(train, layout, sequence_length)) * rows
+    chunk = 2 * size * min(train.loss_chunk, tokens_of(train, layout, sequence_length)) * rows
     return chunk + (FP32 + size * modules) * rows * model.hidden_size
 
 
