@@ -456,7 +456,7 @@ def show_rates(count: int, found: dict[str, list[tuple[float, float]]], gigabyte
 def main() -> None:
     """Measure, print, write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS[:-1], help="default: all but recovery")
     parser.add_argument("--checkpoint", type=Path, help="a run or a checkpoint, for the part `size`, which is left out without one")
     parser.add_argument("--gigabytes", type=float, default=1.0, help="of the state that is saved")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])

@@ -27,6 +27,8 @@ _EXTENT = 4 << 20
 """Most bytes of an extent of several parts."""
 _GAP = 1 << 16
 """Bytes between two parts that are read rather than asked for apart."""
+_LITTLE = 1 << 16
+"""Bytes of a part up to which the thread that comes upon it uses it by itself."""
 _UNDER_WAY = 8
 """Extents that a rank has begun, and as many that are being used."""
 
@@ -117,6 +119,9 @@ class _Crew:
         """Start with an extent; what is returned waits for its bytes, and passes them on."""
         first = extent.parts[0]
         self._files.will_read(first.file, extent.offset, extent.end - extent.offset)
+        if not first.ranks and first.length <= _LITTLE and not self._files.is_remote:  # not worth waking a thread
+            self._try(lambda: first.use(None))
+            return lambda: None
         if not first.ranks:
             future = self._threads.start(lambda: self._alone(extent))
             return lambda: self._note(future)
@@ -171,8 +176,11 @@ class _Crew:
             self._note(future)
 
     def _note(self, future: Future[None]) -> None:
+        self._try(future.result)
+
+    def _try(self, work: Callable[[], None]) -> None:
         try:
-            future.result()
+            work()
         except Exception as error:  # the others count on this rank
             self._errors.append(error)
 
@@ -195,4 +203,5 @@ def verify_data(
             return check
 
         ordered = sorted(pieces, key=lambda piece: (piece.file, piece.offset))
-        fetch((part for parts in threads.in_order(parts_of, ordered) for part in parts), files, threads)
+        rows = threads.in_order(parts_of, ordered) if len(ordered) > _UNDER_WAY else map(parts_of, ordered)
+        fetch((part for parts in rows for part in parts), files, threads)

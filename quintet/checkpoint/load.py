@@ -106,11 +106,11 @@ def read_manifest(directory: Place) -> Manifest:
 
     Raises CheckpointError. The content of the files is not read: see `verify`. Hidden files are ignored.
     """
-    return _manifest(directory, _checked_content(directory))
+    return _checked(directory)[0]
 
 
-def _checked_content(directory: Place) -> bytes:
-    """The manifest's bytes, once the directory has been found to hold what it names."""
+def _checked(directory: Place) -> tuple[Manifest, bytes]:
+    """The manifest and its bytes, once the directory has been found to hold what it names."""
     try:
         require_folder(directory)
         data = content(directory / NAME)
@@ -124,7 +124,7 @@ def _checked_content(directory: Place) -> bytes:
         raise CheckpointError(f"{Path(error.filename or NAME).name} is missing") from None
     except OSError as error:
         raise failure(error, doing=f"reading {directory}") from None
-    return data
+    return manifest, data
 
 
 def _manifest(directory: Place, data: bytes) -> Manifest:
@@ -195,7 +195,15 @@ def load(
     """
     tensors = tensors_of(state)
     company = Company(doing=f"loading {directory}")
-    manifest = _manifest(directory, company.lead(lambda: _checked_content(directory)))
+    own: list[Manifest] = []  # rank 0 has read it already
+
+    def look() -> bytes:
+        manifest, data = _checked(directory)
+        own.append(manifest)
+        return data
+
+    data = company.lead(look)
+    manifest = own[0] if own else _manifest(directory, data)
 
     def compare() -> None:
         foreign = {name for name in manifest.tensors.keys() - tensors.keys() if not strict or elsewhere(name)}

@@ -72,6 +72,8 @@ def read(readings: Sequence[Reading], files: DataFiles, threads: Threads, compan
     """Read the blocks that hold something of what is wished for, in the order in which they lie on the disk; what several ranks wish for is
     read by one of them. All ranks of the company call it together, and all raise the first one's error."""
     jobs = [job for reading in sorted(readings, key=lambda reading: reading.key) for job in _jobs(reading)]
+    if company.size == 1 and not jobs:
+        return
     readers = _readers(_needs(_spans(jobs), company)) if company.size > 1 else {}
     rows: dict[Key, list[Block]] = {}
 
