@@ -6,6 +6,7 @@ size: the tensors of a real checkpoint (`--checkpoint`, of a run in bf16) throug
 rates: a state of bf16 weights, fp32 master and fp32 moments (14 bytes a parameter), its rows shared out over gloo ranks, is saved and
 loaded by both codecs; between them every rank writes and reads as many plain bytes of its own to a file by itself. Writes end with fsync,
 reads begin without the file in memory. A ratio is the disk's time over ours, of the same round.
+Seconds of a core a GB tell what bounds it where the disk does not.
 stall: one process saves the same state in turn synchronously, in the background, by `dcp.save` and by `dcp.async_save`. Stall is what the
 trainer waits: in the call, and before its next update, `--compute` seconds of matrix products later. How many of these products a second
 there are while a save is written is told too.
@@ -169,14 +170,17 @@ def read_plainly(path: Path, tensors: Sequence[torch.Tensor]) -> None:
                 view = view[file.readinto(view[:CHUNK]) or sys.exit("a file is too short") :]
 
 
-def timed(work: Callable[[], object]) -> float:
-    """Seconds until all ranks are done."""
-    if not dist.is_initialized():
-        return seconds(work)
-    dist.barrier()
+def timed(work: Callable[[], object]) -> tuple[float, float]:
+    """Seconds until all ranks are done, and the seconds of processor time that all took together."""
+    if dist.is_initialized():
+        dist.barrier()
+    begin = time.process_time()
     taken = torch.tensor([seconds(work)])
-    dist.all_reduce(taken, dist.ReduceOp.MAX)
-    return float(taken)
+    cpu = torch.tensor([time.process_time() - begin])
+    if dist.is_initialized():
+        dist.all_reduce(taken, dist.ReduceOp.MAX)
+        dist.all_reduce(cpu)
+    return float(taken), float(cpu)
 
 
 def forget(directory: Path) -> None:
@@ -185,13 +189,13 @@ def forget(directory: Path) -> None:
         drop_from_cache(file)
 
 
-def rates(folder: Path, gigabytes: float, rounds: int, rank: int, count: int) -> dict[str, list[float]]:
-    """Seconds of each round, by what was done."""
+def rates(folder: Path, gigabytes: float, rounds: int, rank: int, count: int) -> dict[str, list[tuple[float, float]]]:
+    """Seconds, and of processors, of each round, by what was done."""
     state = state_of(gigabytes, rank, count)
     own = folder / f"plain-{rank}"
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[tuple[float, float]]] = {}
 
-    def note(name: str, taken: float) -> None:
+    def note(name: str, taken: tuple[float, float]) -> None:
         found.setdefault(name, []).append(taken)
 
     for number in range(rounds + 1):
@@ -436,14 +440,16 @@ def count_of(path: Path, kind: type[Saved | Resumed]) -> int:
     return sum(isinstance(event, kind) for event in read_events(path)) if path.exists() else 0
 
 
-def show_rates(count: int, found: dict[str, list[float]], gigabytes: float) -> dict[str, Any]:
+def show_rates(count: int, found: dict[str, list[tuple[float, float]]], gigabytes: float) -> dict[str, Any]:
     """Print a block of the table and return its figures."""
     row: dict[str, Any] = {"ranks": count}
     for name, taken in found.items():
         reference = found["plain write" if name.split()[0] in ("plain", "save") and name != "plain read" else "plain read"]
-        ratio = median(ours and disk / ours for disk, ours in zip(reference, taken, strict=True))
-        row[name] = {"seconds": median(taken), "gb_per_s": gigabytes / median(taken), "of_disk": ratio}
-        print(f"{count:5}  {name:14}{median(taken):9.2f} s{gigabytes / median(taken):9.2f} GB/s{ratio:9.2f} of the disk")
+        ratio = median(ours[0] and disk[0] / ours[0] for disk, ours in zip(reference, taken, strict=True))
+        whole, cpu = (median(each[i] for each in taken) for i in (0, 1))
+        row[name] = {"seconds": whole, "gb_per_s": gigabytes / whole, "of_disk": ratio, "cpu_seconds_per_gb": cpu / gigabytes}
+        rate = f"{whole:9.2f} s{gigabytes / whole:9.2f} GB/s{ratio:9.2f} of the disk"
+        print(f"{count:5}  {name:14}{rate}{cpu / gigabytes:9.2f} s of a core a GB")
     return row
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from startup import circumstances, headline, write_json
 from traffic import Trainee
 
 import quintet.train.build as building
+from quintet.errors import RankError
 from quintet.launch.local import run_on_ranks
 from quintet.ops.pointwise import REFERENCE, Kernels
 from quintet.parallel.pipeline import Pipeline
@@ -72,6 +72,7 @@ ACTIVATION_CASES: tuple[tuple[Layout, str], ...] = (
     (Layout(pp=2, dp=2, ep=2, zero=1, schedule="1f1b"), "none"),
 )
 SEQUENCES = 8
+TRIES = 4
 
 
 def states() -> list[dict[str, Any]]:
@@ -109,50 +110,62 @@ def kept(run: Run) -> int:
     whole: Any = {"backend": "aot_eager_decomp_partition", "dynamic": False, "fullgraph": True}
     fused = Kernels(*(torch.compile(getattr(REFERENCE, name), **whole) for name in Kernels.__dataclass_fields__))
     building.kernels = lambda run, device, on_message: fused  # type: ignore[assignment]
-    trainee, began = Trainee(run, sequences=SEQUENCES), list[int]()
-    _note_backwards(began)
+    trainee = Trainee(run, sequences=SEQUENCES)
     trainee.step()
-    found = []
-    for _ in range(2):  # a message that a thread of gloo is the last to hold is freed unseen: the lesser of two
-        began.clear()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            trainee.step()
-        assert profile.profiler and profile.profiler.kineto_results
-        events = profile.profiler.kineto_results.events()
-        found.append(sum(event.nbytes() for event in events if event.name() == "[memory]" and event.start_ns() < began[0]))
+    found = [_until_backward(trainee) for _ in range(2)]
     dist.barrier()
-    return min(found)
+    return min(found)  # a message that a thread of gloo is the last to hold is freed unseen
 
 
-def _note_backwards(began: list[int]) -> None:
-    """A time stamp whenever a backward begins: of a loss, or in a pipeline of a stage."""
-    backward, stage, pair = torch.Tensor.backward, Pipeline._backward, Pipeline._pair
+def _until_backward(trainee: Trainee) -> int:
+    """Bytes that a step allocates and keeps until the first backward, of a loss, or in a pipeline of a stage."""
+    profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    whole, stage, pair = torch.Tensor.backward, Pipeline._backward, Pipeline._pair
+    running = True
 
-    def note(of: Any) -> Any:
-        def noted(*arguments: Any, **more: Any) -> Any:
-            began.append(time.time_ns())
+    def ending(of: Any) -> Any:
+        def ended(*arguments: Any, **more: Any) -> Any:
+            nonlocal running
+            if running:
+                profile.stop()
+                running = False
             return of(*arguments, **more)
 
-        return noted
+        return ended
 
-    torch.Tensor.backward, Pipeline._backward, Pipeline._pair = note(backward), note(stage), note(pair)  # type: ignore[method-assign]
+    torch.Tensor.backward, Pipeline._backward, Pipeline._pair = ending(whole), ending(stage), ending(pair)  # type: ignore[method-assign]
+    profile.start()
+    trainee.step()
+    torch.Tensor.backward, Pipeline._backward, Pipeline._pair = whole, stage, pair  # type: ignore[method-assign]
+    assert profile.profiler and profile.profiler.kineto_results
+    return sum(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+
+
+def measured(run: Run) -> list[int]:
+    """`kept` of every rank; torch's profiler now and then crashes beside gloo's threads, and then the ranks begin anew."""
+    for _ in range(TRIES - 1):
+        try:
+            return run_on_ranks(run.layout.num_ranks, kept, (run,), preload=("torch", "traffic"))
+        except RankError as error:
+            print(f"once more: {error}", file=sys.stderr)
+    return run_on_ranks(run.layout.num_ranks, kept, (run,), preload=("torch", "traffic"))
 
 
 def activations(only: str) -> list[dict[str, Any]]:
     rows = []
     for layout, recompute in (case for case in ACTIVATION_CASES if only in f"{case[0]} {case[1]}"):
         run = small(layout, recompute)
-        held = run_on_ranks(layout.num_ranks, kept, (run,), preload=("torch", "traffic"))
+        held = measured(run)
         setup = setup_of(run)
         planned = rank_memory(setup, step_time(setup, named("h100", num_gpus=layout.num_ranks)).parts, device="cpu")
         stride = layout.num_ranks // layout.pp
         for place in range(layout.pp):
-            measured = statistics.mean(held[place * stride : (place + 1) * stride])
+            mean = statistics.mean(held[place * stride : (place + 1) * stride])
             foretold = planned[place].activations + _head_gradients(setup, planned[place])
-            error, name = foretold / measured - 1, f"  {layout!s:34} {recompute:10} {place:5}"
-            row = {"layout": str(layout), "recompute": recompute, "place": place, "measured": measured, "planned": foretold}
+            error, name = foretold / mean - 1, f"  {layout!s:34} {recompute:10} {place:5}"
+            row = {"layout": str(layout), "recompute": recompute, "place": place, "measured": mean, "planned": foretold}
             rows.append(row | {"error": error})
-            print(f"{name} {measured / 2**20:10.1f} {foretold / 2**20:9.1f}   {error:+6.1%}", flush=True)
+            print(f"{name} {mean / 2**20:10.1f} {foretold / 2**20:9.1f}   {error:+6.1%}", flush=True)
     return rows
 
 

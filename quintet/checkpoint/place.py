@@ -156,11 +156,16 @@ class Remote:
                     raise OSError(code, error.strerror or str(error) or os.strerror(code), self.url) from error
                 raise
             except Exception as error:  # every store has errors of its own
-                if not left or (isinstance(error, OSError) and error.errno == errno.EINVAL):
-                    told = f"{str(error) or type(error).__name__} ({_TRIES - left} tries)"
+                if not left or _stays(error):
+                    told = f"{str(error) or type(error).__name__} ({_TRIES - left} {'tries' if left < _TRIES - 1 else 'try'})"
                     raise OSError(errno.EREMOTEIO, told, self.url) from error
             time.sleep(_FIRST_WAIT * 2 ** (_TRIES - 1 - left) * random.uniform(0.5, 1))
         raise AssertionError
+
+
+def _stays(error: Exception) -> bool:
+    """Whether another try would have the same answer: a request that is wrong, or nobody to sign it."""
+    return (isinstance(error, OSError) and error.errno == errno.EINVAL) or "Credentials" in type(error).__name__
 
 
 class RemoteWriter:

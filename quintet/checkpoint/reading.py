@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from blake3 import blake3
 
 from quintet.checkpoint import codec as codecs
 from quintet.checkpoint.agreement import Company
@@ -15,6 +17,9 @@ from quintet.checkpoint.exchange import Part, fetch
 from quintet.checkpoint.manifest import BLOCK, ITEM_SIZE, ROW, Manifest, Piece
 from quintet.checkpoint.pieces import Box, Pieces, boxes_here, meet, run_of_boxes, within
 from quintet.checkpoint.store import Block, DataFiles, Threads, fill, flat_memory
+
+_TURN = 4
+"""Blocks after which another rank may be the one that reads."""
 
 Key = tuple[str, int]
 """A piece by its file and offset."""
@@ -67,8 +72,7 @@ def read(readings: Sequence[Reading], files: DataFiles, threads: Threads, compan
     """Read the blocks that hold something of what is wished for, in the order in which they lie on the disk; what several ranks wish for is
     read by one of them. All ranks of the company call it together, and all raise the first one's error."""
     jobs = [job for reading in sorted(readings, key=lambda reading: reading.key) for job in _jobs(reading)]
-    told = company.share(lambda: _spans(jobs)) if company.size > 1 else []
-    readers = _readers(told)
+    readers = _readers(_needs(_spans(jobs), company)) if company.size > 1 else {}
     rows: dict[Key, list[Block]] = {}
 
     def fetch_rows() -> None:
@@ -92,33 +96,57 @@ class _Shared:
     reader: int
 
 
-def _spans(jobs: Sequence[_Job]) -> dict[Key, list[tuple[int, int]]]:
-    """The runs of blocks that this rank needs of each piece."""
-    found: dict[Key, list[tuple[int, int]]] = {}
+Spans = tuple[tuple[int, int, int], ...]
+"""Of a file: pieces, by offset, and their blocks `first` to `end`."""
+
+
+def _spans(jobs: Sequence[_Job]) -> dict[str, Spans]:
+    """The runs of blocks that this rank needs of each file."""
+    found: dict[str, list[tuple[int, int, int]]] = {}
     for job in jobs:
-        spans = found.setdefault(job.reading.key, [])
-        if spans and spans[-1][1] == job.number:
-            spans[-1] = (spans[-1][0], job.number + 1)
+        file, offset = job.reading.key
+        spans = found.setdefault(file, [])
+        if spans and spans[-1][::2] == (offset, job.number):
+            spans[-1] = (offset, spans[-1][1], job.number + 1)
         else:
-            spans.append((job.number, job.number + 1))
-    return found
+            spans.append((offset, job.number, job.number + 1))
+    return {file: tuple(spans) for file, spans in found.items()}
 
 
-def _readers(told: Sequence[Mapping[Key, list[tuple[int, int]]]]) -> dict[Key, list[_Shared]]:
-    """Who reads what of what each rank needs, the same on every rank: of those that need it, the one that reads least so far."""
-    needs: dict[Key, list[tuple[int, tuple[int, int]]]] = {}
-    for rank, spans in enumerate(told):
-        for key, found in spans.items():
-            needs.setdefault(key, []).extend((rank, span) for span in found)
-    load = [0] * len(told)
+def _needs(mine: Mapping[str, Spans], company: Company) -> dict[str, dict[Spans, list[int]]]:
+    """For each file that this rank needs something of: what is needed, and by which ranks.
+
+    Most ranks need the same of a file, such as all its shards of dense weights. So they first tell only digests of what they need, and what
+    a digest stands for is told once: at thousands of ranks both are small.
+    """
+    digests = company.share(lambda: {file: blake3(repr(spans).encode()).digest(8) for file, spans in mine.items()})
+    ranks: dict[tuple[str, bytes], list[int]] = {}
+    for rank, each in enumerate(digests):
+        for key in each.items():
+            ranks.setdefault(key, []).append(rank)
+    told = company.share(lambda: {key: mine[key[0]] for key, same in ranks.items() if same[0] == company.rank})
+    needs: dict[str, dict[Spans, list[int]]] = {file: {} for file in mine}
+    for (file, digest), spans in (found for each in told for found in each.items()):
+        if file in needs:
+            needs[file][spans] = ranks[file, digest]
+    return needs
+
+
+def _readers(needs: Mapping[str, Mapping[Spans, Sequence[int]]]) -> dict[Key, list[_Shared]]:
+    """Who reads what of what each rank needs, the same on every rank: of those that need it, they in turn."""
     shared: dict[Key, list[_Shared]] = {}
-    for key in sorted(needs):
-        for first, end in itertools.pairwise(sorted({edge for _, span in needs[key] for edge in span})):
-            ranks = tuple(rank for rank, span in needs[key] if span[0] <= first and end <= span[1])
-            if ranks:
-                reader = min(ranks, key=lambda rank: load[rank])
-                load[reader] += end - first
-                shared.setdefault(key, []).append(_Shared(first, end, ranks, reader))
+    for file, classes in needs.items():
+        turn = itertools.count(zlib.crc32(file.encode()))
+        pieces: dict[int, list[tuple[int, int, Sequence[int]]]] = {}
+        for spans, ranks in sorted(classes.items()):
+            for offset, first, end in spans:
+                pieces.setdefault(offset, []).append((first, end, ranks))
+        for offset, found in sorted(pieces.items()):
+            edges = {edge for first, end, _ in found for edge in (first, end)}
+            for first, end in itertools.pairwise(sorted({*edges, *range(min(edges), max(edges), _TURN)})):
+                there = tuple(sorted(rank for begin, stop, ranks in found if begin <= first and end <= stop for rank in ranks))
+                if there:
+                    shared.setdefault((file, offset), []).append(_Shared(first, end, there, there[next(turn) % len(there)]))
     return shared
 
 
@@ -153,12 +181,20 @@ def _part_of_block(job: _Job, readers: Mapping[Key, list[_Shared]], rows: Sequen
 def _jobs(reading: Reading) -> Iterator[_Job]:
     """What is to be done with each block of which something is wanted."""
     piece = reading.piece
-    for number in range(piece.num_blocks):
+    ends = [end for wish in reading.wishes if (shared := meet(wish.box, (piece.offsets, piece.sizes))) for end in _ends(shared, piece)]
+    for number in range(min(ends) // BLOCK, max(ends) // BLOCK + 1):
         begin, end = number * BLOCK, min((number + 1) * BLOCK, piece.numel)
         runs = [_moved(box, piece.offsets) for box in run_of_boxes(piece.sizes, begin, end)]
         hits = [(wish, run, shared) for wish in reading.wishes for run in runs if (shared := meet(wish.box, run))]
         if hits:
             yield _Job(reading, number, (begin, end), runs, hits)
+
+
+def _ends(box: Box, piece: Piece) -> tuple[int, int]:
+    """The first and the last element of a box within a piece, by their places in it."""
+    corners = ([a - begin + more for a, n, begin in zip(*box, piece.offsets, strict=True) for more in [last * (n - 1)]] for last in (0, 1))
+    first, last = (sum(at * math.prod(piece.sizes[d + 1 :]) for d, at in enumerate(corner)) for corner in corners)
+    return first, last
 
 
 @dataclass(frozen=True)

@@ -304,9 +304,9 @@ class DataFiles:
         data: Bytes = np.frombuffer(file.read_range(offset, length), np.uint8)
         if data.size != length:
             raise self._shorter(file.name)
-        if out is not None:
-            out[:] = data
-        return data if out is None else out
+        out = np.empty(length, np.uint8) if out is None else out  # what a store gives cannot be written to, nor become a tensor
+        out[:] = data
+        return out
 
     def _path(self, name: str) -> Path:
         path = located(self.directory, name)

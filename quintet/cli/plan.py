@@ -101,7 +101,7 @@ def main(arguments: list[str]) -> int:
     run = given.run if chosen is None else _with_layout(given.run, chosen.layout)
     cluster = _cluster(given, run)
     if given.write_cluster:
-        given.write_cluster.write_text(dumps(cluster))
+        _write_text(given.write_cluster, dumps(cluster), option="--write-cluster")
         Console().print(f"wrote {given.write_cluster}", highlight=False)
         return 0
     with Bar("searching layouts"):
@@ -141,6 +141,10 @@ def plan(given: Arguments, run: Run, cluster: Cluster) -> Planned:
 
 
 def _cluster(given: Arguments, run: Run) -> Cluster:
+    if given.top < 1:
+        raise UsageError(f"--top ({given.top}) must be at least 1")
+    if given.tokens is not None and not 0 < given.tokens < math.inf:
+        raise UsageError(f"--tokens ({given.tokens}) must be larger than 0 and finite")
     num = given.gpus if given.gpus is not None else run.layout.num_ranks
     if num < 1:
         raise UsageError(f"--gpus ({num}) must be at least 1")
@@ -162,6 +166,9 @@ def _setup(given: Arguments, run: Run, cluster: Cluster) -> Setup:
     precision: Precision = run.train.precision if given.precision == "recipe" else given.precision
     if run.layout.num_ranks != cluster.num_gpus:  # the search chooses its own; nothing of the layout is judged
         run = _with_layout(run, Layout())
+    has = [name for name, _ in cluster.gpu.peak.items()] if cluster.eager is None else ["fp32", "bf16"]
+    if precision not in has:
+        raise UsageError(f"--precision {precision}: {cluster.gpu.name} has no such products; choose from {', '.join(has)}")
     software = generation(_software(given, cluster), device=cluster.gpu.name)
     chosen = of_run(run, software=software, batch_sequences=batch, precision=precision)
     if run.layout.pp > 1 and not allowed(chosen):
@@ -393,9 +400,12 @@ def _nearest_line(what: str, one: Estimate) -> str:
 
 
 def _tightest(planned: Planned) -> str:
-    one = planned.found.tightest
+    one, least = planned.found.tightest, planned.found.least_bytes
+    memory = planned.cluster.gpu.memory_bytes
+    if least > memory:
+        return f": shared by all of them, weights, gradients and optimizer alone are {least / GIGA:,.1f} GB on each of {memory / GIGA:.1f}"
     if one is None:
-        return ": no legal layout takes them"
+        return ": no legal layout takes them" if not planned.found.num_too_large else ": no layout has room for weights and optimizer"
     return (
         f"; the tightest needs {one.fullest.total / GIGA:.1f} GB of "
         f"{planned.cluster.gpu.memory_bytes / GIGA:.1f}: {one.setup.layout}, recompute {one.setup.recompute}"
@@ -440,16 +450,23 @@ def _table(*names: str) -> Table:
     return table
 
 
+def _write_text(path: Path, text: str, *, option: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise UsageError(f"{option} {path}: cannot be written ({error.strerror}); name a file in a folder that exists") from None
+
+
 def _write(given: Arguments, run: Run, planned: Planned, sizes: page.Scaling | None) -> None:
     best = planned.found.best
     if given.html and (chosen := planned.own or (best[0] if best else None)):
         title = f"{run.name} on {planned.cluster.num_gpus:,} x {planned.cluster.gpu.name}"
-        given.html.write_text(page.page(chosen, best, title=title, scaling=sizes, notes=planned.notes))
+        _write_text(given.html, page.page(chosen, best, title=title, scaling=sizes, notes=planned.notes), option="--html")
     if given.write:
         if not best:
             raise UsageError("--write: no layout was found that fits, so there is nothing to write")
         setup = best[0].setup
         train = replace(run.train, micro_batch=setup.micro_batch, recompute=setup.recompute)
-        given.write.write_text(parse.dumps(replace(run, layout=setup.layout, train=train)))
+        _write_text(given.write, parse.dumps(replace(run, layout=setup.layout, train=train)), option="--write")
         if not given.json:
             Console().print(f"wrote {given.write}: quintet train {given.write}", highlight=False)

@@ -21,7 +21,7 @@ from quintet.spec.run import Run
 
 if TYPE_CHECKING:
     from quintet.parallel.rendezvous import Ranks
-    from quintet.train.phases import Phases
+    from quintet.train.resuming import Phases
 
 _BRIEF = 24
 """Letters of a value that ranks tell each other as it is."""
@@ -39,7 +39,7 @@ def together(run: Run, run_directory: Path, *, first: Callable[[], Run], resume:
 
             require_ranks(run.layout, 1)
         run = first()  # before torch is loaded: most mistakes show here
-    from quintet.train.phases import since_process_start
+    from quintet.train.resuming import since_process_start
 
     phases = since_process_start()
     import torch

@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -27,8 +28,8 @@ EngineName = Literal["local", "daft", "ray"]
 ENGINES = ("local", "daft", "ray")
 _LITTLE_BYTES = 256 << 20
 _ANSWER_SECONDS = 10.0
-_SPACE, _LEAST_SPACE = 2, 16 << 20
-"""Free bytes that a part waits for: per byte of stored text, and at least."""
+_MORE_SPACE = 16 << 20
+"""Bytes that must become free before a part that found too little room is tried again."""
 
 
 class Engine(Protocol):
@@ -97,12 +98,12 @@ class Local:
 
 
 def _wait_for_space(job: Job, on_message: OnMessage) -> None:
-    """Return when the disk has room for a part that found none."""
-    wanted = _SPACE * job.num_bytes + _LEAST_SPACE
+    """Return when the disk has more room than when a part found too little, so that it is worth another try."""
+    folder = job.target.parent
     on_message(
-        f"the disk of {job.target.parent} is full: waiting for {wanted / 1e6:,.0f} MB, then going on; Ctrl-C stops, and what is done stays"
+        f"the disk of {folder} is full: going on when {_MORE_SPACE / 1e6:,.0f} MB more are free; Ctrl-C stops, and what is done stays"
     )
-    free_again(job.target.parent, wanted)
+    free_again(folder, shutil.disk_usage(folder).free + _MORE_SPACE)
 
 
 def _with_threads(count: int) -> None:

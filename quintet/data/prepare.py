@@ -18,7 +18,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ from quintet.data import cut, dedup, minhash
 from quintet.data.dedup import Duplicates, Fingerprints
 from quintet.data.digest import hash_of
 from quintet.data.engine import Engine, Local
-from quintet.data.origin import Origin, origin_of, parts_of, shape_of, spec_of
+from quintet.data.origin import Origin, origin_of, parts_of, provenance_of, shape_of, spec_of
 from quintet.data.part import Job, Judge, NoProgress, PartStatistics, Progress, batches, first_bytes, is_held_out, keep, ranks_of
 from quintet.data.shards import Selection, Shard, committed_folder, disk_errors, write_file, write_selection
 from quintet.data.sources import File, Listing, Reader, list_files
@@ -100,6 +100,8 @@ class _Done:
     """Version and shape of the documents' fingerprints (see `minhash`); empty where there are none."""
     statistics: Statistics
     """Result."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """What the recipe said and which versions did it, for a person (see `origin.provenance_of`); nothing reads it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -402,7 +404,13 @@ def _commit(
             duplicate_pairs=duplicates.pairs,
             **vars(gathered),
         )
-        done = _Done(origin=origin, tokenizer=tokenizer.fingerprint, fingerprints=_fingerprints(data), statistics=statistics)
+        done = _Done(
+            origin=origin,
+            tokenizer=tokenizer.fingerprint,
+            fingerprints=_fingerprints(data),
+            statistics=statistics,
+            provenance=provenance_of(data, source),
+        )
         with disk_errors(directory):
             (folder / "source.json").write_bytes(_source_json(done))
 

@@ -61,7 +61,9 @@ class Found:
     num_too_large: int = 0
     """Those among them that no memory suffices for."""
     tightest: Estimate | None = None
-    """Of those that do not fit, the one that needs least memory."""
+    """Of those that were estimated and do not fit, the one that needs least memory."""
+    least_bytes: float = 0.0
+    """Of weights, gradients and optimizer on each device, were all of them shared by all devices."""
 
 
 def search(
@@ -79,7 +81,9 @@ def search(
     Of policies that differ only in recomputation, the first that fits is the fastest. A layout whose products alone take longer than the
     best found so far by 30 % is passed over.
     """
-    space, found = space or Space(), Found()
+    space, found = space or Space(), Found(least_bytes=least_bytes(base, Layout(dp=cluster.num_gpus, zero=3)))
+    if found.least_bytes > cluster.gpu.memory_bytes:
+        return found
     best: dict[tuple[object, ...], Estimate] = {}
     key = GOALS[goal]
     limit = math.inf
@@ -87,6 +91,9 @@ def search(
         found.num_layouts += 1
         if progress:
             progress(found.num_layouts)
+        if least_bytes(base, layout) > cluster.gpu.memory_bytes:
+            found.num_too_large += 1
+            continue
         for setup in _choices(base, layout, space, cluster, limit=1.3 * limit):
             kept = _first_that_fits(setup, cluster, space, found, limit=1.3 * limit)
             if kept is None:
@@ -135,6 +142,20 @@ def layouts(model: Model, cluster: Cluster, base: Setup, space: Space) -> Iterat
                     )
                     if not broken_rules(layout, model, (length,)):
                         yield layout
+
+
+def least_bytes(setup: Setup, layout: Layout) -> float:
+    """Of weights, gradients and optimizer on the mean rank of a layout, which none of its schedules and policies can change; ZeRO is taken
+    to share evenly over all ranks."""
+    a = setup.architecture
+    a = a if setup.mtp else replace(a, num_mtp_modules=0)
+    num_moe = a.num_moe_layers + (a.num_mtp_modules if a.num_experts else 0)
+    experts = num_moe * a.block_weights(moe=True)[1] if num_moe else 0
+    mine = ((a.parameters - experts) / layout.tp + experts / (layout.ep * layout.expert_tp)) / layout.pp
+    shared = a.parameters / layout.num_ranks
+    word, master = (4, 0) if setup.precision == "fp32" else (2, 4)
+    states = (master + 2 * setup.moments_bytes) * (shared if layout.zero else mine)
+    return states + word * (shared if layout.zero == 3 else mine) + setup.gradient_bytes * (shared if layout.zero >= 2 else mine)
 
 
 def _divisors(n: int) -> list[int]:

@@ -7,12 +7,13 @@ from functools import lru_cache
 from itertools import accumulate
 
 from quintet.cost.architecture import Architecture
-from quintet.cost.balance import cut
+from quintet.cost.balance import cut, layer_costs
 from quintet.plan.block_time import BlockTime, Policy, block_time, ends_time
 from quintet.plan.eager_time import eager_block, eager_end
 from quintet.plan.setup import Setup
 from quintet.spec.cluster import Cluster
 from quintet.spec.layout import Layout
+from quintet.spec.model import Model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +87,8 @@ def parts(setup: Setup, found: Blocks) -> tuple[Part, ...]:
         )
     if layout.cut is not None:
         sizes = list(layout.cut)
+    elif setup.model is not None:
+        sizes = list(_own_cut(setup.model, num_stages))
     elif not setup.megatron:
         sizes = list(_cut(a, num_stages))
     elif a.num_layers % num_stages == 0:
@@ -98,8 +101,15 @@ def parts(setup: Setup, found: Blocks) -> tuple[Part, ...]:
 
 
 @lru_cache(maxsize=4096)
-def _cut(a: Architecture, num_stages: int) -> tuple[int, ...]:
+def _own_cut(model: Model, num_stages: int) -> tuple[int, ...]:
     """The runtime's own cut, by the operations of a token."""
+    layers, behind = layer_costs(model)
+    return cut(layers, num_stages, behind=behind)
+
+
+@lru_cache(maxsize=4096)
+def _cut(a: Architecture, num_stages: int) -> tuple[int, ...]:
+    """The same of a transformer that is not Quintet's."""
     layers, behind = a.layer_costs()
     return cut(layers, num_stages, behind=behind)
 

@@ -38,7 +38,7 @@ class Source:
     name: str
     """Name in statistics and in evaluation; letters, digits, '-' and '_'."""
     paths: tuple[str, ...]
-    """Files, folders and globs (.py .md .txt ... as text, .jsonl[.gz|.zst], .parquet), or 'python:stdlib' (the running
+    """Files, folders, globs and URLs (.py .md .txt ... as text, .jsonl[.gz|.zst], .parquet, .warc[.gz]), or 'python:stdlib' (the running
     interpreter's library) or 'python:docs' (its docstrings and documentation topics)."""
     domain: Domain
     """Code takes part in fill-in-the-middle; evaluation is reported per domain."""

@@ -47,7 +47,7 @@ from quintet.train import directory, state
 from quintet.train.build import Built, build
 from quintet.train.foresee import require_schedule
 from quintet.train.held_out import held_out_loss
-from quintet.train.phases import Phases
+from quintet.train.resuming import Phases
 from quintet.train.state import Position
 from quintet.train.step import StepResult, run_step
 

@@ -265,14 +265,15 @@ def test_a_run_whose_checkpoints_are_in_a_store_resumes_from_there_bit_for_bit(
     from quintet.data.prepare import prepare
 
     prepare(plain.data, vocab_size=plain.model.vocab_size, seed=0)
-    run = replace(plain, name="stored", checkpoint=Checkpoint(directory=bucket.url, every=3, keep_last=2))
+    plain = replace(plain, train=replace(plain.train, steps=6))
+    run = replace(plain, name="stored", checkpoint=Checkpoint(directory=bucket.url, every=2, keep_last=2))
     assert runs.train(plain) == 0
-    assert runs.train(run, runs.At(5, lambda: runs.send(signal.SIGTERM))) == 75
+    assert runs.train(run, runs.At(3, lambda: runs.send(signal.SIGTERM))) == 75
     assert not (runs.where(run) / "checkpoints").exists()
     assert runs.resume(run) == 0
     root = bucket / "stored"
-    assert [found.step for found in list_checkpoints(root)] == [9, 10]
-    assert list(differences(runs.where(plain) / "checkpoints" / "step-00000010", root / "step-00000010")) == []
+    assert [found.step for found in list_checkpoints(root)] == [4, 6]
+    assert list(differences(runs.where(plain) / "checkpoints" / "step-00000006", root / "step-00000006")) == []
     assert runs.records(run) == runs.records(plain)
     with pytest.raises(UsageError, match="holds the checkpoints of another run"):
         runs.train(replace(run, directory=str(tmp_path / "elsewhere")))

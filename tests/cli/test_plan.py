@@ -88,7 +88,7 @@ def test_a_run_that_fits_nowhere_is_told_what_is_nearest(capsys: pytest.CaptureF
     monkeypatch.setenv("COLUMNS", "200")
     code, out, _ = told(capsys, "--gpus", "4", "--gpu", "a100-40gb", "--batch", "64")
     assert code == 1
-    assert "no layout of these devices fits; the tightest needs" in out
+    assert "no layout of these devices fits: shared by all of them, weights, gradients and optimizer alone are" in out
     assert "x the devices: " in out
 
 
@@ -103,6 +103,11 @@ def test_a_claimed_layout_is_held_against_its_claims(capsys: pytest.CaptureFixtu
     ("arguments", "words"),
     [
         (("--gpu", "h900"), "no gpu 'h900' in the catalogue (did you mean 'h800'?)"),
+        (("--tokens", "-1"), "--tokens (-1.0) must be larger than 0 and finite"),
+        (("--tokens", "nan"), "--tokens (nan) must be larger than 0 and finite"),
+        (("--top", "0"), "--top (0) must be at least 1"),
+        (("--precision", "nvfp4", "--gpu", "h100"), "--precision nvfp4: H100 has no such products; choose from fp32, bf16, fp8"),
+        (("--alone", "--html", "none/x.html"), "--html none/x.html: cannot be written (No such file or directory)"),
         (("--gpus", "0"), "--gpus (0) must be at least 1"),
         (("--gpus", "99999999999"), "num_gpus (99,999,999,999) must be at most 1,048,576"),
         (("--what-if", "lnk=2x"), "--what-if knows no 'lnk' (did you mean 'link'?)"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
@@ -14,7 +16,7 @@ from quintet.cost.memory import step_memory
 from quintet.errors import SpecError, UsageError
 from quintet.plan.estimate import Estimate, bounds, cost, estimate, goodput, terms, utilization
 from quintet.plan.explain import FORMULAS, compare, explain
-from quintet.plan.page import Scaling, page
+from quintet.plan.page import Scaling, _in_flight, page
 from quintet.plan.rehearse import rehearse
 from quintet.plan.setup import Setup, of_run
 from quintet.plan.software import GENERATIONS, generation
@@ -200,7 +202,23 @@ def test_a_page_shows_every_part(tmp_path: Path) -> None:
         "Assumptions",
     ):
         assert part in text
-    assert text.count("<svg") == text.count("</svg>") == 5
+    assert text.count("<section>") == 1
+    assert text.count("<section hidden>") == 1, "one candidate is shown, the other can be selected"
+    first, second = re.findall(r"<section.*?</section>", text, re.DOTALL)
+    assert first.count("<svg") == 4, "memory, the timeline, memory meanwhile, the roofline"
+    assert second.count("<svg") == 2, "without a pipeline no timeline"
+    assert text.count("<svg") == text.count("</svg>") == 2 + 4 + 2
+
+
+def test_memory_over_time_begins_with_states_peaks_at_the_rank_s_total_and_ends_where_it_began() -> None:
+    found = estimate(setup_of(layout=Layout(dp=2, pp=4, ep=2, zero=1, schedule="1f1b")), named("h100", num_gpus=8))
+    timeline = rehearse(found, num_microbatches=8).timeline
+    for rank in range(4):
+        shares = [share for _, share in _in_flight(timeline, rank)]
+        assert (shares[0], max(shares), shares[-1]) == (0, 1, 0)
+        assert min(shares) == 0, "what was never kept is not freed"
+        steps = {round(abs(b - a) * (4 - rank)) for a, b in itertools.pairwise(shares)}
+        assert steps == {0, 1}, "1F1B keeps P - rank micro-batches, which come and go one by one"
 
 
 def test_fp32_holds_its_weights_once_and_keeps_twice_the_activations() -> None:

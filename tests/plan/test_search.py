@@ -10,7 +10,7 @@ import pytest
 from quintet.errors import UsageError
 from quintet.plan import presets
 from quintet.plan.estimate import estimate
-from quintet.plan.search import GOALS, Space, allowed, layouts, nearest_possible, scaling, search
+from quintet.plan.search import GOALS, Space, allowed, layouts, least_bytes, nearest_possible, scaling, search
 from quintet.plan.setup import Setup, of_run
 from quintet.plan.software import generation
 from quintet.spec import parse
@@ -68,10 +68,22 @@ def test_where_nothing_fits_more_devices_or_less_memory_are_named() -> None:
     space = Space(tp=(8,), cp=(1,), zero=(1,), micro_batch=(1,), schedules=(("1f1b", 1),))
     setup = base(LARGE, batch=1024)
     found = search(setup, cluster, model=LARGE.model, space=space)
-    assert found.best == [] and found.tightest is not None and not found.tightest.fits
+    assert found.best == []
+    assert found.num_estimated == 0, "it is known without an estimate"
+    assert found.least_bytes > cluster.gpu.memory_bytes
+    small = search(setup, replace(cluster, num_gpus=256), model=LARGE.model, space=space)
+    assert small.best or (small.tightest is not None and not small.tightest.fits)
     near = nearest_possible(setup, cluster, model=LARGE.model, space=space)
     assert near[-1][0].endswith("x the devices")
     assert all(one.fits for _, one in near)
+
+
+def test_least_bytes_are_never_more_than_an_estimate_counts() -> None:
+    for layout in (Layout(dp=8), Layout(dp=8, zero=3), Layout(dp=8, ep=8, zero=1), Layout(dp=2, tp=2, pp=2, ep=2, zero=1, schedule="1f1b")):
+        setup = replace(base(batch=64), layout=layout)
+        fullest = estimate(setup, named("h100", num_gpus=8)).fullest
+        states = fullest.weights + fullest.gradients + fullest.master_weights + fullest.moments
+        assert 0.5 * states < least_bytes(setup, layout) <= 1.001 * states, layout
 
 
 def test_a_layout_that_is_too_large_is_mended_by_recomputation() -> None:
