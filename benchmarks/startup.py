@@ -16,6 +16,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -42,7 +43,7 @@ def circumstances(*packages: str) -> dict[str, Any]:
         "cores": num_cores(),
         "load_average": round(os.getloadavg()[0], 2),
         "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}},
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *_without_result(sys.argv[1:])]),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *_without_result(sys.argv[1:])]),
     }
 
 

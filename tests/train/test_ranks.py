@@ -184,7 +184,7 @@ def test_a_run_that_exists_is_refused_once(run: Run, tmp_path: Path) -> None:
     assert fates[0].told.count("exists already and is not overwritten") == 1
 
 
-def test_other_options_on_one_rank_are_named_by_their_section(run: Run, tmp_path: Path) -> None:
+def test_another_option_on_one_rank_is_named_with_both_values(run: Run, tmp_path: Path) -> None:
     run = on(run, Layout(dp=2))
     recipe = str(write_recipe(run, tmp_path / "r.toml"))
 
@@ -193,7 +193,7 @@ def test_other_options_on_one_rank_are_named_by_their_section(run: Run, tmp_path
 
     fates = launch(2, work, tmp_path)
     assert codes(fates) == [2, 2] and fates[1].told == ""
-    assert "rank 1 of 2: another [train] in the recipe than rank 0's" in fates[0].told
+    assert "rank 1 of 2: another train.micro_batch in the recipe than rank 0's (2 against 1)" in fates[0].told
     assert not where(run).exists()
 
 
