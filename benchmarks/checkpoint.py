@@ -1,16 +1,19 @@
 """Checkpoints: how small, how fast against the bare disk, and how long training stands still, against torch's distributed checkpoint.
 
-    python benchmarks/checkpoint.py [--part size rates stall] [--checkpoint RUN] [--gigabytes 1] [--ranks 1 2 4] [--rounds 5] [--json FILE]
+    python benchmarks/checkpoint.py [--part rates recovery] [--checkpoint RUN] [--gigabytes 1] [--ranks 1 2 4] [--rounds 5] [--json FILE]
 
 size: the tensors of a real checkpoint (`--checkpoint`, of a run in bf16) through the codec, one thread: stored share, GB/s of plain bytes.
 rates: a state of bf16 weights, fp32 master and fp32 moments (14 bytes a parameter), its rows shared out over gloo ranks, is saved and
 loaded by both codecs; between them every rank writes and reads as many plain bytes of its own to a file by itself. Writes end with fsync,
 reads begin without the file in memory. A ratio is the disk's time over ours, of the same round.
+Seconds of a core a GB tell what bounds it where the disk does not.
 stall: one process saves the same state in turn synchronously, in the background, by `dcp.save` and by `dcp.async_save`. Stall is what the
 trainer waits: in the call, and before its next update, `--compute` seconds of matrix products later. How many of these products a second
 there are while a save is written is told too.
 index: what every rank of a recipe holds, without building it (shards of single parameters where training has shards of buckets), the plan
 of who writes what, and the manifest, whose hashes are zeros: seconds of each, and of reading it again with all its checks.
+recovery: the laptop's recipe is trained in a process of its own, killed by SIGKILL after a checkpoint and resumed, and each resumed one is
+killed and resumed again: seconds from the kill to the end of the first step, by the phases that the run tells of itself.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -47,6 +51,7 @@ from quintet.checkpoint.plan import Item, assign
 from quintet.checkpoint.save import save
 from quintet.checkpoint.store import Threads, drop_from_cache
 from quintet.cost.balance import part_at
+from quintet.monitor.metrics import Resumed, Saved, read_events
 from quintet.spec import parse
 from quintet.spec.layout import GROUPS, Layout
 from quintet.spec.placement import holders, local_box
@@ -54,7 +59,7 @@ from quintet.spec.run import Checkpoint, Run
 from quintet.train.device import keep_freed_memory
 from quintet.train.trained import find_checkpoint
 
-PARTS = ("size", "rates", "stall", "index")
+PARTS = ("size", "rates", "stall", "index", "recovery")
 CHUNK = 1 << 24
 ROUNDED = {"model.weight": "optimizer.master.weight"}
 COLUMNS = 4096
@@ -165,14 +170,17 @@ def read_plainly(path: Path, tensors: Sequence[torch.Tensor]) -> None:
                 view = view[file.readinto(view[:CHUNK]) or sys.exit("a file is too short") :]
 
 
-def timed(work: Callable[[], object]) -> float:
-    """Seconds until all ranks are done."""
-    if not dist.is_initialized():
-        return seconds(work)
-    dist.barrier()
+def timed(work: Callable[[], object]) -> tuple[float, float]:
+    """Seconds until all ranks are done, and the seconds of processor time that all took together."""
+    if dist.is_initialized():
+        dist.barrier()
+    begin = time.process_time()
     taken = torch.tensor([seconds(work)])
-    dist.all_reduce(taken, dist.ReduceOp.MAX)
-    return float(taken)
+    cpu = torch.tensor([time.process_time() - begin])
+    if dist.is_initialized():
+        dist.all_reduce(taken, dist.ReduceOp.MAX)
+        dist.all_reduce(cpu)
+    return float(taken), float(cpu)
 
 
 def forget(directory: Path) -> None:
@@ -181,13 +189,13 @@ def forget(directory: Path) -> None:
         drop_from_cache(file)
 
 
-def rates(folder: Path, gigabytes: float, rounds: int, rank: int, count: int) -> dict[str, list[float]]:
-    """Seconds of each round, by what was done."""
+def rates(folder: Path, gigabytes: float, rounds: int, rank: int, count: int) -> dict[str, list[tuple[float, float]]]:
+    """Seconds, and of processors, of each round, by what was done."""
     state = state_of(gigabytes, rank, count)
     own = folder / f"plain-{rank}"
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[tuple[float, float]]] = {}
 
-    def note(name: str, taken: float) -> None:
+    def note(name: str, taken: tuple[float, float]) -> None:
         found.setdefault(name, []).append(taken)
 
     for number in range(rounds + 1):
@@ -393,14 +401,55 @@ def manifest_of(shapes: Mapping[str, tuple[int, ...]], kinds: Mapping[str, str],
     return Manifest(step=1, files=tuple(files), tensors=tensors, values={})
 
 
-def show_rates(count: int, found: dict[str, list[float]], gigabytes: float) -> dict[str, Any]:
+# recovery
+
+
+def recovery(folder: Path, recipe: Path, rounds: int) -> dict[str, Any]:
+    """Medians of the phases of some recoveries, and the size of what was loaded."""
+    told = folder / "recovery" / "metrics.jsonl"
+    options = ["--name", "recovery", "--directory", str(folder), "--checkpoint.every", "4", "--monitor.no-tensorboard"]
+    command = [sys.executable, "-m", "quintet.cli.main"]
+    found: dict[str, list[float]] = {}
+
+    def run_until(kind: type[Saved | Resumed], *words: str) -> Saved | Resumed:
+        """Start a process, kill it once it has told of something more of this kind."""
+        count = count_of(told, kind)
+        process = subprocess.Popen([*command, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        while count_of(told, kind) == count:
+            if process.poll() is not None:
+                raise RuntimeError(f"{words[0]} ended by itself: {process.stderr.read() if process.stderr else ''}")
+            time.sleep(0.005)
+        process.kill()
+        process.communicate()
+        return [event for event in read_events(told) if isinstance(event, kind)][-1]
+
+    run_until(Saved, "train", str(recipe), *options)
+    for _ in range(rounds + 1):
+        begin = time.perf_counter()
+        event = run_until(Resumed, "resume", str(folder / "recovery"))
+        assert isinstance(event, Resumed)
+        whole = time.perf_counter() - begin
+        for name, taken in {"kill to step": whole, **event.seconds, **{f"threads: {k}": v for k, v in event.load_seconds.items()}}.items():
+            found.setdefault(name, []).append(taken)
+    size = sum(file.size for file in read_manifest(find_checkpoint(folder / "recovery")).files)
+    return {"num_bytes": size, "seconds": {name: median(taken[1:]) for name, taken in found.items()}}
+
+
+def count_of(path: Path, kind: type[Saved | Resumed]) -> int:
+    """Events of a kind in a run's metrics."""
+    return sum(isinstance(event, kind) for event in read_events(path)) if path.exists() else 0
+
+
+def show_rates(count: int, found: dict[str, list[tuple[float, float]]], gigabytes: float) -> dict[str, Any]:
     """Print a block of the table and return its figures."""
     row: dict[str, Any] = {"ranks": count}
     for name, taken in found.items():
         reference = found["plain write" if name.split()[0] in ("plain", "save") and name != "plain read" else "plain read"]
-        ratio = median(ours and disk / ours for disk, ours in zip(reference, taken, strict=True))
-        row[name] = {"seconds": median(taken), "gb_per_s": gigabytes / median(taken), "of_disk": ratio}
-        print(f"{count:5}  {name:14}{median(taken):9.2f} s{gigabytes / median(taken):9.2f} GB/s{ratio:9.2f} of the disk")
+        ratio = median(ours[0] and disk[0] / ours[0] for disk, ours in zip(reference, taken, strict=True))
+        whole, cpu = (median(each[i] for each in taken) for i in (0, 1))
+        row[name] = {"seconds": whole, "gb_per_s": gigabytes / whole, "of_disk": ratio, "cpu_seconds_per_gb": cpu / gigabytes}
+        rate = f"{whole:9.2f} s{gigabytes / whole:9.2f} GB/s{ratio:9.2f} of the disk"
+        print(f"{count:5}  {name:14}{rate}{cpu / gigabytes:9.2f} s of a core a GB")
     return row
 
 
@@ -448,6 +497,11 @@ def main() -> None:
         size_mb = row["manifest_bytes"] / 1e6
         print(f"{row['parameters']:,} parameters on {row['ranks']} ranks: {row['pieces']:,} pieces, {size_mb:.0f} MB; {took}")
         print(f"the busiest rank writes {row['largest_share_of_mean']:.2f} times the mean")
+    if "recovery" in given.part:
+        with tempfile.TemporaryDirectory(dir=given.directory) as name:
+            row = result["recovery"] = recovery(Path(name), Path("recipes/laptop.toml"), given.rounds)
+        print(f"recovery, of a checkpoint of {row['num_bytes'] / 1e6:.0f} MB:")
+        print("\n".join(f"{phase:18}{taken:8.3f} s" for phase, taken in row["seconds"].items()))
     write_json(given.json, facts, {"gigabytes": given.gigabytes, "rounds": given.rounds, **result})
 
 

@@ -4,8 +4,9 @@
 
 One source of documents of drawn lengths, in a temporary folder, page cache warm, one thread, seconds of CPU. The memory map reads the same
 number of rows of L + 1 tokens at shuffled places and widens them to int64, without packing, labels or document ids: the least that any
-loader of this format does. Shuffling is told by the distance in the source of documents that follow each other, as a share of the source
-(a third, if perfect).
+loader of this format does. "inputs and labels" does so twice, one token apart, as the usual loaders over a memory map do; both without
+packing: their rows begin anywhere. Shuffling is told by the distance in the source of documents that follow each other, as a share of the
+source (a third, if perfect).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,13 +48,16 @@ def through_loader(shard: Shard, *, length: int, batch: int, count: int) -> None
         _batch([rows] * batch, batch, length, part=0, num_parts=1)
 
 
-def through_map(shard: Shard, *, length: int, batch: int, count: int) -> None:
-    """Rows of the map at shuffled places."""
+def through_map(shard: Shard, *, length: int, batch: int, count: int, shifts: tuple[int, ...] = (0,)) -> None:
+    """Rows of the map at shuffled places, once for each of `shifts`."""
     places = permuted(np.arange(batch * count), size=max(shard.num_tokens // (length + 1), batch * count), key=7)
     places %= shard.num_tokens // (length + 1)
     for step in range(count):
         chosen = places[step * batch : (step + 1) * batch] * (length + 1)
-        torch.from_numpy(np.stack([shard.tokens[place : place + length + 1].astype(np.int64) for place in chosen]))
+        for shift in shifts:
+            begins = chosen + shift
+            more = len(shifts) == 1  # the token that is a label only
+            torch.from_numpy(np.stack([shard.tokens[begin : begin + length + more].astype(np.int64) for begin in begins]))
 
 
 def distance(shard: Shard, *, length: int) -> float:
@@ -80,6 +85,7 @@ def main() -> None:
         shard = write_shard(Path(folder) / "shard", arguments.tokens)
         count = max(shard.num_tokens // (arguments.batch * arguments.sequence_length), 1)
         ways: dict[str, Callable[..., None]] = {"loader": through_loader, "memory map": through_map}
+        ways["inputs and labels"] = partial(through_map, shifts=(0, 1))
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(arguments.rounds + 1):
             for name, way in ways.items():
@@ -88,10 +94,12 @@ def main() -> None:
                 seconds[name].append(time.process_time() - began)
         tokens = count * arguments.batch * arguments.sequence_length
         rates = {name: tokens / statistics.median(times[1:]) / 1e6 for name, times in seconds.items()}
-        result = {"mega_tokens_per_second": rates, "ratio": rates["loader"] / rates["memory map"], "tokens": tokens}
+        result = {"mega_tokens_per_second": rates, "ratio": rates["loader"] / rates["memory map"]}
+        result |= {"ratio_to_inputs_and_labels": rates["loader"] / rates["inputs and labels"], "tokens": tokens}
         result |= {"distance": distance(shard, length=arguments.sequence_length), "documents": shard.num_documents}
     print(headline(facts))
     print(f"loader {rates['loader']:.0f} M tokens/s, memory map {rates['memory map']:.0f} M tokens/s, ratio {result['ratio']:.2f}; "
+          f"inputs and labels from one {rates['inputs and labels']:.0f} M tokens/s, ratio {result['ratio_to_inputs_and_labels']:.2f}; "
           f"neighbours lie {result['distance']:.3f} of the source apart")  # fmt: skip
     write_json(arguments.json, facts, result)
 

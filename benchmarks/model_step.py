@@ -170,7 +170,7 @@ def work(build: Build, dtype: str, seq: int, threads: int, profile: bool) -> Non
 
 
 COMPONENTS: dict[str, tuple[str, ...]] = {
-    "linear maps": ("aten::linear", "MmBackward0", "TBackward0"),
+    "linear maps": ("_Linear", "_LinearBackward", "MmBackward0"),
     "routed experts' products": ("_GroupedMatmul", "_GroupedMatmulBackward"),
     "core attention": ("BlockedAttention", "BlockedAttentionBackward"),
     "head and loss": ("_HeadLoss", "_HeadLossBackward"),

@@ -11,7 +11,10 @@ stages of a replica on one. The same model and batch by four ways, in rotating o
     zbv, 1f1b   schedules without pairs
 
 A step's time is that of the slowest rank; `waiting` is the mean share of it that ranks stand still for experts' rows. Four ranks on two
-cores share these: while one waits, another may compute, which hides a part of the all-to-all for everybody. --trace writes the simulated
+cores share these: while one waits, another may compute, which hides a part of the all-to-all for everybody, and what is hidden by a pair is
+little beside it. --device-ms 40 therefore gives every rank a device of its own: attention and routed experts of each layer rest so long
+forward, and as long for the gradients of their inputs and again for those of their weights, as if they ran on an accelerator, in a model
+so narrow that its true products hardly count. Rows, messages and the link stay what they are. --trace writes the simulated
 and the measured timeline of a dualpipev step at the first link side by side; the simulation takes the median time of every stage's ops.
 """
 
@@ -24,6 +27,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +35,52 @@ import torch
 import torch.distributed as dist
 from scaling import Link, Waits
 from startup import ROOT, circumstances, headline, rotated, write_json
+from torch import Tensor
 from traffic import Trainee, can_emulate, run_of, sent_by, start_ranks
 
+from quintet.model.moe import MixtureOfExperts
+from quintet.model.transformer import Block, Transformer
+from quintet.ops.deferred import deferred
 from quintet.parallel import pipeline
 from quintet.plan.trace import chrome
 from quintet.schedule import build
 from quintet.schedule.clock import Durations, Timeline, walk
 
 LAYOUT = "pp=2 dp=2 ep=2 zero=1"
+NARROW = {"num_heads": 1, "q_lora_rank": None, "kv_lora_rank": 16, "dense_ffn_size": 32, "expert_ffn_size": 16, "vocab_size": 512}
+"""Of the recipe's model, where devices are emulated: rows stay as wide as they are."""
 WAYS = {"dualpipev": "dualpipev", "in turn": "dualpipev", "zbv": "zbv", "1f1b": "1f1b"}
 _in_turns = pipeline._in_turns
+
+
+class _OnDevice(torch.autograd.Function):
+    """Its input, after a rest in each of the three computations of a part; `weight` is one of the part's parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, seconds: float) -> Tensor:
+        ctx.weight, ctx.seconds = weight, seconds
+        time.sleep(seconds)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        def make() -> Tensor:
+            time.sleep(ctx.seconds)
+            return torch.zeros_like(ctx.weight)
+
+        time.sleep(ctx.seconds)
+        return grads[0], deferred(ctx.weight, make), None
+
+
+def give_device(model: Transformer, seconds: float) -> None:
+    """Let attention and routed experts of every layer take their time."""
+    for block in (module for module in model.modules() if isinstance(module, Block)):
+        parts: list[torch.nn.Module] = [block.attention]
+        if isinstance(block.ffn, MixtureOfExperts):
+            parts.append(block.ffn.experts)
+        for part in parts:
+            weight = block.attention.kv_norm.weight
+            part.register_forward_hook(lambda _, given, out, weight=weight: _OnDevice.apply(out, weight, seconds))
 
 
 def one_after_the_other(backward: pipeline.Turns[Any], forward: pipeline.Turns[Any]) -> tuple[Any, Any]:
@@ -57,7 +97,11 @@ def worker(task: Mapping[str, Any]) -> None:
     trainees = {}
     for schedule in dict.fromkeys(WAYS.values()):
         run = run_of(Path(task["recipe"]), f"{LAYOUT} schedule={schedule} micro_batch={task['micro_batch']}", sequences=task["sequences"])
+        if task["device_ms"]:
+            run = replace(run, model=replace(run.model, **NARROW))
         trainees[schedule] = Trainee(run, sequences=task["sequences"])
+        if task["device_ms"]:
+            give_device(trainees[schedule].built.model, task["device_ms"] / 1e3)
         trainees[schedule].step()
     for line in sys.stdin:
         way = json.loads(line)
@@ -152,6 +196,7 @@ def main() -> None:
     parser.add_argument("--links", type=int, nargs="+", help="Mbit/s, 0 for no limit; by default 0 1000 250 100")
     parser.add_argument("--sequences", type=int, default=32, help="of a step, on all replicas (default 32)")
     parser.add_argument("--micro-batch", type=int, default=2)
+    parser.add_argument("--device-ms", type=float, default=0.0, help="give every rank a device that takes so long for each part of a layer")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--recipe", type=Path, default=ROOT / "recipes/laptop.toml")
     parser.add_argument("--json", type=Path)
@@ -165,7 +210,8 @@ def main() -> None:
     given.links = (given.links or [0, 1000, 250, 100]) if link else [0]
     facts = circumstances("torch")
     print(headline(facts))
-    task = {"recipe": str(given.recipe), "sequences": given.sequences, "micro_batch": given.micro_batch, "has_link": link is not None}
+    task = {"recipe": str(given.recipe), "has_link": link is not None}
+    task |= {name: getattr(given, name) for name in ("sequences", "micro_batch", "device_ms")}
     crew: list[Any] = []
     try:
         if link:
@@ -188,7 +234,7 @@ def main() -> None:
         both = timelines(last, given.sequences // 2 // given.micro_batch)
         given.trace.write_text(chrome(both))
         print("makespan of dualpipev: " + ", ".join(f"{name} {timeline.makespan:.3f} s" for name, timeline in both.items()))
-    write_json(given.json, facts, {"layout": LAYOUT, "sequences": given.sequences, "micro_batch": given.micro_batch, "rows": rows})
+    write_json(given.json, facts, {"layout": LAYOUT, **task, "rows": rows})
 
 
 if __name__ == "__main__":

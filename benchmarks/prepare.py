@@ -1,13 +1,16 @@
-"""From jsonl to token shards, beside datatrove and plain tokenizers: tokenisation alone, and the whole pipeline with filters and dedup.
+"""From jsonl to token shards, beside datatrove, Megatron-LM and plain tokenizers: tokenisation alone, and the whole pipeline with filters
+and dedup.
 
-    python benchmarks/prepare.py [--megabytes 8] [--tokenizer tokenizer.json] [--datatrove PYTHON] [--part tokenize|whole]
-        [--rounds 3] [--json FILE]
+    python benchmarks/prepare.py [--megabytes 8] [--tokenizer tokenizer.json] [--datatrove PYTHON] [--megatron PYTHON]
+        [--part tokenize|whole] [--rounds 3] [--json FILE]
 
 The corpus is English prose: paragraphs of Python's documentation in random order, of which 8 % of the documents come again with every 50th
-word replaced, and 4 % as they are. `--datatrove` names an interpreter with datatrove[processing,io], spacy and tokenizers. Every contestant
-runs in a process of its own, pinned to one core, one thread, and is measured in seconds of CPU, start-up left out.
+word replaced, and 4 % as they are. `--datatrove` names an interpreter with datatrove[processing,io], spacy, tokenizers and xxhash<4,
+`--megatron` one with megatron-core, torch and transformers. Every contestant runs in a process of its own, pinned to one core, one thread,
+and is measured in seconds of CPU; imports are left out, loading the tokenizer is not. Rounds take turns.
 
-    tokenize   read jsonl, encode, write shards         quintet; datatrove's DocumentTokenizer; tokenizers in a loop, writing raw ids
+    tokenize   read jsonl, encode, write shards         quintet; datatrove's DocumentTokenizer; the loop of Megatron-LM's preprocess_data.py
+               over megatron-core's builder; tokenizers in a loop, writing raw ids
     whole      the same with Gopher, C4 and FineWeb rules, exact and near duplicates        quintet; datatrove's filters, dedup, tokenizer
 """
 
@@ -117,10 +120,33 @@ def datatrove(corpus: Path, tokenizer: Path, out: Path, *, whole: bool) -> int:
     return sum(path.stat().st_size for path in (out / "shards").glob("*.ds")) // 2
 
 
+def megatron(corpus: Path, tokenizer: Path, out: Path) -> int:
+    """What Megatron-LM's tools/preprocess_data.py does with each line, in one process; the tool itself is not in the package."""
+    import typing
+
+    import typing_extensions
+
+    vars(typing).setdefault("override", typing_extensions.override)  # which megatron-core takes from Python 3.12
+    import torch
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+    from transformers import PreTrainedTokenizerFast
+
+    encoder, count = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer)), 0
+    builder = IndexedDatasetBuilder(str(out / "ids.bin"), dtype=DType.optimal_dtype(len(encoder)))
+    for path in sorted(corpus.glob("*.jsonl")):
+        for line in path.open():
+            ids = [*encoder(json.loads(line)["text"], add_special_tokens=False).input_ids, 0]
+            builder.add_document(torch.IntTensor(ids), [len(ids)])
+            count += len(ids)
+    builder.finalize(str(out / "ids.idx"))
+    return count
+
+
 CONTESTANTS: dict[str, Work] = {
     "tokenize quintet": lambda c, t, o: quintet(c, t, o, whole=False),
     "tokenize tokenizers": lambda c, t, o: plain(c, t, o / "ids.bin"),
     "tokenize datatrove": lambda c, t, o: datatrove(c, t, o, whole=False),
+    "tokenize megatron": lambda c, t, o: megatron(c, t, o),
     "whole quintet": lambda c, t, o: quintet(c, t, o, whole=True),
     "whole datatrove": lambda c, t, o: datatrove(c, t, o, whole=True),
 }
@@ -148,6 +174,7 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=32_000)
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--datatrove", metavar="PYTHON")
+    parser.add_argument("--megatron", metavar="PYTHON")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--part", choices=("tokenize", "whole"), default="")
     parser.add_argument("--json", type=Path)
@@ -160,7 +187,7 @@ def main() -> None:
     from startup import circumstances, headline, write_json  # a peer's interpreter may lack what it imports
 
     facts = circumstances("numpy", "tokenizers", "gigatoken")
-    facts["command"] = re.sub(r"(?<=--datatrove )\S+|(?<=--tokenizer )\S+", "PATH", facts["command"])
+    facts["command"] = re.sub(r"(?<=--datatrove )\S+|(?<=--megatron )\S+|(?<=--tokenizer )\S+", "PATH", facts["command"])
     print(headline(facts))
     with tempfile.TemporaryDirectory() as folder:
         corpus, tokenizer = Path(folder) / "corpus", arguments.tokenizer or Path(folder) / "tokenizer.json"
@@ -171,21 +198,20 @@ def main() -> None:
 
             texts = (json.loads(line)["text"] for path in sorted(corpus.iterdir())[:20] for line in path.open())
             train_bpe(texts, arguments.vocab_size).save(tokenizer)
+        pythons = {"datatrove": arguments.datatrove, "megatron": arguments.megatron}
+        names = [name for name in CONTESTANTS if arguments.part in name and pythons.get(name.split()[1], sys.executable)]
+        runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+        for turn in range(arguments.rounds):
+            for name in names:
+                if name != "whole datatrove" or not turn:  # which takes minutes
+                    runs[name].append(timed(pythons.get(name.split()[1], sys.executable), name, corpus, tokenizer))
         results = {}
-        for name in CONTESTANTS:
-            peer = name.endswith("datatrove")
-            if (peer and not arguments.datatrove) or arguments.part not in name:
-                continue
-            python = arguments.datatrove if peer else sys.executable
-            runs = [timed(python, name, corpus, tokenizer) for _ in range(1 if peer else arguments.rounds)]
-            took, tokens = statistics.median(run["cpu_seconds"] for run in runs), runs[0]["tokens"]
+        for name in names:
+            took, tokens = statistics.median(run["cpu_seconds"] for run in runs[name]), runs[name][0]["tokens"]
             speed, rate = size / took / 1e6, tokens / took / 1e6
             results[name] = {"cpu_seconds": took, "tokens": tokens, "mega_tokens_per_second": rate, "megabytes_per_second": speed}
-            ratio = took / results[f"{name.split()[0]} quintet"]["cpu_seconds"]
-            print(
-                f"{name:20} {took:8.2f} s of CPU  {speed:7.2f} MB/s  {tokens:,} tokens, {rate:6.2f} M/s  quintet is {ratio:6.1f}x",
-                flush=True,
-            )
+            ratio = results[name]["quintet_is_times"] = took / results[f"{name.split()[0]} quintet"]["cpu_seconds"]
+            print(f"{name:20} {took:8.2f} s of CPU  {speed:7.2f} MB/s  {tokens:,} tokens, {rate:6.2f} M/s  quintet is {ratio:6.1f}x")
     write_json(arguments.json, facts, {"bytes": size, "results": results})
 
 

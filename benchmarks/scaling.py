@@ -8,6 +8,10 @@ sequences whatever the layout (--sequences), so a rank's work stays the same and
 steps each, in rotating order; between turns only the link changes. That takes root, `ip` and `tc`; without them --links 0 alone is
 measured, with all ranks on this host. --delay needs the kernel's netem.
 
+Before a layout of four ranks is timed, they train two steps of the recipe's model in small (as `quintet verify --tiny` does) over that
+link, nodes of two ranks each, and every gradient and weight is compared with one device: `off` is the largest error in fp32. More than
+1e-4 ends the script.
+
 Waiting is measured from outside: the time inside `wait` of every message, by the axis of its group. It includes waiting for ranks that are
 late, and gloo's sums of what was scattered.
 
@@ -42,11 +46,18 @@ import torch.distributed as dist
 from startup import ROOT, circumstances, headline, rotated, write_json
 from traffic import Trainee, can_emulate, run_of, sent_by, start_ranks
 
+from quintet.data.loader import Batch
+from quintet.evaluate.parity import first_failure, judge, trace_reference, trace_steps
 from quintet.parallel import bucket, collectives, expert, zero
 from quintet.parallel.collectives import Group, Pending, Shift
+from quintet.parallel.mesh import make_mesh
+from quintet.spec.curriculum import Settings
+from quintet.spec.run import Run
+from quintet.spec.tiny import tiny
 
 HALVES = {
     "dp=4 zero=1": "dp=2 zero=1",
+    "dp=4 zero=1 zero_ranks=2": "dp=2 zero=1",
     "dp=4 ep=2 zero=1": "dp=2 ep=2 zero=1",
     "dp=4 ep=4 zero=1": "dp=2 ep=2 zero=1",
     "dp=2 tp=2 zero=1": "tp=2",
@@ -119,6 +130,8 @@ def worker(task: Mapping[str, Any]) -> None:
             answer: dict[str, Any] = {}
         elif asked["do"] == "link":
             answer = {"bytes_per_second": _link_speed()}
+        elif asked["do"] == "parity":
+            answer = {"off": _distance_from_one_device(run_of(Path(task["recipe"]), asked["layout"], sequences=9, precision="fp32"))}
         else:
             assert trainee is not None
             answer = _step(trainee, waits)
@@ -141,6 +154,24 @@ def _step(trainee: Trainee, waits: Waits) -> dict[str, Any]:
     if dist.is_initialized():
         dist.barrier()
     return {**found, "wire": (sent_by("eth0") - wire) / STEPS}
+
+
+def _distance_from_one_device(run: Run) -> float:
+    """The largest error of a gradient or weight in two steps of the run in small, over all ranks; rank 0 knows it, the others say 0."""
+    run, device = tiny(run), torch.device("cpu")
+    length, settings = run.phases[0].sequence_length, Settings(batch_sequences=9, learning_rate=1e-3, mtp_weight=0.3, bias_speed=1e-3)
+    tokens = torch.randint(run.model.vocab_size, (2, 9, length + 1), generator=torch.Generator().manual_seed(0))
+    ids = torch.zeros(9, length, dtype=torch.int32)
+    batches = [Batch(inputs=each[:, :-1].contiguous(), labels=each[:, 1:].contiguous(), document_ids=ids) for each in tokens]
+    found = trace_steps(run, make_mesh(run.layout), batches, settings, device=device)
+    gathered: list[Any] | None = [None] * run.layout.num_ranks if dist.get_rank() == 0 else None
+    dist.gather_object(found, gathered)
+    if gathered is None:
+        return 0.0
+    rows = judge(trace_reference(run, batches, settings, device=device), gathered)
+    if failure := first_failure(rows):
+        raise RuntimeError(f"{run.layout}: the {failure.what} {failure.name} of step {failure.step} is off by {failure.error:.1e}")
+    return max(row.error for row in rows)
 
 
 def _link_speed() -> float:
@@ -251,6 +282,7 @@ def measure(given: argparse.Namespace, crew: Mapping[int, Crew], link: Link | No
     """The rows of one layout: one rank, two ranks, and four at each speed of the link."""
     layouts = {1: "", 2: HALVES[layout], 4: layout}
     _limit(link, 0)
+    (off, *_) = (rank["off"] for rank in crew[4].ask(do="parity", layout=f"{layout} node_size=2"))
     for ranks, text in layouts.items():
         crew[ranks].ask(do="build", layout=text, sequences=given.sequences * ranks)
     turns = [(1, 0), (2, 0), *((4, megabits) for megabits in given.links)]
@@ -269,6 +301,7 @@ def measure(given: argparse.Namespace, crew: Mapping[int, Crew], link: Link | No
     ]
     alone, free = rows[0], next(row for row in rows if row["ranks"] == 4 and row["megabits"] == min(given.links))
     for row in rows:
+        row["off"] = off if row["ranks"] == 4 else None
         row["wall_to_free_link"] = row["wall"] / free["wall"] if row["ranks"] == 4 else None
         row["cpu_to_one_rank"] = row["cpu"] / alone["cpu"]
         row["link_seconds"] = busy = row["wire_bytes"] * 8e-6 / row["megabits"] if row["megabits"] else 0.0
@@ -302,8 +335,8 @@ def _summary(rounds: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
 def show_head(tokens: int) -> None:
     """Print the table's head; `tokens` are those of a rank and step."""
     print(f"\n{tokens:,} tokens per rank and step; MB: what a host sends over the link; CPU: of a rank to one rank alone; see --help")
-    print(f"{'layout':20}{'link Mbit/s':>12}{'measured':>9}{'s/step':>8}{'x free':>8}{'MB':>7}{'CPU s':>7}{'CPU':>6}", end="")
-    print(f"{'efficiency':>15}{'waiting':>9}  by axis", flush=True)
+    print(f"{'layout':26}{'link Mbit/s':>12}{'measured':>9}{'s/step':>8}{'x free':>8}{'MB':>7}{'CPU s':>7}{'CPU':>6}", end="")
+    print(f"{'efficiency':>15}{'waiting':>9}{'off':>9}  by axis", flush=True)
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -315,8 +348,9 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
         most = sorted(row["waiting_by_axis"].items(), key=lambda item: -item[1])[:4]
         axes = ", ".join(f"{axis} {100 * share:.0f} %" for axis, share in most)
         least, most_efficient = row["efficiency"]
-        print(f"{row['layout']:20}{speed}{row['wall']:8.2f}{ratio}{row['cpu']:7.2f}{row['cpu_to_one_rank']:6.2f}", end="")
-        print(f"{least:8.2f} .. {most_efficient:.2f}{100 * row['waiting']:7.0f} %  {axes}", flush=True)
+        print(f"{row['layout']:26}{speed}{row['wall']:8.2f}{ratio}{row['cpu']:7.2f}{row['cpu_to_one_rank']:6.2f}", end="")
+        off = f"{row['off']:9.1e}" if across else f"{'':9}"
+        print(f"{least:8.2f} .. {most_efficient:.2f}{100 * row['waiting']:7.0f} %{off}  {axes}", flush=True)
 
 
 def main() -> None:

@@ -42,8 +42,14 @@ def circumstances(*packages: str) -> dict[str, Any]:
         "cores": num_cores(),
         "load_average": round(os.getloadavg()[0], 2),
         "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}},
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *_without_result(sys.argv[1:])]),
     }
+
+
+def _without_result(arguments: Sequence[str]) -> list[str]:
+    """The arguments but for where the result goes, which says nothing of what was measured."""
+    dropped = {i + by for i, word in enumerate(arguments) if word == "--json" for by in (0, 1)}
+    return [word for i, word in enumerate(arguments) if i not in dropped and not word.startswith("--json=")]
 
 
 def headline(facts: Mapping[str, Any]) -> str:

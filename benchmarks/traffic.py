@@ -61,6 +61,10 @@ LAYOUTS = (
     "tp=2 dp=2 ep=2 expert_tp=2 zero=1",
     "cp=4 zero=1",
     "dp=2 cp=2 ep=4 zero=3",
+    "pp=4 schedule=1f1b",
+    "pp=2 tp=2 schedule=zb1p zero=1",
+    "pp=2 dp=2 ep=2 zero=1 micro_batch=1",
+    "pp=4 schedule=dualpipe zero=1 micro_batch=1",
 )
 COLLECTIVES: dict[str, Callable[[Tensor, Group], object]] = {
     "all-reduce": lambda x, group: collectives.all_reduce(x, group),
@@ -268,7 +272,6 @@ def _foretold(run: Run, rank: int, sequences: int, rows: Rows | None) -> dict[st
         run.layout,
         sequence_length=run.phases[0].sequence_length,
         batch_sequences=sequences,
-        document_mask=run.data.document_mask,
         rank=rank,
         rows=rows,
     )
@@ -276,9 +279,8 @@ def _foretold(run: Run, rank: int, sequences: int, rows: Rows | None) -> dict[st
 
 def _rows(run: Run, found: Sequence[Mapping[str, Any]]) -> list[Rows]:
     """The rows that each rank exchanged."""
-    layout, sent = run.layout, [rank["rows"] for rank in found]
-    if not sent[0]:
-        return [Rows(out=0, into=0)] * layout.num_ranks
+    layout = run.layout
+    sent = [rank["rows"] or [0] * layout.ep for rank in found]  # a stage may have no experts, or all of them
 
     def arriving(rank: int) -> int:
         return sum(sent[source][layout.coordinates(rank).ep] for source in layout.group_of(rank, "ep"))
@@ -304,12 +306,12 @@ def factors(counts: Sequence[int], mebibytes: int, host: str | None) -> list[dic
 
 def show(steps: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> None:
     """Print both tables."""
-    print(f"\n{'bytes per rank and step':38}{'axis':20}{'calls':>6}{'foretold':>14}{'counted rows':>14}", end="")
+    print(f"\n{'bytes per rank and step':42}{'axis':20}{'calls':>6}{'foretold':>14}{'counted rows':>14}", end="")
     print(f"{'measured':>14}{'ratio':>9}{'wire':>7}")
     for step in steps:
         for i, (axis, row) in enumerate(step["axes"].items()):
             first, last = step["layout"] if i == 0 else "", f"{step['wire_ratio']:7.2f}" if i == 0 else ""
-            print(f"{first:38}{axis:20}{row['calls']:6}{row['foretold']:14,.0f}{row['counted_rows']:14,.0f}", end="")
+            print(f"{first:42}{axis:20}{row['calls']:6}{row['foretold']:14,.0f}{row['counted_rows']:14,.0f}", end="")
             print(f"{row['measured']:14,.0f}{row['measured'] / row['counted_rows']:9.5f}{last}")
     print(f"\n{'collective':18}{'ranks':>6}{'counted':>14}{'on the wire':>14}{'factor':>8}")
     for row in rows:

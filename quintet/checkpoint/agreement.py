@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from quintet.checkpoint.durable import failure
@@ -28,8 +29,8 @@ class Company:
     Every method is called by all ranks, in the same order. `doing` is what an error of the file system says that was being done.
     """
 
-    def __init__(self, group: Any | None = None, *, doing: str = "saving") -> None:
-        self.alone = not dist.is_initialized()
+    def __init__(self, group: Any | None = None, *, doing: str = "saving", alone: bool = False) -> None:
+        self.alone = alone or not dist.is_initialized()
         self.group, self.doing = group, doing
         self.rank, self.size = (0, 1) if self.alone else (dist.get_rank(group), dist.get_world_size(group))
 
@@ -58,6 +59,18 @@ class Company:
         dist.broadcast_object_list(told, group=self.group, group_src=0)
         (result,) = self._results(told)
         return result
+
+    def send(self, tensor: torch.Tensor, rank: int) -> dist.Work:
+        """Begin to send a tensor of the host to another rank, which receives what it is sent in order."""
+        work = dist.isend(tensor, group=self.group, group_dst=rank)
+        assert work is not None
+        return work
+
+    def receive(self, tensor: torch.Tensor, rank: int) -> dist.Work:
+        """Begin to receive what another rank sends, in a tensor of its size."""
+        work = dist.irecv(tensor, group=self.group, group_src=rank)
+        assert work is not None
+        return work
 
     def _run_alone(self, work: Callable[[], T]) -> T:
         try:

@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,12 +22,13 @@ import torch
 from torch import Tensor
 
 from quintet.checkpoint.agreement import Company
-from quintet.checkpoint.manifest import directory_name
+from quintet.checkpoint.manifest import Piece, directory_name
 from quintet.checkpoint.pieces import Box, Pieces, tensors_of, values_of
+from quintet.checkpoint.place import Place, entries
 from quintet.checkpoint.plan import Plan, make_plan
 from quintet.checkpoint.retention import prune
 from quintet.checkpoint.save import Job, check, held, write
-from quintet.checkpoint.store import Threads
+from quintet.checkpoint.store import Known, Threads, known_from
 from quintet.errors import CheckpointError, QuintetError
 from quintet.spec.run import Checkpoint
 
@@ -42,7 +42,7 @@ class Written:
 
     step: int
     """Its step."""
-    path: Path
+    path: Place
     """Its directory."""
     stall_seconds: float
     """Seconds that training stood still: for the copy, and for the save before."""
@@ -67,7 +67,7 @@ class Failed:
 class Saver:
     """Saves a state again and again under `root`; all ranks make one, and call `save` and `finish` together."""
 
-    def __init__(self, root: Path, settings: Checkpoint, *, group: Any | None = None) -> None:
+    def __init__(self, root: Place, settings: Checkpoint, *, group: Any | None = None) -> None:
         """group: of gloo, used by nobody else; needed where there are several ranks."""
         self.root, self.settings, self.group = root, settings, group
         self._plan: Plan | None = None
@@ -75,6 +75,8 @@ class Saver:
         self._flight: _Flight | None = None
         self._told: list[Written | Failed] = []
         self._failures: list[Failed] = []
+        self._base: tuple[int, Known] | None = None
+        self._num_referring = 0
 
     def save(
         self, state: Mapping[str, Any], *, step: int, extras: Mapping[str, str], rounded: Mapping[str, str], wait: bool = False
@@ -95,6 +97,7 @@ class Saver:
         flight = _Flight(step, begin)
         values = copy.deepcopy(values_of(state))
         job = Job(step=step, tensors=tensors_of(state), values=values, plan=self._plan, extras=extras, codec=self.settings.codec)
+        job = self._referring(job)
         if wait or not self.settings.background:
             self._write(job, company, flight)
             flight.end = time.perf_counter()
@@ -110,8 +113,21 @@ class Saver:
     def plan_anew(self) -> None:
         """Before a `save` of a state whose ranks hold other parts than before; all ranks call it, when no save is under way."""
         assert self._flight is None
-        self._plan = None
+        self._plan, self._base = None, None
         self._buffers.clear()
+
+    def _referring(self, job: Job) -> Job:
+        """The job with what it may refer to, where the settings say that one is not always whole by itself."""
+        if self.settings.full_every == 1:
+            return job
+
+        def wrote(pieces: list[tuple[str, Piece]]) -> None:
+            self._base, self._num_referring = (job.step, known_from(pieces, directory_name(job.step))), 0
+
+        self._num_referring += 1
+        if self._base is None or self._num_referring >= self.settings.full_every:
+            return replace(job, known={}, wrote=wrote)
+        return replace(job, base=self._base[0], known=self._base[1], wrote=wrote)
 
     def settle(self) -> None:
         """Wait until the state that is being saved may change."""
@@ -177,10 +193,10 @@ class Saver:
         with Threads(num_ranks=company.size, beside_training=flight.thread is not None) as threads:
             path = write(job, self.root, company=company, threads=threads, read_back=True)
         if company.rank == 0:
-            flight.num_bytes = sum(file.stat().st_size for file in path.iterdir())
             try:
+                flight.num_bytes = sum(size or 0 for size in entries(path).values())
                 prune(self.root, self.settings)
-            except QuintetError as error:
+            except (OSError, QuintetError) as error:
                 flight.problem = str(error)
 
 

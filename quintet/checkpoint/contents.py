@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from quintet.checkpoint.agreement import Company
-from quintet.checkpoint.load import OnProgress, Stored, read_extra, read_manifest
+from quintet.checkpoint.load import OnProgress, Stored, read_extra
 from quintet.checkpoint.manifest import ITEM_SIZE, Codec, Manifest, Tensor
+from quintet.checkpoint.pieces import Box, Later
+from quintet.checkpoint.place import Place
 from quintet.checkpoint.plan import Item, Plan, Whole
 from quintet.checkpoint.save import Job, write
 from quintet.checkpoint.store import Threads
@@ -54,7 +55,7 @@ def kinds(manifest: Manifest) -> list[Kind]:
     ]
 
 
-def differences(one: Path, two: Path, *, on_progress: OnProgress = lambda done, total: None) -> Iterator[str]:
+def differences(one: Place, two: Place, *, on_progress: OnProgress = lambda done, total: None) -> Iterator[str]:
     """A line for each thing in which two checkpoints differ; tensors are compared bit by bit, one at a time.
 
     Raises CheckpointError for one that is damaged.
@@ -96,40 +97,46 @@ def _difference(one: torch.Tensor, two: torch.Tensor) -> str | None:
     return line
 
 
-def convert(source: Path, root: Path, *, codec: Codec, on_progress: OnProgress = lambda done, total: None) -> Path:
-    """Write a checkpoint anew under another root, tensor by tensor, in one data file, with another codec; returns it.
+def convert(source: Place, root: Place, *, codec: Codec, on_progress: OnProgress = lambda done, total: None) -> Place:
+    """Write a checkpoint anew under another root, piece by piece, in one data file, with another codec; returns it.
 
     Raises CheckpointError as `load` and `save` do.
     """
-    manifest = read_manifest(source)
-    stored = _Watched(Stored(source), on_progress)
+    stored = Stored(source)
+    manifest = stored.manifest
     twins = {tensor.rounded_from: name for name, tensor in manifest.tensors.items() if tensor.rounded_from is not None}
-    items = [
-        Item(name, ((0,) * len(tensor.shape), tensor.shape), twins.get(name))
+    items = tuple(
+        Item(name, (piece.offsets, piece.sizes), twins.get(name))
         for name, tensor in manifest.tensors.items()
-        if tensor.rounded_from is None and 0 not in tensor.shape
-    ]
+        if tensor.rounded_from is None
+        for piece in tensor.pieces
+    )
     wholes = {name: Whole(tensor.dtype, tensor.shape, tensor.rounded_from) for name, tensor in manifest.tensors.items()}
     extras = {file.path: read_extra(source, file.path) for file in manifest.files if file.blake3 is not None}
-    plan = Plan(tuple(items), wholes)
+    tensors = watched({name: stored.later(name) for name in stored}, items, on_progress)
+    job = Job(step=manifest.step, tensors=tensors, values=manifest.values, plan=Plan(items, wholes), extras=extras, codec=codec)
+    return write_alone(job, root, doing=f"converting {source}")
+
+
+def write_alone(job: Job, root: Place, *, doing: str) -> Place:
+    """Write what one process has, and read it back. Raises CheckpointError."""
     with Threads() as threads:
-        job = Job(step=manifest.step, tensors=stored, values=manifest.values, plan=plan, extras=extras, codec=codec)
-        return write(job, root, company=Company(doing=f"converting {source}"), threads=threads, read_back=True)
+        return write(job, root, company=Company(doing=doing, alone=True), threads=threads, read_back=True)
 
 
-class _Watched(Mapping[str, torch.Tensor]):
-    """The same tensors; each one that is asked for counts."""
+def watched(tensors: Mapping[str, Later], items: Sequence[Item], on_progress: OnProgress) -> dict[str, Later]:
+    """The same tensors; each element of an item that is asked for counts."""
+    total, done = sum(math.prod(item.box[1]) for item in items), 0
+    counted = {item.name for item in items}
 
-    def __init__(self, stored: Stored, on_progress: OnProgress) -> None:
-        self._stored, self._on_progress, self._asked = stored, on_progress, 0
+    def reader(name: str) -> Callable[[Box], torch.Tensor]:
+        def read(box: Box) -> torch.Tensor:
+            nonlocal done
+            if name in counted:
+                on_progress(done, total)
+                done += math.prod(box[1])
+            return tensors[name].read(box)
 
-    def __getitem__(self, name: str) -> torch.Tensor:
-        self._asked += 1
-        self._on_progress(self._asked, len(self._stored))
-        return self._stored[name]
+        return read
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._stored)
-
-    def __len__(self) -> int:
-        return len(self._stored)
+    return {name: Later(later.shape, dtype=later.dtype, read=reader(name)) for name, later in tensors.items()}

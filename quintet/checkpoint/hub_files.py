@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from quintet.checkpoint.hub_config import HubConfig
+from quintet.checkpoint.place import Place, content
 from quintet.errors import CheckpointError
 from quintet.spec.model import Model
 
@@ -31,12 +31,12 @@ class Tokenizer:
         return {role: i for role, i in (("bos", self.bos_id), ("eos", self.eos_id), ("pad", self.eos_id)) if i is not None}
 
 
-def tokenizer(path: Path | None, model: Model, *, bos_id: int | None, eos_id: int | None) -> Tokenizer:
+def tokenizer(path: Place | None, model: Model, *, bos_id: int | None, eos_id: int | None) -> Tokenizer:
     """Read a tokenizer.json. Raises CheckpointError if it cannot be read, has more tokens than the model, or lacks the given ones."""
     if path is None:
         return Tokenizer(text=None, bos_id=bos_id, eos_id=eos_id, tokens={})
     try:
-        text = path.read_text(encoding="utf-8")
+        text = content(path).decode()
         tree: dict[str, Any] = json.loads(text)
         vocabulary = tree["model"]["vocab"]
         tokens = {int(i): str(token) for token, i in vocabulary.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +18,8 @@ from quintet.checkpoint import hub_config, hub_files, hub_names, hub_stored, sha
 from quintet.checkpoint.durable import TemporaryDirectory, failure, write_file
 from quintet.checkpoint.hub_names import Part, Shape
 from quintet.checkpoint.load import Stored
-from quintet.checkpoint.pieces import dtype_name
+from quintet.checkpoint.pieces import Box, Later, box_at, dtype_name, within
+from quintet.checkpoint.place import Place
 from quintet.errors import CheckpointError, UsageError, did_you_mean
 from quintet.spec.model import Model
 
@@ -34,7 +35,7 @@ def export(
     model: Model,
     directory: Path,
     *,
-    tokenizer_file: Path | None,
+    tokenizer_file: Place | None,
     bos_token_id: int | None = None,
     eos_token_id: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
@@ -43,10 +44,10 @@ def export(
 ) -> None:
     """Write a new directory that transformers' AutoModelForCausalLM and AutoTokenizer, and servers that read V3, load.
 
-    state: the tensors of `hub_names.shapes(model)`, each asked for when it is written: those of a checkpoint (Stored) never are in memory
-    all at once. tokenizer_file: a tokenizer.json, of which the two ids
-    say what begins and ends a text (generation stops at the latter). dtype: of the weights in the files, float32, bfloat16 or float16;
-    router biases stay float32. `on_progress` hears of the bytes. The directory appears whole or not at all.
+    state: the tensors of `hub_names.shapes(model)`; of a checkpoint's (Stored) each part is read when it is written, an expert at a time.
+    tokenizer_file: a tokenizer.json, of which the two ids say what begins and ends a text (generation stops at the latter).
+    dtype: of the weights in the files, float32, bfloat16 or float16; router biases stay float32. `on_progress` hears of the bytes. The
+    directory appears whole or not at all.
 
     Raises UsageError for a directory that holds something already, CheckpointError for another model's state, a tokenizer that does not
     fit, and a file system that refuses.
@@ -68,7 +69,11 @@ def export(
         part, ours = sources[name]
         on_progress(written, total)
         written += sizes[name]
-        return torch.empty(part.shape) if ours is None else state[ours][part.index].detach()
+        if ours is None:
+            return torch.empty(part.shape)
+        if isinstance(state, Stored):  # no more of it than this
+            return state.box(ours, box_at(part.index, state.shape(ours))).reshape(part.shape)
+        return state[ours][part.index].detach()
 
     tokenizer = hub_files.tokenizer(tokenizer_file, model, bos_id=bos_token_id, eos_id=eos_token_id)
     config = hub_config.from_model(model, dtype=dtype_name(dtype), bos_token_id=bos_token_id, eos_token_id=eos_token_id)
@@ -108,25 +113,78 @@ def read_config(directory: Path, *, on_message: Callable[[str], None] = lambda m
     return held
 
 
+class Imported(Mapping[str, Tensor]):
+    """The tensors of a directory of Hugging Face's format, those of `hub_names.shapes(read_config(directory))`, read when asked for."""
+
+    def __init__(self, directory: Path, *, dtype: torch.dtype | None = None) -> None:
+        """dtype: of the weights given; None keeps the files' own (FP8 blocks become the config's torch_dtype). Router biases are float32.
+
+        All names and shapes are checked here. Raises CheckpointError for missing, unknown and wrongly shaped tensors, and when a tensor is
+        read, for a copy of the embedding or the head that differs from it.
+        """
+        config = hub_config.read(directory)
+        self._catalog = catalog = shards.Catalog(directory)
+        said = hub_config.to_model(config, origin=str(directory / hub_config.NAME))
+        self.model = hub_stored.stored_model(said, frozenset(catalog.shapes()))
+        self._shapes = hub_names.shapes(self.model)
+        self._parts = {name: _stored_parts(name, shape, self.model, catalog.shapes()) for name, shape in self._shapes.items()}
+        _check_names(directory, self.model, self._parts, catalog.shapes())
+        self._block = tuple((config.quantization_config or {}).get("weight_block_size") or (128, 128))
+        self._unquantized = dtype or getattr(torch, str(config.torch_dtype), None) or torch.bfloat16
+        self._dtype = dtype
+
+    def dtype(self, name: str) -> torch.dtype:
+        """A tensor's dtype, without reading it."""
+        if name.endswith("expert_bias"):
+            return torch.float32
+        first = self._parts[name][0].name
+        own = self._unquantized if f"{first}_scale_inv" in self._catalog.shapes() else self._catalog.dtype(first)
+        return self._dtype or own
+
+    def boxes(self, name: str) -> list[Box]:
+        """The boxes of a tensor that one hub tensor each makes up."""
+        return [box_at(part.index, self._shapes[name]) for part in self._parts[name]]
+
+    def later(self, name: str) -> Later:
+        """A tensor of which any of `boxes` is read when it is asked for."""
+        parts = dict(zip(self.boxes(name), self._parts[name], strict=True))
+        return Later(self._shapes[name], dtype=self.dtype(name), read=lambda box: self._read(name, parts[box], box))
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = torch.empty(self._shapes[name], dtype=self.dtype(name))
+        for box, part in zip(self.boxes(name), self._parts[name], strict=True):
+            within(box, (0,) * tensor.ndim, tensor).copy_(self._read(name, part, box))
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shapes
+
+    def _read(self, name: str, part: Part, box: Box) -> Tensor:
+        tensor = self._stored(part.name)
+        for copy in (copy for copy, source in hub_names.copies(self.model).items() if source == name and copy in self._catalog.shapes()):
+            if not torch.equal(self._stored(copy), tensor):
+                raise CheckpointError(f"{copy} differs from {part.name}, but they are one tensor in this model")
+        return tensor.to(self.dtype(name)).reshape(box[1])
+
+    def _stored(self, name: str) -> Tensor:
+        tensor, scale = self._catalog.read(name), f"{name}_scale_inv"
+        if scale not in self._catalog.shapes():
+            return tensor
+        return dequantized(tensor, self._catalog.read(scale), self._block).to(self._unquantized)
+
+
 def import_(
     directory: Path, *, dtype: torch.dtype | None = None, on_progress: OnProgress = lambda done, total: None
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of `hub_names.shapes(read_config(directory))`, one by one, by our names.
-
-    dtype: of the weights given; None keeps the files' own (FP8 blocks become the config's torch_dtype). Router biases are float32.
-    All names and shapes are checked before the first tensor is read; `on_progress` hears of the elements. Raises CheckpointError for
-    missing, unknown and wrongly shaped tensors, and for a copy of the embedding or the head that differs from it.
-    """
-    config = hub_config.read(directory)
-    catalog = shards.Catalog(directory)
-    said = hub_config.to_model(config, origin=str(directory / hub_config.NAME))
-    model = hub_stored.stored_model(said, frozenset(catalog.shapes()))
-    plan = {name: _stored_parts(name, shape, model, catalog.shapes()) for name, shape in hub_names.shapes(model).items()}
-    _check_names(directory, model, plan, catalog.shapes())
-    block = tuple((config.quantization_config or {}).get("weight_block_size") or (128, 128))
-    unquantized = dtype or getattr(torch, str(config.torch_dtype), None) or torch.bfloat16
-    tensors = _assembled(plan, model, catalog, block=block, dtype=dtype, unquantized=unquantized)
-    return _watched(tensors, hub_names.shapes(model), on_progress)
+    """The tensors of `Imported`, one by one; `on_progress` hears of the elements. Raises CheckpointError, as that does."""
+    imported = Imported(directory, dtype=dtype)  # before the first is asked for
+    return _watched(imported.items(), hub_names.shapes(imported.model), on_progress)
 
 
 def _sources(model: Model) -> dict[str, tuple[Part, str | None]]:
@@ -177,38 +235,7 @@ def _check_names(directory: Path, model: Model, plan: Mapping[str, list[Part]], 
     _refuse(f"{directory} does not hold the model of its {hub_config.NAME}", problems)
 
 
-def _assembled(
-    plan: Mapping[str, list[Part]],
-    model: Model,
-    catalog: shards.Catalog,
-    *,
-    block: tuple[int, ...],
-    dtype: torch.dtype | None,
-    unquantized: torch.dtype,
-) -> Iterator[tuple[str, Tensor]]:
-    copies = hub_names.copies(model)
-
-    def read(name: str) -> Tensor:
-        tensor = catalog.read(name)
-        scale = f"{name}_scale_inv"
-        return dequantized(tensor, catalog.read(scale), block).to(unquantized) if scale in catalog.shapes() else tensor
-
-    for ours, shape in hub_names.shapes(model).items():
-        first = read(plan[ours][0].name)
-        wanted = torch.float32 if ours.endswith("expert_bias") else dtype or first.dtype
-        if len(plan[ours]) == 1:
-            tensor = first.to(wanted).reshape(shape)
-        else:
-            tensor = torch.empty(shape, dtype=wanted)
-            for part in plan[ours]:
-                tensor[part.index].copy_(read(part.name))
-        for copy in (name for name, source in copies.items() if source == ours and name in catalog.shapes()):
-            if not torch.equal(read(copy), first):
-                raise CheckpointError(f"{copy} differs from {plan[ours][0].name}, but they are one tensor in this model")
-        yield ours, tensor
-
-
-def _watched(tensors: Iterator[tuple[str, Tensor]], shapes: Mapping[str, Shape], on_progress: OnProgress) -> Iterator[tuple[str, Tensor]]:
+def _watched(tensors: Iterable[tuple[str, Tensor]], shapes: Mapping[str, Shape], on_progress: OnProgress) -> Iterator[tuple[str, Tensor]]:
     total, done = sum(math.prod(shape) for shape in shapes.values()), 0
     for name, tensor in tensors:
         done += tensor.numel()

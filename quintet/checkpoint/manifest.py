@@ -10,6 +10,8 @@ each as its codec says (see `codec`), and behind them one row of 40 bytes for ea
 BLAKE3 of its stored bytes (32). The piece's own hash is that of these rows. So whoever reads a part of a piece reads and verifies just the
 blocks that hold it. The pieces of a data file lie one behind the other without a gap: every byte of a checkpoint is under a hash.
 
+A file `step-00000050/data-00000.bin` is that of an earlier checkpoint beside this one, of which some pieces are used here too.
+
 A tensor with `rounded_from` may lack pieces: its other elements are those of that fp32 tensor, rounded to bf16 (`codec.rounded`).
 """
 
@@ -28,6 +30,8 @@ from blake3 import blake3
 from quintet.errors import CheckpointError
 
 FORMAT = 2
+REFERRING = 3
+"""The format of a manifest that names files of earlier checkpoints beside its own; all else is as in 2."""
 BLOCK = 1 << 18
 """Elements of a block."""
 ROW = 40
@@ -49,6 +53,7 @@ Values = dict[str, Any]
 """Plain values by name: None, booleans, integers of any size, finite floats, strings, lists and dictionaries of them."""
 
 _HEAD, _MIDDLE, _TAIL = b'{"blake3":"', b'","manifest":', b"}\n"
+_REFERENCE = re.compile(r"(step-\d{8,18})/(data-\d+(?:-[0-9a-f]{8})?\.bin)")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _DIRECTORY_NAME = re.compile(r"step-(\d{8,18})")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -59,11 +64,16 @@ class File:
     """One file of the checkpoint's directory, the manifest excepted."""
 
     path: str
-    """Name in the directory; there are no subdirectories."""
+    """Name in the directory; there are no subdirectories. Or an earlier checkpoint's name, a slash and the name there."""
     size: int
     """Bytes."""
     blake3: str | None
     """BLAKE3 of the content, 64 hex digits; null for a data file, which consists of pieces with hashes of their own."""
+
+    @property
+    def holder(self) -> str | None:
+        """The name of the earlier checkpoint that it belongs to, if it does."""
+        return self.path.partition("/")[0] if "/" in self.path else None
 
 
 Codec = Literal["raw", "planes"]
@@ -189,7 +199,7 @@ def dumps(manifest: Manifest) -> bytes:
 
 def _body(manifest: Manifest) -> bytes:
     return b'{"format":%d,"step":%d,"files":%b,"tensors":%b,"values":%b}' % (
-        FORMAT,
+        REFERRING if any(file.holder for file in manifest.files) else FORMAT,
         manifest.step,
         msgspec.json.encode(manifest.files),
         msgspec.json.encode(manifest.tensors),
@@ -210,10 +220,13 @@ def loads(data: bytes) -> Manifest:
         raise CheckpointError(f"{NAME} is not valid JSON: {error}") from None
     if not isinstance(tree, dict) or not isinstance(tree.get("format"), int):
         raise CheckpointError(f"{NAME} does not say its format")
-    if tree["format"] != FORMAT:
-        raise CheckpointError(f"{NAME} has format {tree['format']}, but this program reads format {FORMAT}; use the version that wrote it")
+    if tree["format"] not in (FORMAT, REFERRING):
+        known = f"{FORMAT} and {REFERRING}; use the version that wrote it"
+        raise CheckpointError(f"{NAME} has format {tree['format']}, but this program reads the formats {known}")
     manifest = _convert(tree)
     _check(manifest)
+    if any(file.holder for file in manifest.files) != (tree["format"] == REFERRING):
+        raise CheckpointError(f"{NAME} has format {tree['format']}, which does not go with the files that it names")
     return manifest
 
 
@@ -242,7 +255,7 @@ def _check(manifest: Manifest) -> None:
     """Every rule between the manifest's parts."""
     if manifest.step < 0:
         raise CheckpointError(f"{NAME}: step ({manifest.step}) must not be negative")
-    sizes = {check_file_name(file.path): file.size for file in manifest.files}
+    sizes = {_check_path(file, manifest.step): file.size for file in manifest.files}
     if len(sizes) < len(manifest.files):
         raise CheckpointError(f"{NAME} names a file twice")
     for file in manifest.files:
@@ -255,6 +268,16 @@ def _check(manifest: Manifest) -> None:
     _check_data(manifest)
     if both := manifest.tensors.keys() & manifest.values.keys():
         raise CheckpointError(f"{NAME}: {min(both)!r} is both a tensor and a value")
+
+
+def _check_path(file: File, step: int) -> str:
+    match = _REFERENCE.fullmatch(file.path)
+    if match is None:
+        return check_file_name(file.path)
+    held = step_of(match[1])
+    if held is None or held >= step or file.blake3 is not None:
+        raise CheckpointError(f"{NAME}: {file.path!r} is no data file of an earlier checkpoint than that of step {step}")
+    return file.path
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:
@@ -293,17 +316,19 @@ def _check_rounded(name: str, tensor: Tensor, source: Tensor | None) -> None:
 
 
 def _check_data(manifest: Manifest) -> None:
-    """The pieces of a data file lie one behind the other from its first byte to its last; other files have a hash, and no pieces."""
+    """The pieces of a data file lie one behind the other from its first byte to its last, those in an earlier one's file apart; other files
+    have a hash, and no pieces."""
+    own = {file.path for file in manifest.files if file.holder is None}
     ends = {file.path: 0 for file in manifest.files if file.blake3 is None}
     pieces = ((piece, name) for name, tensor in manifest.tensors.items() for piece in tensor.pieces)
     for piece, name in sorted(pieces, key=lambda found: (found[0].file, found[0].offset)):
         if piece.file not in ends:
             raise CheckpointError(f"{NAME}: tensor {name!r} has a piece in {piece.file!r}, which is none of its data files")
-        if piece.offset != ends[piece.file]:
+        if piece.offset != ends[piece.file] if piece.file in own else piece.offset < ends[piece.file]:
             raise CheckpointError(f"{NAME}: tensor {name!r} has a piece at {piece.offset} of {piece.file}, not at {ends[piece.file]}")
-        ends[piece.file] += piece.length
+        ends[piece.file] = piece.offset + piece.length
     for file in manifest.files:
-        if ends.get(file.path, file.size) != file.size:
+        if ends.get(file.path, file.size) != file.size and (file.path in own or ends[file.path] > file.size):
             raise CheckpointError(f"{NAME}: {file.path} has {file.size} bytes, but its pieces {ends[file.path]}")
 
 

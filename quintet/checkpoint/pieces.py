@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,19 @@ class Pieces:
     def __init__(self, shape: Sequence[int], boxes: Sequence[tuple[tuple[int, ...], Tensor]], *, dtype: torch.dtype) -> None:
         self.shape, self.dtype = torch.Size(shape), dtype
         self.boxes = {offsets: tensor for offsets, tensor in boxes if tensor.numel()}
+
+
+class Later:
+    """A tensor that is not in memory: a box of it is made, or read, when it is written."""
+
+    def __init__(self, shape: Sequence[int], *, dtype: torch.dtype, read: Callable[[Box], Tensor]) -> None:
+        self.shape, self.dtype, self.read = torch.Size(shape), dtype, read
+
+
+def box_at(index: Sequence[int], shape: Sequence[int]) -> Box:
+    """The box that `tensor[index]` is of a tensor of `shape`."""
+    rest = tuple(shape[len(index) :])
+    return (*index, *(0 for _ in rest)), (*(1 for _ in index), *rest)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

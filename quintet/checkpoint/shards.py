@@ -23,6 +23,8 @@ from quintet.checkpoint.store import bytes_of
 from quintet.errors import CheckpointError
 
 _DTYPE_NAME = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+DTYPES = {name: dtype for dtype, name in _DTYPE_NAME.items()}
+"""The usual kinds by the format's names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +95,7 @@ class Catalog:
         self._open: dict[str, Any] = {}
         self._file: dict[str, str] = {}
         self._shape: dict[str, tuple[int, ...]] = {}
+        self._dtype: dict[str, torch.dtype] = {}
         listed = index(directory)
         for file in sorted(set(listed.values()) if listed else {SINGLE}):
             self._add(directory, file)
@@ -103,7 +106,9 @@ class Catalog:
     def _add(self, directory: Path, file: str) -> None:
         try:
             opened: Any = safe_open(directory / file, framework="pt")
-            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            shapes = {name: tuple(piece.get_shape()) for name, piece in slices.items()}
+            dtypes = {name: DTYPES[piece.get_dtype()] for name, piece in slices.items() if piece.get_dtype() in DTYPES}
         except FileNotFoundError:
             raise CheckpointError(f"{directory} has no {file}; an import needs {SINGLE}, or {INDEX} and every file that it names") from None
         except (SafetensorError, OSError) as error:
@@ -113,11 +118,16 @@ class Catalog:
                 raise CheckpointError(f"{directory}: {name!r} is in {self._file[name]} and in {file}")
             self._file[name] = file
         self._shape |= shapes
+        self._dtype |= dtypes
         self._open[file] = opened
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor, by name."""
         return self._shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """A tensor's dtype, without reading it where its kind is a usual one."""
+        return self._dtype[name] if name in self._dtype else self.read(name).dtype
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor."""

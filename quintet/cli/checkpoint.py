@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +13,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from quintet.checkpoint.manifest import step_of
+from quintet.checkpoint.place import Place, Remote, place
 from quintet.cli.bar import Bar
 from quintet.cli.options import Switch, read
 from quintet.errors import CheckpointError, UsageError
@@ -30,9 +33,10 @@ class Arguments:
     """list: all of a run, and why each is kept. inspect: what one holds. diff: where two differ. verify: hash every byte of one, or of
     all of a run. prune: remove what the rules do not keep. pin, unpin: keep one whatever the rules say. convert: write one anew under
     the folder OTHER."""
-    path: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PATH")]
-    """A run's directory (where one checkpoint is meant: its newest), or a checkpoint's."""
-    other: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="OTHER")] = None
+    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")]
+    """A run's directory (where one checkpoint is meant: its newest), or a checkpoint's; in a store, the URL of the folder of a run's
+    checkpoints, or of one of them."""
+    other: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="OTHER")] = None
     """diff: the run or checkpoint to compare with. convert: the folder to write under."""
     codec: Literal["planes", "raw"] = "raw"
     """convert: how floats are stored."""
@@ -117,7 +121,7 @@ def verify(given: Arguments) -> None:
     """Hash every byte, and tell of each checkpoint whether it is whole. Raises CheckpointError if one is not."""
     from quintet.checkpoint import load
 
-    paths = [each.path for each in load.list_checkpoints(_folder(given.path))] if _is_run(given.path) else [given.path]
+    paths = [each.path for each in load.list_checkpoints(_folder(given.path))] if _is_run(given.path) else [place(given.path)]
     if not paths:
         raise CheckpointError(f"{given.path} has no checkpoint yet")
     problems: list[str] = []
@@ -142,7 +146,7 @@ def prune(given: Arguments) -> None:
     if given.dry_run:
         gone = retention.prune(root, _rules(given), only_tell=True)
     else:
-        with held(given.path):
+        with held(where) if isinstance(where := place(given.path), Path) else nullcontext():
             gone = retention.prune(root, _rules(given))
     for path in gone:
         print(f"{'would remove' if given.dry_run else 'removed'} {path}")
@@ -174,7 +178,7 @@ def convert(given: Arguments) -> None:
     assert given.other is not None
     source = _one(given.path)
     with Bar(f"converting {source}") as bar:
-        made = contents.convert(source, given.other, codec=given.codec, on_progress=bar)
+        made = contents.convert(source, place(given.other), codec=given.codec, on_progress=bar)
     print(f"wrote {made}")
 
 
@@ -190,23 +194,35 @@ ACTIONS: dict[str, Callable[[Arguments], Any]] = {
 }
 
 
-def _is_run(path: Path) -> bool:
-    return (path / "recipe.toml").is_file() and not (path / "manifest.json").exists()
+def _is_run(path: str) -> bool:
+    where = place(path)
+    if isinstance(where, Remote):
+        return step_of(where.name) is None
+    return (where / "recipe.toml").is_file() and not (where / "manifest.json").exists()
 
 
-def _folder(path: Path) -> Path:
+def _folder(path: str) -> Place:
+    """Where the checkpoints of a run are."""
+    from quintet.train.directory import checkpoints
+
     if not _is_run(path):
         raise UsageError(f"{path} is not a run's directory; name runs/NAME")
-    return path / "checkpoints"
+    where = place(path)
+    return where if isinstance(where, Remote) else checkpoints(where, parse.read(where / "recipe.toml"))
 
 
-def _one(path: Path) -> Path:
+def _one(path: str) -> Place:
     from quintet.train.trained import find_checkpoint
 
-    return find_checkpoint(path)
+    return find_checkpoint(place(path))
 
 
 def _rules(given: Arguments) -> Checkpoint:
     """The run's own rules of retention with those that are given instead."""
+    from quintet.checkpoint.load import read_extra
+    from quintet.train.trained import find_checkpoint
+
     instead = {name: getattr(given, name) for name in ("keep_last", "keep_every", "keep_best")}
-    return replace(parse.read(given.path / "recipe.toml").checkpoint, **{k: v for k, v in instead.items() if v is not None})
+    where = place(given.path)
+    own = read_extra(find_checkpoint(where), "recipe.toml") if isinstance(where, Remote) else (where / "recipe.toml").read_text()
+    return replace(parse.loads(own, origin=given.path).checkpoint, **{k: v for k, v in instead.items() if v is not None})

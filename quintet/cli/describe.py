@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from quintet.cost.flops import flops_per_token, parameters
-from quintet.cost.memory import largest_rank
+from quintet.cost.memory import Memory, largest_rank
 from quintet.monitor.units import count, num_bytes
-from quintet.spec.curriculum import Stretch, curriculum
+from quintet.spec.curriculum import Stretch, curriculum, main_stretch
 from quintet.spec.curve import Curve
 from quintet.spec.model import Model
 from quintet.spec.run import Run
@@ -38,27 +38,33 @@ def model_figures(model: Model, *, sequence_length: int) -> dict[str, Any]:
 
 
 def run_figures(run: Run) -> dict[str, Any]:
-    """`model_figures` at the longest sequence, memory of a step on the rank that needs most, and the phases' lengths."""
-    sequence_length = max(phase.sequence_length for phase in run.phases)
-    largest = max(stretch.last_batch for stretch in curriculum(run))
-    memory = largest_rank(
-        run.model,
-        run.train,
-        sequence_length=sequence_length,
-        layout=run.layout,
-        moments=run.optimizer.moments,
-        num_microbatches=run.layout.num_microbatches(largest, run.train.micro_batch),
-    )
+    """`model_figures` at the sequence length that most tokens are trained at, memory of a step there on the rank that needs most, and the
+    phases, each with its memory."""
+    stretches = curriculum(run)
+    main = main_stretch(run)
+    memory = _memory(run, main)
     return {
         "name": run.name,
-        **model_figures(run.model, sequence_length=sequence_length),
+        **model_figures(run.model, sequence_length=main.phase.sequence_length),
         "layout": str(run.layout),
-        "memory_bytes": {"total": memory.total, "by_part": asdict(memory)},
-        "phases": [_stretch_figures(stretch) for stretch in curriculum(run)],
+        "memory_bytes": {"phase": main.phase.name, "total": memory.total, "by_part": asdict(memory)},
+        "phases": [_stretch_figures(stretch, _memory(run, stretch)) for stretch in stretches],
     }
 
 
-def _stretch_figures(stretch: Stretch) -> dict[str, Any]:
+def _memory(run: Run, stretch: Stretch) -> Memory:
+    """Of a step at the end of a phase."""
+    return largest_rank(
+        run.model,
+        run.train,
+        sequence_length=stretch.phase.sequence_length,
+        layout=run.layout,
+        moments=run.optimizer.moments,
+        num_microbatches=run.layout.num_microbatches(stretch.last_batch, run.train.micro_batch),
+    )
+
+
+def _stretch_figures(stretch: Stretch, memory: Memory) -> dict[str, Any]:
     return {
         "name": stretch.phase.name,
         "steps": stretch.num_steps,
@@ -67,6 +73,7 @@ def _stretch_figures(stretch: Stretch) -> dict[str, Any]:
         "first_batch": stretch.first_batch,
         "last_batch": stretch.last_batch,
         "peak_learning_rate": Curve.parse(stretch.phase.learning_rate).peak,
+        "memory_bytes": memory.total,
     }
 
 
@@ -93,20 +100,30 @@ def run_tables(figures: dict[str, Any]) -> RenderableType:
     """`run_figures` for a person, without the recipe."""
     memory = figures["memory_bytes"]
     phases = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
-    for name in ("phase", "steps", "tokens", "sequence", "batch", "peak learning rate"):
+    for name in ("phase", "steps", "tokens", "sequence", "batch", "peak learning rate", "memory"):
         phases.add_column(name, justify="left" if name == "phase" else "right")
     for p in figures["phases"]:
         batch = f"{p['first_batch']}" if p["first_batch"] == p["last_batch"] else f"{p['first_batch']} to {p['last_batch']}"
         phases.add_row(
-            p["name"], f"{p['steps']:,}", count(p["tokens"]), f"{p['sequence_length']:,}", batch, f"{p['peak_learning_rate']:.3g}"
+            p["name"],
+            f"{p['steps']:,}",
+            count(p["tokens"]),
+            f"{p['sequence_length']:,}",
+            batch,
+            f"{p['peak_learning_rate']:.3g}",
+            num_bytes(p["memory_bytes"]),
         )
     return Group(
         model_tables(figures),
-        Rule(f"memory of a step, estimated for {_device(figures['layout'])}", align="left", style="dim"),
+        Rule(f"memory of a step{_of_phase(figures)}, estimated for {_device(figures['layout'])}", align="left", style="dim"),
         _grid(("total", num_bytes(memory["total"])), ("of which", _parts(memory["by_part"], num_bytes))),
         Rule("schedule", align="left", style="dim"),
         phases,
     )
+
+
+def _of_phase(figures: dict[str, Any]) -> str:
+    return f" of {figures['memory_bytes']['phase']}" if len(figures["phases"]) > 1 else ""
 
 
 def _device(layout: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from quintet.cli.bar import Bar
-from quintet.cli.options import RunPath, read
+from quintet.cli.options import ModelPath, read
 from quintet.errors import UsageError
 
 
@@ -15,8 +15,8 @@ from quintet.errors import UsageError
 class Arguments:
     """Continue a prompt with a trained model; the text goes to stdout as it is drawn."""
 
-    model: RunPath
-    """A run's directory (its newest checkpoint), or a checkpoint's."""
+    model: ModelPath
+    """A run's directory (its newest checkpoint), or a checkpoint's; one in a store by its URL."""
     prompt: str
     """The text to continue."""
     tokens: int = 120
@@ -37,11 +37,12 @@ def main(arguments: list[str]) -> int:
         raise UsageError(f"--tokens ({given.tokens}) must not be negative, and --seed ({given.seed}) must lie between 0 and 2^63 - 1")
     import torch
 
+    from quintet.checkpoint.place import place
     from quintet.model.generate import generate
     from quintet.train.trained import open_trained
 
     with Bar(f"reading {given.model}"):
-        trained = open_trained(given.model)
+        trained = open_trained(place(given.model))
     ids = torch.from_numpy(trained.tokenizer.encode_batch([given.prompt])[0].astype("int64")).to(trained.device)
     drawn = generate(
         trained.model,

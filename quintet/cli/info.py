@@ -14,12 +14,14 @@ from rich.table import Table
 
 from quintet.checkpoint import hub_config, hub_stored
 from quintet.checkpoint.manifest import step_of
+from quintet.checkpoint.place import Remote, entries
 from quintet.cli.describe import foreseen, model_figures, model_tables, run_figures, run_tables, warn
 from quintet.cli.options import Switch, read
 from quintet.errors import UsageError
 from quintet.monitor.metrics import Evaluated, Record, read_events
 from quintet.monitor.status import read_status
 from quintet.spec import parse
+from quintet.train.directory import checkpoints
 from quintet.train.foresee import doubts
 
 
@@ -78,8 +80,9 @@ def progress(run_directory: Path) -> dict[str, Any]:
     events = read_events(metrics) if metrics.exists() else []
     record = next((event for event in reversed(events) if isinstance(event, Record)), None)
     evaluated = next((event for event in reversed(events) if isinstance(event, Evaluated)), None)
-    checkpoints = run_directory / "checkpoints"
-    names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
+    recipe = run_directory / "recipe.toml"
+    root = checkpoints(run_directory, parse.read(recipe)) if recipe.is_file() else run_directory / "checkpoints"
+    names = entries(root) if isinstance(root, Remote) or root.is_dir() else {}
     return {
         "status": asdict(status) if status else None,
         "last_record": asdict(record) if record else None,

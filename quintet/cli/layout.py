@@ -15,11 +15,13 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from quintet.cli.describe import warn
 from quintet.cli.options import Overrides, Recipe, Switch, read_with_recipe
 from quintet.cost.memory import step_memory
 from quintet.errors import UsageError
 from quintet.monitor.units import count, num_bytes
-from quintet.spec.layout import GROUPS, HOLDERS, Layout
+from quintet.spec.curriculum import main_stretch
+from quintet.spec.layout import GROUPS, HOLDERS, Layout, without_effect
 from quintet.spec.placement import Box
 from quintet.spec.run import Run
 
@@ -72,13 +74,16 @@ def main(arguments: list[str]) -> int:
     if given.json:
         print(json.dumps(told, indent=2))
     else:
-        Console().print(page(told, holding, in_full=given.rank is not None))
+        out = Console()
+        out.width = out.width if out.is_terminal else max(out.width, 140)
+        warn(without_effect(layout))
+        out.print(page(told, holding, in_full=given.rank is not None))
     return 0
 
 
 def figures(run: Run, rank: int, holding: Holding, *, seconds: float) -> dict[str, Any]:
     """A layout and one of its ranks in plain values."""
-    layout, length = run.layout, max(phase.sequence_length for phase in run.phases)
+    layout, length = run.layout, main_stretch(run).phase.sequence_length
     memory = step_memory(
         run.model, run.train, sequence_length=length, layout=layout, place=layout.coordinates(rank).pp, moments=run.optimizer.moments
     )
@@ -112,12 +117,15 @@ def _tells(axis: str, layout: Layout) -> bool:
     """Whether an axis says something of its own: holders of which there are weights, and sequences that cp and tp both divide."""
     split, divided = layout.tp > 1, layout.ep > 1
     holders = {"tp_split": split, "expert": divided and layout.expert_tp == 1, "expert_split": divided and layout.expert_tp > 1}
-    others = {"stage": False, "world": False, "sequence": split and layout.cp > 1, "both_ends": layout.arrangement in ("line", "loop")}
+    ends = layout.pp > 1 and layout.arrangement in ("line", "loop")
+    others = {"stage": False, "world": False, "sequence": split and layout.cp > 1, "both_ends": ends}
     return (holders | others).get(axis.partition(".")[0], True)
 
 
 def _group_figures(layout: Layout, axis: str) -> dict[str, Any]:
-    groups = [group for group in layout.groups(axis) if len(group) > 1]  # of the ends of a pipeline, not of the places between
+    groups = [group for group in layout.groups(axis) if len(group) > 1]
+    if axis.startswith("both_ends"):  # not of the places between
+        groups = [group for group in groups if layout.coordinates(group[0]).pp == 0]
     nodes = [len(layout.nodes_of(ranks)) for ranks in groups]
     return {"count": len(groups), "size": len(groups[0]), "first": groups[0], "fewest_nodes": min(nodes), "most_nodes": max(nodes)}
 
@@ -237,5 +245,5 @@ def _table(*names: str) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
     numbers = {"groups", "ranks each", "rank", "node", "ranks", "bytes", *COORDINATES}
     for name in names:
-        table.add_column(Text(name), justify="right" if name in numbers else "left", no_wrap=name in numbers, overflow="fold")
+        table.add_column(Text(name), justify="right" if name in numbers else "left", no_wrap=name in {*numbers, "axis"}, overflow="fold")
     return table

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import itertools
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Annotated, Any, Protocol, TypeVar
 import tyro
 
 from quintet.cli.tell import leave_the_word, speaks_for_all
-from quintet.errors import UsageError
+from quintet.errors import UsageError, did_you_mean
 from quintet.spec import parse
 from quintet.spec.run import Run
 
@@ -39,6 +41,9 @@ Recipe = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RECIPE.tom
 RunPath = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
 """The path of a run or a checkpoint."""
 
+ModelPath = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+"""The path of a run or a checkpoint, or a checkpoint's URL."""
+
 Directory = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIRECTORY")]
 """The path of another directory."""
 
@@ -48,7 +53,9 @@ Switch = tyro.conf.FlagCreatePairsOff[bool]
 
 def read(kind: type[T], arguments: Sequence[str], *, command: str, default: T | None = None) -> T:
     """The arguments as a `kind`, those of `default` where they are absent. Exits with 0 after help and with 2, and a message that names
-    near options, for what does not fit; of several processes that were started alike only one says so."""
+    near options, for what does not fit; of several processes that were started alike only one says so. Raises UsageError for a word that is
+    not among an option's choices."""
+    _refuse_other_choices(kind, arguments)
     with contextlib.ExitStack() as quiet:
         if not speaks_for_all():
             quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
@@ -59,6 +66,29 @@ def read(kind: type[T], arguments: Sequence[str], *, command: str, default: T | 
         except SystemExit:
             leave_the_word()
             raise
+
+
+def _refuse_other_choices(kind: type, arguments: Sequence[str]) -> None:
+    """Raise UsageError for the first option whose value is not one of its choices, with the nearest."""
+    given = [word.split("=", 1) if "=" in word else [word, following] for word, following in itertools.pairwise([*arguments, ""])]
+    for option, value in given:
+        choices = _choices(kind, option.removeprefix("--").replace("-", "_").split(".")) if option.startswith("--") else ()
+        if choices and value not in (*map(str, choices), "None"):
+            names = [str(choice) for choice in choices]
+            raise UsageError(f"{option} {value!r} is not one of its choices{did_you_mean(value.lower(), names)}: {', '.join(names)}")
+
+
+def _choices(kind: Any, path: Sequence[str]) -> tuple[object, ...]:
+    """The values that the field at a dotted path takes, if they are a closed list."""
+    if typing.get_origin(kind) is typing.Literal:
+        return () if path else typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        if path and path[0] in hints:
+            return _choices(hints[path[0]], path[1:])
+        return _choices(hints["run"], path) if path and "run" in hints else ()
+    several = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else ()  # an optional section or value
+    return next((found for each in several if (found := _choices(each, path))), ())
 
 
 def read_with_recipe(kind: type[R], arguments: Sequence[str], *, command: str) -> R:

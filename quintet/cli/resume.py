@@ -39,6 +39,8 @@ def main(arguments: list[str]) -> int:
     saved, layout = parse.read(recipe), given.layout
     if layout.cut == saved.layout.cut and layout.num_stages != saved.layout.num_stages:
         layout = replace(layout, cut=None)  # of other stages
+    if layout.schedule_file == saved.layout.schedule_file and layout.pp != saved.layout.pp:
+        layout = replace(layout, schedule_file=None)  # of other ranks
     run = replace(saved, layout=layout)
     return together(run, given.run, first=lambda: run, resume=True)
 

@@ -6,7 +6,7 @@ import hashlib
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,10 @@ from quintet.spec.run import Run
 
 if TYPE_CHECKING:
     from quintet.parallel.rendezvous import Ranks
+    from quintet.train.resuming import Phases
+
+_BRIEF = 24
+"""Letters of a value that ranks tell each other as it is."""
 
 
 def together(run: Run, run_directory: Path, *, first: Callable[[], Run], resume: bool) -> int:
@@ -35,25 +39,30 @@ def together(run: Run, run_directory: Path, *, first: Callable[[], Run], resume:
 
             require_ranks(run.layout, 1)
         run = first()  # before torch is loaded: most mistakes show here
+    from quintet.train.resuming import since_process_start
+
+    phases = since_process_start()
     import torch
 
-    from quintet.parallel.rendezvous import joined
+    from quintet.parallel.rendezvous import PROCESSES_ON_NODE, joined
     from quintet.train import device
 
     about = {
-        **{f"[{field.name}] in the recipe": _digest(getattr(run, field.name)) for field in fields(run)},
+        **_values(run),
         "version of Quintet": quintet.__version__,
         "version of torch": str(torch.__version__),
-        "number of processes on its node": os.environ.get("LOCAL_WORLD_SIZE", "unknown"),
+        PROCESSES_ON_NODE: os.environ.get("LOCAL_WORLD_SIZE", "unknown"),
         "number of restarts": os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
     }
     machine = device.prepare(run.train)
-    with joined(run.layout, about=about | {"kind of device": machine.type}, device=machine, seconds=run.train.rank_timeout) as ranks:
+    about["kind of device"] = machine.type
+    late = lambda text: warn([text])  # noqa: E731
+    with joined(run.layout, about=about, device=machine, seconds=run.train.rank_timeout, notice=late) as ranks:
         if ranks.store is None:
-            return _on_this_rank(run, run_directory, ranks, resume=resume)
+            return _on_this_rank(run, run_directory, ranks, resume=resume, phases=phases)
         try:
             warn(_other_nodes(run.layout) if ranks.is_lead else [])
-            return _on_this_rank(_of_rank_0(first, ranks), run_directory, ranks, resume=resume)
+            return _on_this_rank(_of_rank_0(first, ranks), run_directory, ranks, resume=resume, phases=phases)
         except QuintetError as error:
             if ranks.first_to_tell(str(error)):
                 tell(str(error))
@@ -63,14 +72,14 @@ def together(run: Run, run_directory: Path, *, first: Callable[[], Run], resume:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _on_this_rank(run: Run, run_directory: Path, ranks: Ranks, *, resume: bool) -> int:
+def _on_this_rank(run: Run, run_directory: Path, ranks: Ranks, *, resume: bool, phases: Phases) -> int:
     from quintet.cli.watch import watched
     from quintet.train import trainer
 
     def train(sinks: Fanout) -> int:
         with ranks.losses_named():
             if resume:
-                return trainer.resume(run_directory, sinks=sinks, ranks=ranks, layout=run.layout)
+                return trainer.resume(run_directory, sinks=sinks, ranks=ranks, layout=run.layout, phases=phases)
             return trainer.train(run, sinks=sinks, ranks=ranks)
 
     return watched(run, run_directory, train, resumed=resume) if ranks.is_lead else train(Fanout([]))
@@ -102,5 +111,15 @@ def _other_nodes(layout: Layout) -> list[str]:
     ]
 
 
-def _digest(section: object) -> str:
-    return hashlib.blake2b(repr(section).encode(), digest_size=6).hexdigest()
+def _values(run: Run) -> dict[str, str]:
+    """Every field of the recipe's sections by its name there: its value, or the digest of a long one."""
+    told = {}
+    for field in fields(run):
+        section = getattr(run, field.name)
+        inner = {f"{field.name}.{each.name}": getattr(section, each.name) for each in fields(section)} if is_dataclass(section) else None
+        told.update(inner or {field.name: section})
+    return {f"{name} in the recipe": _brief(repr(value)) for name, value in told.items()}
+
+
+def _brief(text: str) -> str:
+    return text if len(text) <= _BRIEF else hashlib.blake2b(text.encode(), digest_size=6).hexdigest()

@@ -6,16 +6,22 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from quintet.cli.describe import warn
 from quintet.cli.options import Overrides, Recipe, Switch, read_with_recipe
+from quintet.cost.memory import largest_rank
+from quintet.cost.pipeline import read as read_schedule
 from quintet.errors import UsageError
+from quintet.launch.room import RANKS_PER_CORE, require_room
+from quintet.monitor import machine
 from quintet.schedule import fewest_microbatches
 from quintet.spec.curriculum import Settings
+from quintet.spec.layout import Layout, fewer_ranks, without_effect
 from quintet.spec.run import Run
 from quintet.spec.tiny import tiny
 
@@ -44,6 +50,8 @@ class Arguments:
     tiny: Switch = False
     """Shrink the model's widths, layers and experts, the sequence, and micro-batches above 2, keep its structure, cut stages by cost, and
     use random tokens."""
+    max_ranks: int | None = None
+    """Ranks, each a process here, to start at most; absent: 16 for each core, as far as memory reaches."""
     all: Switch = False
     """Print every comparison instead of the worst ones."""
 
@@ -54,7 +62,9 @@ def main(arguments: list[str]) -> int:
     run = tiny(given.run) if given.tiny else given.run
     fewest = fewest_microbatches(run.layout.pipeline, run.layout.pp) if run.layout.pp > 1 else 1
     enough = run.layout.dp * run.train.micro_batch * (fewest - 1) + 1
-    sequences = given.sequences or max(2 * run.layout.dp + 1, enough)
+    kept = None if run.layout.schedule_file is None else read_schedule(run.layout.schedule_file).num_microbatches
+    usual = max(2 * run.layout.dp + 1, enough) if kept is None else run.layout.dp * run.train.micro_batch * kept
+    sequences = given.sequences or usual
     if sequences < enough and run.layout.schedule is not None:
         raise UsageError(
             f"sequences ({sequences}) must be at least {enough}: {run.layout.pipeline} on layout.pp ({run.layout.pp}) takes {fewest} "
@@ -65,15 +75,38 @@ def main(arguments: list[str]) -> int:
         raise UsageError(f"steps ({given.steps}) and sequences ({sequences}) must be at least 1")
     if run.layout.num_ranks == 1:
         raise UsageError("the layout is one device, which is what others are compared with; name one, for example: --layout.dp 2")
+    _require_room(run, given)
+    warn(without_effect(run.layout))
     console = Console(stderr=True)
     batches = _random_batches(run, sequences, given.steps) if given.tiny else _batches(run, given.recipe, sequences, given.steps, console)
     mtp = 0.3 if run.model.num_mtp_modules else 0.0
     settings = Settings(batch_sequences=sequences, learning_rate=1e-3, mtp_weight=mtp, bias_speed=1e-3)
-    exit_codes = []
+    exit_codes, out = [], Console()
+    out.width = out.width if out.is_terminal else max(out.width, 120)
     for precision in dict.fromkeys(("fp32", run.train.precision)):
         each = replace(run, train=replace(run.train, precision=precision))
-        exit_codes.append(report(_compare(each, batches, settings, console), each, everything=given.all, out=Console()))
+        exit_codes.append(report(_compare(each, batches, settings, console), each, everything=given.all, out=out))
     return max(exit_codes)
+
+
+def _require_room(run: Run, given: Arguments) -> None:
+    """Raise UsageError where this machine is too small for the comparison, with a smaller one that divides the same dimensions."""
+    def held(layout: Layout) -> int:
+        memory = largest_rank(
+            run.model, run.train, sequence_length=run.phases[0].sequence_length, layout=layout, moments=run.optimizer.moments
+        )
+        # What is compared: every step's gradients and masters in fp32, on their way to the process that compares them.
+        return memory.total + given.steps * (memory.gradients + max(memory.master_weights, memory.weights))
+
+    small = [] if given.tiny else ["make the model small with --tiny"]
+    whatever = f"allow it all the same with --max-ranks {run.layout.num_ranks}"
+    what = "one device, with which the layout is compared,"
+    require_room(1, tensor_bytes=held(Layout()), most=given.max_ranks, what=what, remedy=", or ".join([*small, whatever]))
+    fewer = fewer_ranks(run.layout, run.model, [run.phases[0].sequence_length], most=RANKS_PER_CORE * machine.num_cores() // 2)
+    divided = [f"verify what divides the same dimensions on {fewer.num_ranks}, with {fewer.options}"] if fewer else []
+    remedy = ", or ".join([*small, *divided, whatever])
+    what = f"the layout ({run.layout})"
+    require_room(run.layout.num_ranks, tensor_bytes=held(run.layout), most=given.max_ranks, what=what, remedy=remedy)
 
 
 def _compare(run: Run, batches: Sequence[Batch], settings: Settings, console: Console) -> list[Row]:
@@ -91,7 +124,7 @@ def _compare(run: Run, batches: Sequence[Batch], settings: Settings, console: Co
         found = run_on_ranks(
             run.layout.num_ranks,
             parity.trace_rank,
-            (run, batches, settings),
+            (run, batches, settings, reference.choices),
             preload=preload,
             on_result=lambda rank: progress.advance(many),
         )
@@ -105,13 +138,15 @@ def report(rows: Sequence[Row], run: Run, *, everything: bool, out: Console) -> 
     tensors = sorted((row for row in rows if row.name), key=_badness, reverse=True)
     table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
     for name in ("step", "compared", "parameter", "error", "tolerance", "rank", ""):
-        table.add_column(name, justify="right" if name in ("step", "error", "tolerance", "rank") else "left", no_wrap=True)
+        justify: Literal["left", "right"] = "right" if name in ("step", "error", "tolerance", "rank") else "left"
+        folds = name == "parameter"  # where a terminal is narrow: numbers must be whole
+        table.add_column(name, justify=justify, no_wrap=not folds, min_width=16 if folds else None, overflow="fold")
     shown = list(rows) if everything else [*numbers, *tensors[: max(_SHOWN, min(len(failed), 50))]]
     for row in shown:
         mark = "[green]pass[/green]" if row.passed else "[red]FAIL[/red]"
         rank = "" if row.rank is None else str(row.rank)
         table.add_row(str(row.step), row.what, row.name, f"{row.error:.1e}", f"{row.tolerance:.1e}", rank, mark)
-    out.print(table, width=None if out.is_terminal else 120)
+    out.print(table)
     if len(shown) < len(rows):
         out.print(f"... the worst of {len(tensors)} tensors are shown; --all shows the rest", style="dim")
     if not failed:

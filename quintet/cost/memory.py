@@ -24,10 +24,11 @@ from dataclasses import dataclass, fields, replace
 
 from quintet.cost.activations import FP32, Device, block_bytes, element_bytes, outside_bytes, tokens_of
 from quintet.cost.balance import part_at
+from quintet.cost.pipeline import kept_schedule, named_schedule
 from quintet.cost.ring_comm import ring_payload, ring_width
 from quintet.cost.shard import held, num_shards
 from quintet.cost.zero_comm import bucket_sizes, parts_in_backward
-from quintet.schedule import build, fewest_microbatches
+from quintet.schedule import fewest_microbatches
 from quintet.spec.layout import Layout
 from quintet.spec.model import Model
 from quintet.spec.run import Precision, Train
@@ -145,11 +146,14 @@ def _in_flight(model: Model, layout: Layout, place: int, blocks: dict[str, int],
         kept[number] = sum(blocks[f"layers.{layer}"] for layer in stage.layers)
         if stage.last:
             kept[number] += outside + sum(value for name, value in blocks.items() if name.startswith("mtp."))
-    if layout.pipeline == "gpipe":
-        return num_microbatches * sum(kept.values())
-    count = max(min(num_microbatches, 2 * layout.pp), fewest_microbatches(layout.schedule_for(num_microbatches), layout.pp))
+    schedule = kept_schedule(layout, num_microbatches)
+    if schedule is None:  # those of a name need no more for more than 2 pp micro-batches, but for gpipe
+        if layout.pipeline == "gpipe":
+            return num_microbatches * sum(kept.values())
+        count = max(min(num_microbatches, 2 * layout.pp), fewest_microbatches(layout.schedule_for(num_microbatches), layout.pp))
+        schedule = named_schedule(layout, count)
     now = peak = 0
-    for work in build(layout.schedule_for(count), layout.pp, count, chunks=layout.chunks).table[place]:
+    for work in schedule.table[place]:
         for op in work.ops:  # a pair's forward comes first
             now += {"F": kept[op.stage], "I": 0}.get(op.kind, -kept[op.stage])
             peak = max(peak, now)
@@ -196,10 +200,9 @@ def _gathered(model: Model, layout: Layout, blocks: dict[str, int], outside: int
 
 
 def logits_bytes(model: Model, train: Train, layout: Layout, *, sequence_length: int, modules: int) -> int:
-    """Bytes of the loss. A split vocabulary has its logits and their gradient in fp32 too, since ranks compare them in between."""
+    """Bytes of the loss."""
     size, rows = element_bytes(train), model.vocab_size // layout.tp
-    per_logit = 2 * size + (2 * FP32 if layout.tp > 1 and size < FP32 else 0)
-    chunk = per_logit * min(train.loss_chunk, tokens_of(train, layout, sequence_length)) * rows
+    chunk = 2 * size * min(train.loss_chunk, tokens_of(train, layout, sequence_length)) * rows
     return chunk + (FP32 + size * modules) * rows * model.hidden_size
 
 

@@ -17,45 +17,80 @@ experts sum their counts, sequences x experts in fp32, in one message behind for
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from quintet.cost.sent import Sent
 from quintet.spec.layout import Layout
 from quintet.spec.model import Model
 from quintet.spec.run import Recompute
+from quintet.spec.stage import Stage
 
 FP32 = 4
 INDEX = 8
 
 
-def tensor_bytes(
-    model: Model, layout: Layout, *, tokens: int, element_bytes: int, recompute: Recompute = "none", num_mtp: int | None = None
-) -> Sent:
-    """On the axis tp, for a micro-batch of `tokens` on the ranks of one tp group (its sequences x their length / cp).
+@dataclass(frozen=True, kw_only=True)
+class Passed:
+    """What of a model a micro-batch passes: blocks by kind, those of MTP modules among them, look-ups of tokens, and heads."""
 
-    `num_mtp` is the number of MTP modules that run, all of them by default.
-    """
+    dense: int
+    moe: int
+    lookups: int
+    heads: int
+
+
+def passed(model: Model, *, num_mtp: int | None = None, stage: Stage | None = None) -> Passed:
+    """In the whole model or in a stage of it; `num_mtp` is the number of MTP modules that run, all of them by default."""
+    modules = model.num_mtp_modules if num_mtp is None else num_mtp
+    layers, first, last = (range(model.num_layers), 1, 1) if stage is None else (stage.layers, int(stage.first), int(stage.last))
+    dense = sum(layer < model.num_dense_layers for layer in layers)
+    return Passed(
+        dense=dense, moe=len(layers) - dense + last * modules, lookups=first + last * modules, heads=last * (1 + modules)
+    )
+
+
+def tensor_bytes(
+    model: Model,
+    layout: Layout,
+    *,
+    tokens: int,
+    element_bytes: int,
+    recompute: Recompute = "none",
+    num_mtp: int | None = None,
+    stage: Stage | None = None,
+) -> Sent:
+    """On the axis tp, for a micro-batch of `tokens` on the ranks of one tp group (its sequences x their length / cp), in what of the model
+    it passes."""
     share, width = tokens * (layout.tp - 1) / layout.tp, model.hidden_size
-    depths = 1 + (model.num_mtp_modules if num_mtp is None else num_mtp)
-    moe_layers = model.num_layers - model.num_dense_layers + depths - 1
+    here = passed(model, num_mtp=num_mtp, stage=stage)
     attention = (model.q_lora_rank or width) + model.kv_lora_rank + model.qk_rope_head_dim + width
     in_moe = share * element_bytes * (attention + 2 * width * bool(model.num_shared_experts))
     in_dense = share * element_bytes * (attention + 2 * width)
-    blocks = moe_layers * in_moe + model.num_dense_layers * in_dense
+    blocks = here.moe * in_moe + here.dense * in_dense
     shared_last = model.num_shared_experts and layout.ep == layout.expert_tp == 1
-    stopping = model.num_dense_layers + (moe_layers if shared_last else 0)
+    stopping = here.dense + (here.moe if shared_last else 0)
     again = blocks - stopping * share * element_bytes * width if recompute == "full" else 0.0
     if recompute == "selective":
-        again = (model.num_dense_layers + moe_layers * bool(model.num_shared_experts)) * share * element_bytes * width
-    outside = depths * 2 * share * element_bytes * width
+        again = (here.dense + here.moe * bool(model.num_shared_experts)) * share * element_bytes * width
+    outside = (here.lookups + here.heads) * share * element_bytes * width
     return Sent(
-        forward=blocks + outside + depths * tokens * (layout.tp - 1) * 2 * FP32,
+        forward=blocks + outside + here.heads * tokens * (layout.tp - 1) * 2 * FP32,
         backward=blocks + outside + again,
     )
 
 
-def sequence_bytes(model: Model, layout: Layout, *, sequences: int, recompute: Recompute = "none", num_mtp: int | None = None) -> Sent:
+def sequence_bytes(
+    model: Model,
+    layout: Layout,
+    *,
+    sequences: int,
+    recompute: Recompute = "none",
+    num_mtp: int | None = None,
+    stage: Stage | None = None,
+) -> Sent:
     """On the axis of the ranks that share sequences (cp x tp), for a micro-batch of `sequences`: the experts' counts."""
     ranks = layout.cp * layout.tp
-    moe_layers = model.num_moe_layers + (model.num_mtp_modules if num_mtp is None else num_mtp)
+    moe_layers = passed(model, num_mtp=num_mtp, stage=stage).moe
     counts = sequences * model.num_routed_experts
     ahead = 0
     if model.capacity_factor is not None:

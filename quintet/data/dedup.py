@@ -1,8 +1,10 @@
 """Which of all documents are kept when each cluster of duplicates keeps one.
 
 Documents that share an exact fingerprint or a band (see `minhash`) are joined; a cluster is a connected component. Nothing depends on the
-order in which parts were made. Memory: 17 bytes per document, and 16 for each of `GROUPED` keys that are sorted together; keys are
-taken from the parts' files range by range.
+order in which parts were made.
+
+Keys are taken from the parts' files and sorted range by range. A first pass notes which documents share any key; all else happens among
+those alone, so that memory is 2 bytes for each document, about 60 for each one that shares a key, and 110 for each of `GROUPED` keys.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,14 @@ class Fingerprints:
         self._chosen = chosen
 
     def __len__(self) -> int:
-        return len(self.sizes)
+        return len(np.load(self.folder / "sizes.npy", mmap_mode="r")) if self._chosen is None else len(self._chosen)
 
-    @cached_property
+    def narrowed(self, wanted: NDArray[np.bool_]) -> Fingerprints:
+        """Of these documents those that are `wanted`: [N]."""
+        documents = np.flatnonzero(wanted)
+        return Fingerprints(self.folder, chosen=documents if self._chosen is None else self._chosen[documents])
+
+    @property
     def sizes(self) -> NDArray[np.uint32]:
         """UTF-8 bytes of each document: [N]."""
         return self._of("sizes.npy")
@@ -102,6 +108,31 @@ def decide(dedup: Dedup, parts: Sequence[tuple[str, Fingerprints]], known: Seque
     """
     everything = [*known, *(part for _, part in parts)]
     first = np.cumsum([0, *map(len, everything)])
+    sharing = _sharing(dedup, everything, first)
+    narrowed = [part.narrowed(sharing[a:b]) for part, (a, b) in zip(everything, itertools.pairwise(first), strict=True)]
+    names = [name for name, _ in parts]
+    kept, duplicates = _decide(dedup, list(zip(names, narrowed[len(known) :], strict=True)), narrowed[: len(known)])
+    whole = ~sharing
+    whole[sharing] = kept
+    return Decision(kept=tuple(whole[a:b] for a, b in itertools.pairwise(first[len(known) :])), duplicates=duplicates)
+
+
+def _sharing(dedup: Dedup, everything: Sequence[Fingerprints], first: Ints) -> NDArray[np.bool_]:
+    """Whether each document shares a key with another: [total]."""
+    found = np.zeros(int(first[-1]), bool)
+    keys: list[int | str] = [*(["exact"] if dedup.exact else []), *(range(dedup.bands) if dedup.near else [])]
+    for which in keys:
+        for a, b in _equal(everything, first, which):
+            found[a] = found[b] = True
+    return found
+
+
+def _decide(
+    dedup: Dedup, parts: Sequence[tuple[str, Fingerprints]], known: Sequence[Fingerprints]
+) -> tuple[NDArray[np.bool_], dict[str, Duplicates]]:
+    """Which documents stay, of `known` and `parts` together, and what became of the others."""
+    everything = [*known, *(part for _, part in parts)]
+    first = np.cumsum([0, *map(len, everything)])
     num_known, total = int(first[len(known)]), int(first[-1])
     parent = np.arange(total)
     exact_parent = parent.copy()
@@ -116,9 +147,7 @@ def decide(dedup: Dedup, parts: Sequence[tuple[str, Fingerprints]], known: Seque
     np.minimum.at(best, parent, order)  # A cluster's root -> the best place in the order of preference.
     kept = best[parent] == order
     kept[:num_known] = False
-    duplicates = _count(parts, everything, first, kept, parent, exact_parent, order, best, num_known)
-    bounds = first[len(known) :]
-    return Decision(kept=tuple(kept[a:b] for a, b in itertools.pairwise(bounds)), duplicates=duplicates)
+    return kept, _count(parts, everything, first, kept, parent, exact_parent, order, best)
 
 
 def _preference(
@@ -189,7 +218,6 @@ def _count(
     exact_parent: Ints,
     order: Ints,
     best: Ints,
-    num_known: int,
 ) -> dict[str, Duplicates]:
     """Per source, how many were dropped, and a sample of pairs."""
     at_place = np.empty(len(order), np.int64)

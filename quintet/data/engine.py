@@ -9,11 +9,15 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import shutil
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
+
+import msgspec
 
 from quintet.data.part import Job, Progress, make
 from quintet.data.shards import DiskFull, free_again
@@ -23,8 +27,9 @@ OnMessage = Callable[[str], None]
 EngineName = Literal["local", "daft", "ray"]
 ENGINES = ("local", "daft", "ray")
 _LITTLE_BYTES = 256 << 20
-_SPACE, _LEAST_SPACE = 2, 16 << 20
-"""Free bytes that a part waits for: per byte of stored text, and at least."""
+_ANSWER_SECONDS = 10.0
+_MORE_SPACE = 16 << 20
+"""Bytes that must become free before a part that found too little room is tried again."""
 
 
 class Engine(Protocol):
@@ -87,14 +92,18 @@ class Local:
         except DiskFull:
             if not self.patient:
                 raise
-            wanted = _SPACE * job.num_bytes + _LEAST_SPACE
-            on_message(
-                f"the disk of {job.target.parent} is full: waiting for {wanted / 1e6:,.0f} MB, then going on; Ctrl-C stops, and what is "
-                "done stays"
-            )
-            free_again(job.target.parent, wanted)
+            _wait_for_space(job, on_message)
             return False
         return True
+
+
+def _wait_for_space(job: Job, on_message: OnMessage) -> None:
+    """Return when the disk has more room than when a part found too little, so that it is worth another try."""
+    folder = job.target.parent
+    on_message(
+        f"the disk of {folder} is full: going on when {_MORE_SPACE / 1e6:,.0f} MB more are free; Ctrl-C stops, and what is done stays"
+    )
+    free_again(folder, shutil.disk_usage(folder).free + _MORE_SPACE)
 
 
 def _with_threads(count: int) -> None:
@@ -114,18 +123,39 @@ class Daft:
         try:
             import daft
         except ImportError as error:
-            raise DataError(f"this engine needs Daft ({error}); install it: pip install 'quintet[data]'") from None
+            raise DataError(f"this engine needs Daft ({error}); install it: pip install -c constraints.txt 'quintet[data]'") from None
         self.daft, self.runner, self.workers = daft, runner, workers
         if runner == "ray":
             try:
                 import ray  # noqa: F401 -- an optional extra
             except ImportError as error:
-                raise DataError(f"engine ray needs Ray ({error}); install it: pip install 'quintet[ray]'") from None
-            daft.set_runner_ray(address=address)
-        else:
-            daft.set_runner_native()
+                raise DataError(f"engine ray needs Ray ({error}); install it: pip install -c constraints.txt 'quintet[ray]'") from None
+            _check_address(address)
+        try:
+            daft.set_runner_ray(address=address) if runner == "ray" else daft.set_runner_native()
+        except Exception as error:  # Daft has one runner in a process's life: the same one may be asked for again.
+            if daft.runners.get_or_infer_runner_type() != runner:
+                where = f" at {address}" if address else ""
+                raise DataError(f"Daft's {runner} runner{where} cannot be started: {error}; check --engine and --address") from None
 
     def run(self, jobs: Sequence[Job], progress: Progress, on_message: OnMessage) -> Iterator[Job]:
+        left = list(jobs)
+        while left:
+            without_space = []
+            for job, (full, error) in self._outcomes(left):
+                if full:
+                    without_space.append(job)
+                elif error:
+                    raise DataError(error)
+                else:
+                    progress.advance(job.source.name, 0, job.num_bytes)
+                    yield job
+            if without_space:
+                _wait_for_space(without_space[0], on_message)
+            left = without_space
+
+    def _outcomes(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Outcome]]:
+        """Every job with what became of it, as they end."""
         daft = self.daft
         workers = self.workers or len(os.sched_getaffinity(0))
 
@@ -137,22 +167,40 @@ class Daft:
 
         rows = {"number": list(range(len(jobs))), "job": [pickle.dumps(job) for job in jobs]}
         frame = daft.from_pydict(rows)
-        frame = (frame.into_partitions(max(len(jobs), 1)) if self.runner == "ray" else frame).into_batches(1)
-        for row in frame.select(frame["number"], Maker().made(frame["job"]).alias("error")).iter_rows():
-            if row["error"]:
-                raise DataError(row["error"])
-            job = jobs[row["number"]]
-            progress.advance(job.source.name, 0, job.num_bytes)
-            yield job
+        frame = (frame.into_partitions(len(jobs)) if self.runner == "ray" else frame).into_batches(1)
+        for row in frame.select(frame["number"], Maker().made(frame["job"]).alias("outcome")).iter_rows():
+            yield jobs[row["number"]], msgspec.json.decode(row["outcome"], type=Outcome)
+
+
+def _check_address(address: str | None) -> None:
+    """Raise DataError where nobody answers at HOST:PORT; Ray itself would go on trying for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not host:
+        return  # one that is started here, or "auto"
+    try:
+        socket.create_connection((host, int(port)), timeout=_ANSWER_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"no Ray cluster answers at {address} ({error}); start one with: ray start --head --port 6379, or correct --address"
+        ) from None
+
+
+class Outcome(NamedTuple):
+    """What became of a part that was to be made elsewhere."""
+
+    full: bool
+    """There was no room on the disk."""
+    error: str
+    """What a user must be told, or nothing."""
 
 
 def made_from(job: bytes) -> str:
-    """Make the part of a job that this engine pickled, and return what a user must be told, or nothing."""
+    """Make the part of a job that this engine pickled, and return its `Outcome` as JSON."""
     try:
         make(pickle.loads(job))
     except DataError as error:
-        return str(error)
-    return ""
+        return msgspec.json.encode(Outcome(isinstance(error, DiskFull), str(error))).decode()
+    return msgspec.json.encode(Outcome(False, "")).decode()
 
 
 def engine_of(name: EngineName, *, workers: int | None = None, address: str | None = None) -> Engine:

@@ -64,8 +64,8 @@ class Explanation:
 def explain(data: Data, place: str, *, source: str | None = None, tokenizer: Tokenizer | None = None) -> Explanation:
     """Put one document through the rules of `source` (default: the first).
 
-    `place` is a file, `file:line` of jsonl, or `file:row n` of parquet, as in messages and in the report. Without a `tokenizer`, rules that
-    look at tokens are left out. Raises DataError if there is no such source or document, or it cannot be read.
+    `place` is a file, `file:line` of jsonl, `file:row n` of parquet, or `file:record n` of WARC, as messages name it. Without a
+    `tokenizer`, rules that look at tokens are left out. Raises DataError if there is no such source or document, or it cannot be read.
     """
     names = {each.name: each for each in data.sources}
     chosen = names.get(source) if source else data.sources[0]
@@ -97,7 +97,7 @@ def _finding(rule: rules.Rule | rules.TokenRule, value: float) -> Finding:
 
 
 def _find(data: Data, source: Source, place: str) -> Document:
-    match = re.fullmatch(r"(.+?)(?::(\d+)|:row (\d+))?", place, re.DOTALL)
+    match = re.fullmatch(r"(.+?)(?::(?:row |record )?\d+)?", place, re.DOTALL)
     assert match
     path = place if Path(place).exists() else match[1]
     files = list_files(Source(name=source.name, paths=(path,), domain=source.domain, weight=1.0)).files
@@ -105,12 +105,16 @@ def _find(data: Data, source: Source, place: str) -> Document:
     if path == place:
         documents = list(islice(reader, 2))
         if len(documents) > 1:
-            raise DataError(f"{place} holds many documents; name one: {place}:LINE, or {place}:row NUMBER for parquet")
+            raise DataError(
+                f"{place} holds many documents; name one: {place}:LINE, or {place}:row NUMBER for parquet, {place}:record NUMBER for WARC"
+            )
         found: Iterator[Document] = iter(documents)
     else:
         found = (document for document in reader if document.origin == place)
     document = next(found, None)
     if document is None:
         skipped = next((f": {reason} ({detail})" for origin, reason, detail in reader.skips.quarantine if origin == place), "")
-        raise DataError(f"{place} is no document that can be read{skipped}; documents are FILE, FILE:LINE or 'FILE:row NUMBER'")
+        raise DataError(
+            f"{place} is no document that can be read{skipped}; documents are FILE, FILE:LINE, 'FILE:row NUMBER' or 'FILE:record NUMBER'"
+        )
     return document

@@ -6,7 +6,7 @@ B sequences of a batch, L tokens of a sequence; a row has L + 1 tokens, of which
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from quintet.data.mix import Mixture
-from quintet.data.pack import PADDING, Rows, stream_key
+from quintet.data.pack import PADDING, Empty, Row, Rows, Stream, stream_key
 from quintet.data.prepare import Prepared
+from quintet.data.shards import Chosen, Documents
 from quintet.errors import DataError
 from quintet.ops.cross_entropy import IGNORED
 from quintet.spec.run import Data
@@ -31,6 +32,8 @@ class Batch:
     """The next token within the row, `IGNORED` where that is padding: int64 [B, L]."""
     document_ids: Tensor
     """Document of each input, counted within its row, -1 at padding: int32 [B, L]."""
+    rows_per_sequence: int = 1
+    """Rows that stand in the place of one sequence of the phase's length: more than one in short buckets."""
 
 
 class Loader:
@@ -38,6 +41,10 @@ class Loader:
 
     Row k depends on the seed and on k alone, never on how rows are divided into batches or among ranks; the state is a few integers, and
     a loader that restores it, on any number of ranks, goes on exactly.
+
+    With `data.buckets` each call of `next_batch` takes one of those lengths, and a document lies in a row of the least bucket that holds
+    it: alone where a bucket is at most twice the one before. Documents in the smallest bucket, and the rests of those that are longer than
+    the largest, share rows. Which bucket comes depends on the number of the call: they come as often as the room in them is needed.
     """
 
     def __init__(
@@ -46,77 +53,65 @@ class Loader:
         """`mixture` replaces the weights of the sources that it names; 0 leaves one out. Raises SpecError for an unknown source."""
         self.sequence_length = sequence_length
         self._fingerprints = {"data": int(prepared.fingerprint[:12], 16), "seed": seed}
-        self._rows = {
-            name: Rows(
-                part.train,
-                row_length=sequence_length + 1,
-                key=stream_key(seed, name),
-                eos_id=prepared.tokenizer.eos_id,
-                fim=prepared.tokenizer.fim if part.source.domain == "code" else None,
-                fim_rate=data.fim_rate,
-            )
-            for name, part in prepared.sources.items()
-        }
-        self._streams = list(self._rows.values())
-        self._taken = [0] * len(self._streams)
         replaced = {source.name: weight for source, weight in zip(data.sources, data.weights(mixture), strict=True)}
-        self._weights = [replaced[name] for name in prepared.sources]
-        self._most_epochs = [part.source.epochs for part in prepared.sources.values()]
-        self._begin_mixture()
+        weights = {name: replaced[name] for name in prepared.sources}
+        self._eos_id = prepared.tokenizer.eos_id
+        self._in_buckets = bool(data.buckets)
+        if self._in_buckets:
+            self._lengths = {f"{bucket}.": bucket for bucket in data.buckets}
+            self._streams = _bucketed(prepared, data, weights, seed=seed)
+        else:
+            self._lengths = {"": sequence_length}
+            everything = {name: (part.train, weights[name]) for name, part in prepared.sources.items()}
+            self._streams = {"": _Mixed(prepared, data, everything, row_length=sequence_length + 1, seed=seed)}
+        self._turns = {name: 0 for name in self._streams}
 
     def next_batch(self, num_sequences: int, *, part: int = 0, num_parts: int = 1) -> Batch:
         """Of the next `num_sequences` rows those whose place in the batch is `part` modulo `num_parts` (B of the batch); the others are
-        passed over, so loaders of all parts go on alike. Raises DataError where no source may be seen once more."""
-        streams = (self._next_stream() for _ in range(num_sequences))
-        return _batch(streams, num_sequences, self.sequence_length, part=part, num_parts=num_parts)
+        passed over, so loaders of all parts go on alike. In a bucket of length L there are sequence_length // L rows for each sequence.
+        Raises DataError where no source may be seen once more."""
+        length, streams, num_rows = self._next_rows(num_sequences)
+        return replace(_batch(streams, num_rows, length, part=part, num_parts=num_parts), rows_per_sequence=num_rows // num_sequences)
 
     def skip(self, num_sequences: int) -> None:
-        """Pass over the next rows, without touching their tokens: for a rank that needs none of them."""
-        for _ in range(num_sequences):
-            self._next_stream().skip()
+        """Pass over the rows of the next batch, without touching their tokens: for a rank that needs none of them."""
+        _, streams, _ = self._next_rows(num_sequences)
+        for stream in streams:
+            stream.skip()
 
-    def _begin_mixture(self) -> None:
-        """Mix the sources that may still be seen, from the beginning."""
-        self._mixed = tuple(i for i, weight in enumerate(self._weights) if weight and not self._is_over(i))
-        self._mixture = Mixture([self._weights[i] for i in self._mixed]) if self._mixed else None
-        self._last = -1
+    def _next_rows(self, num_sequences: int) -> tuple[int, Iterator[Stream], int]:
+        """Of the next batch the length of its rows, the stream of each, and their number; where a bucket ends, empty rows follow."""
+        if not self._in_buckets:
+            mixed = self._streams[""]
+            return self.sequence_length, (mixed.next() for _ in range(num_sequences)), num_sequences
+        name = self._next_bucket()
+        length, mixed = self._lengths[name], self._streams[name]
+        num_rows = num_sequences * (self.sequence_length // length)
+        empty = Empty(row_length=length + 1, eos_id=self._eos_id)
+        return length, (empty if i and mixed.is_over else mixed.next() for i in range(num_rows)), num_rows
 
-    def _is_over(self, i: int) -> bool:
-        most = self._most_epochs[i]
-        return most is not None and self._streams[i].epoch >= most
-
-    def _next_stream(self) -> Rows:
-        if self._last >= 0 and self._is_over(self._last):
-            self._begin_mixture()
-        if self._mixture is None:
-            raise DataError(
-                "every source of the mixture was seen as often as its epochs allow; raise data.sources.epochs, add text, or shorten the "
-                "phases"
-            )
-        self._last = self._mixed[self._mixture.next()]
-        self._taken[self._last] += 1
-        return self._streams[self._last]
+    def _next_bucket(self) -> str:
+        """The bucket of the next batch, of those that may be seen once more."""
+        names = [name for name, mixed in self._streams.items() if not mixed.is_over] or list(self._streams)
+        turns = Mixture([self._streams[name].weight for name in names], [self._turns[name] for name in names])
+        name = names[turns.next()]
+        self._turns[name] += 1
+        return name
 
     def state(self) -> dict[str, int]:
         """Where the stream is: plain integers, for JSON."""
-        if self._last >= 0 and self._is_over(self._last):
-            self._begin_mixture()
-        state = dict(self._fingerprints, sequence_length=self.sequence_length, mixture=self._mixture_key())
-        counts = dict(zip(self._mixed, self._mixture.counts if self._mixture else (), strict=True))
-        for i, (name, rows) in enumerate(self._rows.items()):
-            state |= {f"{name}.rows": self._taken[i], f"{name}.mixed": counts.get(i, 0)}
-            state |= {f"{name}.epoch": rows.epoch, f"{name}.window": rows.window, f"{name}.offset": rows.offset}
+        state = dict(self._fingerprints, sequence_length=self.sequence_length)
+        for name, mixed in self._streams.items():
+            state |= {f"{name}{key}": value for key, value in mixed.state().items()}
+            state |= {f"{name}turns": self._turns[name]} if name else {}
         return state
-
-    def _mixture_key(self) -> int:
-        """Tells one mixture from another: 48 bits."""
-        return stream_key(repr([(i, float(self._weights[i])) for i in self._mixed])) >> 16
 
     def restore(self, state: Mapping[str, int]) -> None:
         """Go to where `state` was taken.
 
         After a change of the sequence length (a new phase) each source goes on with its next window of documents: what was left
-        of the current one is passed over, and no document comes twice. Another mixture begins anew, at these documents.
+        of the current one is passed over, and no document comes twice. Another mixture begins anew, at these documents. Buckets do not
+        depend on the sequence length.
 
         Raises DataError if the state is of other data, another seed or other sources.
         """
@@ -130,15 +125,116 @@ class Loader:
                     f"the data state was taken with another {what} ({state[name]}, now {value}), so the order of the sequences cannot go "
                     f"on; give back the {what} of the run, or start a new run"
                 )
+        for name, mixed in self._streams.items():
+            own = {key.removeprefix(name): value for key, value in state.items() if key.startswith(name)}
+            mixed.restore(own, other_rows=not name and state["sequence_length"] != self.sequence_length)
+            self._turns[name] = own["turns"] if name else 0
+
+
+class _Mixed:
+    """Streams of rows of one length, one of each source, mixed by weights."""
+
+    def __init__(
+        self, prepared: Prepared, data: Data, documents: Mapping[str, tuple[Documents, float]], *, row_length: int, seed: int, key: str = ""
+    ) -> None:
+        """`documents`: of each source, with its weight; `key` tells these streams from others of the same seed."""
+        self._rows = {
+            name: Rows(
+                found,
+                row_length=row_length,
+                key=stream_key(seed, name, *([key] if key else [])),
+                eos_id=prepared.tokenizer.eos_id,
+                fim=prepared.tokenizer.fim if prepared.sources[name].source.domain == "code" else None,
+                fim_rate=data.fim_rate,
+            )
+            for name, (found, _) in documents.items()
+        }
+        self._streams = list(self._rows.values())
+        self._taken = [0] * len(self._streams)
+        self._weights = [weight for _, weight in documents.values()]
+        self._most_epochs = [prepared.sources[name].source.epochs for name in documents]
+        self._begin_mixture()
+
+    def _begin_mixture(self) -> None:
+        """Mix the sources that may still be seen, from the beginning."""
+        self._mixed = tuple(i for i, weight in enumerate(self._weights) if weight and not self._is_over(i))
+        self._mixture = Mixture([self._weights[i] for i in self._mixed]) if self._mixed else None
+        self._last = -1
+
+    def _is_over(self, i: int) -> bool:
+        most = self._most_epochs[i]
+        return most is not None and self._streams[i].epoch >= most
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no source may be seen once more."""
+        return all(self._is_over(i) or not weight for i, weight in enumerate(self._weights))
+
+    @property
+    def weight(self) -> float:
+        """Of all sources together."""
+        return sum(self._weights)
+
+    def next(self) -> Rows:
+        """The stream of the next row. Raises DataError where no source may be seen once more."""
+        if self._last >= 0 and self._is_over(self._last):
+            self._begin_mixture()
+        if self._mixture is None:
+            raise DataError(
+                "every source of the mixture was seen as often as its epochs allow; raise data.sources.epochs, add text, or shorten the "
+                "phases"
+            )
+        self._last = self._mixed[self._mixture.next()]
+        self._taken[self._last] += 1
+        return self._streams[self._last]
+
+    def state(self) -> dict[str, int]:
+        """Where the streams are."""
+        if self._last >= 0 and self._is_over(self._last):
+            self._begin_mixture()
+        state = {"mixture": self._mixture_key()}
+        counts = dict(zip(self._mixed, self._mixture.counts if self._mixture else (), strict=True))
+        for i, (name, rows) in enumerate(self._rows.items()):
+            state |= {f"{name}.rows": self._taken[i], f"{name}.mixed": counts.get(i, 0)}
+            state |= {f"{name}.epoch": rows.epoch, f"{name}.window": rows.window, f"{name}.offset": rows.offset}
+        return state
+
+    def _mixture_key(self) -> int:
+        """Tells one mixture from another: 48 bits."""
+        return stream_key(repr([(i, float(self._weights[i])) for i in self._mixed])) >> 16
+
+    def restore(self, state: Mapping[str, int], *, other_rows: bool) -> None:
+        """Go to where `state` was taken; `other_rows`: of streams whose rows had another length."""
         for i, (name, rows) in enumerate(self._rows.items()):
             self._taken[i] = state[f"{name}.rows"]
             rows.epoch, rows.window, rows.offset = (state[f"{name}.{part}"] for part in ("epoch", "window", "offset"))
-            if state["sequence_length"] != self.sequence_length and rows.offset:
+            if other_rows and rows.offset:
                 rows.skip_window()
         self._begin_mixture()
         if self._mixture and state["mixture"] == self._mixture_key():
             names = list(self._rows)
             self._mixture.counts = [state[f"{names[i]}.mixed"] for i in self._mixed]
+
+
+def _bucketed(prepared: Prepared, data: Data, weights: Mapping[str, float], *, seed: int) -> dict[str, _Mixed]:
+    """The streams of each bucket that has documents; a source's weight is divided among its buckets by the room that its documents take."""
+    found: dict[int, dict[str, tuple[Documents, float]]] = {bucket: {} for bucket in data.buckets}
+    for name, part in prepared.sources.items():
+        # A row of L inputs has L + 1 tokens, and a rearranged document three more than it had.
+        lengths = part.train.lengths()
+        more = 3 if part.source.domain == "code" and prepared.tokenizer.fim and data.fim_rate else 0
+        places = np.minimum(np.searchsorted(data.buckets, lengths + more - 1), len(data.buckets) - 1)
+        row = np.array(data.buckets)[places] + 1
+        alone = (2 * lengths > row) & (lengths <= row)
+        areas = np.bincount(places, np.where(alone, row, lengths), len(data.buckets))
+        for i in np.flatnonzero(areas).tolist():
+            chosen = Chosen(part.train, np.flatnonzero(places == i))
+            found[data.buckets[i]][name] = (chosen, weights[name] * float(areas[i] / areas.sum()))
+    return {
+        f"{bucket}.": _Mixed(prepared, data, documents, row_length=bucket + 1, seed=seed, key=str(bucket))
+        for bucket, documents in found.items()
+        if any(weight for _, weight in documents.values())
+    }
 
 
 def held_out_batches(
@@ -162,17 +258,33 @@ def held_out_batches(
         taken += size
 
 
-def _batch(streams: Iterable[Rows], num_rows: int, sequence_length: int, *, part: int, num_parts: int) -> Batch:
+def _batch(streams: Iterable[Stream], num_rows: int, sequence_length: int, *, part: int, num_parts: int) -> Batch:
     """One row from each of `num_rows` streams, in order: those at places that are `part` modulo `num_parts`, the others are passed over."""
-    tokens = np.empty((len(range(part, num_rows, num_parts)), sequence_length + 1), np.int64)
-    document_ids = np.empty(tokens.shape, np.int32)
+    taken: list[Row] = []
     for i, rows in enumerate(streams):
         if i % num_parts == part:
-            rows.read(tokens[i // num_parts], document_ids[i // num_parts])
+            taken.append(rows.read())
         else:
             rows.skip()
-    return Batch(
-        inputs=torch.from_numpy(tokens[:, :-1].copy()),
-        labels=torch.from_numpy(np.where(document_ids[:, 1:] == PADDING, IGNORED, tokens[:, 1:])),
-        document_ids=torch.from_numpy(document_ids[:, :-1].copy()),
-    )
+    # In one piece: two arrays whose places differ by 16 bytes modulo a page, as malloc's do, are copied ten times as slowly.
+    inputs, labels = np.empty((2, len(taken), sequence_length), np.int64)
+    document_ids = np.empty(0, np.int32)
+    if taken:
+        # The last token of each row is a label only; all others are copied once, straight from the files to where they stay.
+        labels[:, -1] = [row.ids[-1][-1] for row in taken]
+        runs = [run for row in taken for run in (*row.ids[:-1], row.ids[-1][:-1])]
+        np.concatenate(runs, out=inputs.reshape(-1), casting="same_kind")
+        labels[:, :-1] = inputs[:, 1:]
+        for i, row in enumerate(taken):
+            if row.padding:
+                labels[i, -row.padding :] = IGNORED
+        numbers = [number for row in taken for number in (*range(len(row.sizes)), PADDING)]
+        sizes = [size for row in taken for size in _without_last(row)]
+        document_ids = np.repeat(np.array(numbers, np.int32), sizes)
+    ids = torch.from_numpy(document_ids.reshape(inputs.shape))
+    return Batch(inputs=torch.from_numpy(inputs), labels=torch.from_numpy(labels), document_ids=ids)
+
+
+def _without_last(row: Row) -> tuple[int, ...]:
+    """Tokens of each piece and of the padding, but for the last token of the row."""
+    return (*row.sizes, row.padding - 1) if row.padding else (*row.sizes[:-1], row.sizes[-1] - 1, 0)

@@ -9,10 +9,12 @@ changes the part that it falls into and no other.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 from blake3 import blake3
 
@@ -20,6 +22,7 @@ from quintet.data import clean, contamination, language, minhash, rules
 from quintet.data.digest import digest_of, hash_of
 from quintet.data.shards import FORMAT
 from quintet.data.sources import File, Listing
+from quintet.spec.quality import Quality
 from quintet.spec.run import Data, Source
 
 PART_BYTES = 64 << 20
@@ -94,13 +97,38 @@ def shape_of(data: Data, source: Source) -> str:
     """Hash of what the recipe says about a source, as far as it shapes a part of it."""
     spec: list[object] = [_VERSION, FORMAT, source.text_key, data.max_document_bytes]
     if quality := data.quality:
-        found: list[rules.Rule | rules.TokenRule] = [*rules.rules_of(quality, source.domain), *rules.token_rules_of(quality, source.domain)]
-        found += (*language.rules_of(quality, source.domain), *contamination.rules_of(quality))
-        spec += [rules.VERSION, clean.VERSION, [_told(rule) for rule in found]]
+        spec += [rules.VERSION, clean.VERSION, [_told(rule) for rule in _rules(quality, source)]]
         spec += [[edit.__name__ for edit in clean.edits_of(quality, source.domain)], contamination.digest(quality)]
     if dedup := data.dedup:
         spec += [minhash.VERSION, dedup.ngram, dedup.bands, dedup.rows]
     return hash_of(spec)
+
+
+def provenance_of(data: Data, source: Source) -> dict[str, Any]:
+    """What a source is made by, to be read by a person: its paths, and the versions and limits of all that judges it."""
+    quality, dedup = data.quality, data.dedup
+    versions = {"parts": _VERSION, "format": FORMAT, "rules": rules.VERSION, "clean": clean.VERSION, "minhash": minhash.VERSION}
+    limits = {
+        rule.name: [None if math.isinf(limit) else float(limit) for limit in (rule.low, rule.high)] for rule in _rules(quality, source)
+    }
+    return {
+        "paths": source.paths,
+        "text_key": source.text_key,
+        "domain": source.domain,
+        "versions": versions,
+        "rules": limits,
+        "edits": [edit.__name__ for edit in clean.edits_of(quality, source.domain)] if quality else [],
+        "dedup": asdict(dedup) if dedup else None,
+        "held_out": data.held_out,
+    }
+
+
+def _rules(quality: Quality | None, source: Source) -> list[rules.Rule | rules.TokenRule]:
+    """All that a document of the source must pass."""
+    if quality is None:
+        return []
+    found: list[rules.Rule | rules.TokenRule] = [*rules.rules_of(quality, source.domain), *rules.token_rules_of(quality, source.domain)]
+    return [*found, *language.rules_of(quality, source.domain), *contamination.rules_of(quality)]
 
 
 def _told(rule: rules.Rule | rules.TokenRule) -> list[object]:

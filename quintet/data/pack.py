@@ -16,14 +16,15 @@ Every random choice is a hash of (seed, source, epoch, document), so that none d
 
 from __future__ import annotations
 
-from collections import defaultdict
+from bisect import bisect_left, insort
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from quintet.data.shards import Documents
+from quintet.data.shards import Documents, Tokens
 from quintet.data.tokenizer import Fim
 
 Ints = NDArray[np.int64]
@@ -34,6 +35,7 @@ WINDOW = 4096
 PADDING = -1
 """Document id of padding."""
 _ROUNDS = 8
+_TURNS = (1 << 32) - 1
 
 
 def stream_key(*parts: int | str) -> int:
@@ -44,11 +46,13 @@ def stream_key(*parts: int | str) -> int:
 def random_bits(key: int, numbers: Ints | _U64) -> _U64:
     """One independent-looking 64-bit number for each of `numbers` under `key` (the finalizer of SplitMix64, twice)."""
     x = numbers.astype(np.uint64)
+    shifted = np.empty_like(x)
     for constant in (key, key >> 32 | 1):
-        x = x + np.uint64(constant & (1 << 64) - 1)
-        x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-        x = x ^ x >> np.uint64(31)
+        x += np.uint64(constant & (1 << 64) - 1)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+            np.right_shift(x, np.uint64(shift), out=shifted)
+            x ^= shifted
+            x *= np.uint64(factor)
     return x
 
 
@@ -72,24 +76,24 @@ def best_fit(lengths: Ints, capacity: int) -> Ints:
 
     lengths [P], each from 1 to `capacity` -> row numbers [P].
     """
-    rows = np.empty(len(lengths), np.int64)
     order = np.argsort(-lengths, kind="stable")
     num_rows = int((lengths == capacity).sum())
-    rows[order[:num_rows]] = np.arange(num_rows)
-    with_room: defaultdict[int, list[int]] = defaultdict(list)
-    rooms = 0  # Bit r is set while some row has room for exactly r tokens.
-    for piece, length in zip(order[num_rows:].tolist(), lengths[order[num_rows:]].tolist(), strict=True):
-        if fitting := rooms >> length:
-            room = length + (fitting & -fitting).bit_length() - 1
-            row = with_room[room].pop()
-            if not with_room[room]:
-                rooms ^= 1 << room
+    found = list(range(num_rows))
+    rooms: list[int] = []  # Of each row with room: room, turn and row in one number, ascending; of equal rooms the latest comes first.
+    turn = _TURNS
+    for length in lengths[order[num_rows:]].tolist():
+        at = bisect_left(rooms, length << 64)
+        if at < len(rooms):
+            key = rooms.pop(at)
+            room, row = key >> 64, key & _TURNS
         else:
-            row, room, num_rows = num_rows, capacity, num_rows + 1
-        rows[piece] = row
-        if room := room - length:
-            with_room[room].append(row)
-            rooms |= 1 << room
+            room, row, num_rows = capacity, num_rows, num_rows + 1
+        found.append(row)
+        if room > length:
+            turn -= 1
+            insort(rooms, room - length << 64 | turn << 32 | row)
+    rows = np.empty(len(lengths), np.int64)
+    rows[order] = found
     return rows
 
 
@@ -112,6 +116,11 @@ class Window:
     def num_rows(self) -> int:
         """Rows in the window."""
         return len(self.first) - 1
+
+    def rearranged(self) -> list[bool]:
+        """Whether a document in each row is rearranged; empty where none is in any."""
+        cut = np.isin(self.document, np.fromiter(self.cuts, np.int64, len(self.cuts)))
+        return np.logical_or.reduceat(cut, self.first[:-1]).tolist() if self.cuts else []
 
 
 def fim_cuts(documents: Ints, lengths: Ints, *, rate: float, key: int) -> dict[int, tuple[int, int]]:
@@ -138,6 +147,60 @@ def pack(documents: Ints, lengths: Ints, *, row_length: int, key: int, cuts: dic
     return Window(first=first, document=documents[owner][order], start=start[order], length=length[order], cuts=cuts)
 
 
+class Row(NamedTuple):
+    """One row, not copied yet."""
+
+    ids: list[Tokens]
+    """Runs of ids that make the row, one after another."""
+    sizes: list[int]
+    """Tokens of each piece."""
+    padding: int
+    """Tokens behind the last piece, which are eos_id."""
+
+
+class Stream(Protocol):
+    """Rows, one after another."""
+
+    def read(self) -> Row:
+        """The next row; moves on."""
+
+    def skip(self) -> None:
+        """Move on to the next row."""
+
+
+class Empty:
+    """Rows of padding alone."""
+
+    def __init__(self, *, row_length: int, eos_id: int) -> None:
+        self._ids = np.full(row_length, eos_id)
+
+    def read(self) -> Row:
+        """A row without a document."""
+        return Row([self._ids], [], len(self._ids))
+
+    def skip(self) -> None:
+        """Nothing."""
+
+
+class _Packed(NamedTuple):
+    """A window, ready to be read: of each piece where it lies, as plain numbers."""
+
+    place: tuple[int, int]
+    """Epoch and window."""
+    window: Window
+    """What is read."""
+    first: list[int]
+    """Row -> its first piece."""
+    run: list[int]
+    """Piece -> the run of ids that it lies in."""
+    begin: list[int]
+    """Piece -> its first token there; of a rearranged document, as if it were not."""
+    end: list[int]
+    """Piece -> the token behind its last one."""
+    rearranged: list[bool]
+    """Row -> whether a document in it is rearranged; empty where none is."""
+
+
 class Rows:
     """The endless stream of one shard's rows; `epoch`, `window` and `offset` (rows taken from the window) are its whole state."""
 
@@ -152,13 +215,28 @@ class Rows:
         self.fim_rate = fim_rate if fim else 0.0
         self.num_windows = max(1, round(shard.num_documents / WINDOW))
         self.epoch = self.window = self.offset = 0
-        self._packed: tuple[int, int, Window] | None = None
+        self._packed: _Packed | None = None
+        self._padding = np.full(row_length, eos_id)
 
     def packed(self) -> Window:
         """The window that the stream is in."""
-        if self._packed is None or self._packed[:2] != (self.epoch, self.window):
-            self._packed = (self.epoch, self.window, self._pack())
-        return self._packed[2]
+        return self._current().window
+
+    def _current(self) -> _Packed:
+        if self._packed is None or self._packed.place != (self.epoch, self.window):
+            window = self._pack()
+            run, begin = self.shard.places(window.document)
+            begin = begin + window.start
+            self._packed = _Packed(
+                place=(self.epoch, self.window),
+                window=window,
+                first=window.first.tolist(),
+                run=run.tolist(),
+                begin=begin.tolist(),
+                end=(begin + window.length).tolist(),
+                rearranged=window.rearranged(),
+            )
+        return self._packed
 
     def _pack(self) -> Window:
         size, key = self.shard.num_documents, stream_key(self.key, self.epoch)
@@ -170,27 +248,27 @@ class Rows:
             lengths = lengths + 3 * np.isin(documents, np.fromiter(cuts, np.int64, len(cuts)))
         return pack(documents, lengths, row_length=self.row_length, key=stream_key(key, "rows", self.window), cuts=cuts)
 
-    def read(self, tokens: Ints, document_ids: NDArray[np.int32]) -> None:
-        """Write the next row into `tokens` and `document_ids`, both [row_length], and move on.
-
-        Document ids count from 0 within the row; what is left of it holds eos_id with document id `PADDING`.
-        """
-        window = self.packed()
-        at = 0
-        first, last = window.first[self.offset], window.first[self.offset + 1]
-        for i, piece in enumerate(range(first, last)):
-            length = int(window.length[piece])
-            self._copy(tokens[at : at + length], window, piece)
-            document_ids[at : at + length] = i
-            at += length
-        tokens[at:] = self.eos_id
-        document_ids[at:] = PADDING
+    def read(self) -> Row:
+        """The next row; moves on."""
+        at, runs = self._current(), self.shard.runs
+        pieces = slice(at.first[self.offset], at.first[self.offset + 1])
+        begins, ends = at.begin[pieces], at.end[pieces]
+        if at.rearranged and at.rearranged[self.offset]:
+            ids = [view for piece in range(pieces.start, pieces.stop) for view in self._views(at, piece)]
+        else:
+            ids = [runs[run][begin:end] for run, begin, end in zip(at.run[pieces], begins, ends, strict=True)]
+        sizes = [end - begin for begin, end in zip(begins, ends, strict=True)]
+        padding = self.row_length - sum(sizes)
+        if padding:
+            ids.append(self._padding[:padding])
         self.skip()
+        return Row(ids, sizes, padding)
 
     def skip(self) -> None:
         """Move on to the next row."""
+        num_rows = len(self._current().first) - 1
         self.offset += 1
-        if self.offset == self.packed().num_rows:
+        if self.offset == num_rows:
             self.skip_window()
 
     def skip_window(self) -> None:
@@ -199,20 +277,21 @@ class Rows:
         if self.window == self.num_windows:
             self.epoch, self.window = self.epoch + 1, 0
 
-    def _copy(self, out: Ints, window: Window, piece: int) -> None:
-        """Write one piece: a slice of the document, or of its segments rearranged as prefix, suffix, middle."""
-        document, start = int(window.document[piece]), int(window.start[piece])
-        ids = self.shard.document(document)
-        if document not in window.cuts:
-            out[:] = ids[start : start + len(out)]
-            return
+    def _views(self, at: _Packed, piece: int) -> list[Tokens]:
+        """The ids of one piece: a slice of the document, or of its segments rearranged as prefix, suffix, middle."""
+        run, begin, end = self.shard.runs[at.run[piece]], at.begin[piece], at.end[piece]
+        document, start = int(at.window.document[piece]), int(at.window.start[piece])
+        if document not in at.window.cuts:
+            return [run[begin:end]]
         assert self.fim is not None
-        begin, end = window.cuts[document]
-        text, eos = ids[:-1], ids[-1:]
+        low, high = at.window.cuts[document]
+        first, stop = begin - start, begin - start + int(self.shard.lengths(np.array([document]))[0])
+        text, eos = run[first : stop - 1], run[stop - 1 : stop]
         marks = np.array([self.fim.begin, self.fim.hole, self.fim.end])
-        at = -start
-        for segment in (marks[:1], text[:begin], marks[1:2], text[end:], marks[2:], text[begin:end], eos):
-            low, high = max(at, 0), min(at + len(segment), len(out))
-            if low < high:
-                out[low:high] = segment[low - at : high - at]
-            at += len(segment)
+        views: list[Tokens] = []
+        place = -start
+        for segment in (marks[:1], text[:low], marks[1:2], text[high:], marks[2:], text[low:high], eos):
+            inside = segment[max(-place, 0) : max(end - begin - place, 0)]
+            views += [inside] if len(inside) else []
+            place += len(segment)
+        return views

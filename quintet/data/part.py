@@ -15,13 +15,13 @@ A part depends on its files' content, the recipe and the tokenizer alone, not on
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -142,18 +142,30 @@ class Job:
 
 def make(job: Job, progress: Progress | None = None, on_message: Callable[[str], None] = lambda message: None) -> None:
     """Make the part `job.target`, whole or not at all. Raises DataError for bad documents under data.strict and for a full disk."""
-    tokenizer = _tokenizer(job.tokenizer, job.fingerprint, job.reference)
+    tokenizer = _tokenizer(job)
     tokenizer.on_message = on_message
     with committed_folder(job.target) as folder:
         _write(job, folder, tokenizer, progress or NoProgress())
 
 
-@lru_cache(maxsize=2)
-def _tokenizer(path: Path, fingerprint: str, reference: bool) -> Tokenizer:
-    tokenizer = Tokenizer.from_file(path)
-    if tokenizer.fingerprint != fingerprint:
-        raise DataError(f"{path} changed while data was prepared with it ({fingerprint[:12]}); run prepare again")
-    if reference:
+_loaded: dict[str, Tokenizer] = {}
+"""The tokenizer of this process's parts, by fingerprint; loading one takes a tenth of a second."""
+
+
+def keep(tokenizer: Tokenizer) -> None:
+    """Let parts that this process makes use `tokenizer`, which is loaded already."""
+    _loaded.clear()
+    _loaded[tokenizer.fingerprint] = tokenizer
+
+
+def _tokenizer(job: Job) -> Tokenizer:
+    if job.fingerprint not in _loaded:
+        tokenizer = Tokenizer.from_file(job.tokenizer)
+        if tokenizer.fingerprint != job.fingerprint:
+            raise DataError(f"{job.tokenizer} changed while data was prepared with it ({job.fingerprint[:12]}); run prepare again")
+        keep(tokenizer)
+    tokenizer = _loaded[job.fingerprint]
+    if job.reference:
         tokenizer.use_reference()
     return tokenizer
 
@@ -173,12 +185,10 @@ def _write(job: Job, folder: Path, tokenizer: Tokenizer, progress: Progress) -> 
                 kept, raws = judge.text(batch)
                 encoded = _encode(tokenizer, kept, progress=progress, name=name, num_bytes=reader.bytes_read - told)
                 kept, raws, encoded = judge.tokens(kept, raws, encoded)
-                if encoded:
-                    seen[np.concatenate(encoded)] = True
-                writer.append(encoded, num_bytes=sum(map(len, raws)))
+                seen |= np.bincount(writer.append(encoded, end=tokenizer.eos_id, num_bytes=sum(map(len, raws))), minlength=len(seen)) > 0
                 for key, column in _columns(data, kept, raws).items():
                     columns[key].append(column)
-                stream.write(origins.compress("".join(_line(document.origin) for document in kept).encode()))
+                stream.write(origins.compress(_lines([document.origin for document in kept]).encode()))
                 progress.advance(name, len(batch), 0)
                 told = reader.bytes_read
             stream.write(origins.flush())
@@ -192,14 +202,16 @@ def _write(job: Job, folder: Path, tokenizer: Tokenizer, progress: Progress) -> 
         (folder / "part.json").write_bytes(msgspec.json.format(msgspec.json.encode(statistics)))
 
 
-def _line(text: str) -> str:
-    return text.replace("\n", " ") + "\n"
+def _lines(texts: Sequence[str]) -> str:
+    """Each on a line of its own."""
+    joined = "\n".join((*texts, ""))
+    return joined if joined.count("\n") == len(texts) else "".join(text.replace("\n", " ") + "\n" for text in texts)
 
 
 def _columns(data: Data, documents: Sequence[Document], raws: Sequence[bytes]) -> dict[str, NDArray[Any]]:
     """What is kept of each document beside its tokens."""
     columns: dict[str, NDArray[Any]] = {
-        "ranks": np.array([rank(document) for document in documents], np.uint64),
+        "ranks": ranks_of(documents),
         "sizes": np.array([len(raw) for raw in raws], np.uint32),
     }
     if dedup := data.dedup:
@@ -252,15 +264,14 @@ class Judge:
         return [d for d, keep in zip(documents, kept, strict=True) if keep], [r for r, keep in zip(raws, kept, strict=True) if keep]
 
     def tokens(self, documents: list[Document], raws: list[bytes], encoded: list[Ids]) -> tuple[list[Document], list[bytes], list[Ids]]:
-        """Those whose tokens pass; `encoded` ends each document with the end-of-document token, which rules do not count."""
+        """Those whose tokens pass; `encoded` is without the end-of-document token."""
         kept = np.ones(len(documents), bool)
         if self.token_rules and documents:
             decided, begin = [], 0
             for group in _grouped(encoded, _JUDGED_TOKENS):
                 end = begin + len(group)
-                lengths = np.array([len(ids) - 1 for ids in group])
-                ids = np.concatenate([ids[:-1] for ids in group])
-                measured = [(rule, rule.measure(ids, lengths)) for rule in self.token_rules]
+                lengths = np.array([len(ids) for ids in group])
+                measured = [(rule, rule.measure(np.concatenate(group), lengths)) for rule in self.token_rules]
                 decided.append(self._decided(documents[begin:end], raws[begin:end], measured))
                 begin = end
             kept = np.concatenate(decided)
@@ -340,27 +351,30 @@ class Judge:
 
 
 def _encode(tokenizer: Tokenizer, documents: list[Document], *, progress: Progress, name: str, num_bytes: int) -> list[Ids]:
-    """The ids of each document, end-of-document included, in calls of about BATCH_BYTES characters, between which Ctrl-C is heard.
+    """The ids of each document, without the end-of-document token, in calls of about BATCH_BYTES characters, between which Ctrl-C is heard.
 
     Meanwhile the progress of `name` moves by `num_bytes`, which is what was read for these documents.
     """
-    pieces = [(i, piece) for i, document in enumerate(documents) for piece in tokenizer.pieces(document.text, PIECE_BYTES)]
-    ends = np.cumsum([len(piece) for _, piece in pieces])
-    eos = np.array([tokenizer.eos_id], np.uint32)
-    parts: list[list[Ids]] = [[] for _ in documents]
+    pieces, owners = [document.text for document in documents], list(range(len(documents)))
+    if any(len(piece) > PIECE_BYTES for piece in pieces):
+        cut = [(i, piece) for i, text in enumerate(pieces) for piece in tokenizer.pieces(text, PIECE_BYTES)]
+        owners, pieces = [i for i, _ in cut], [piece for _, piece in cut]
+    ends = np.cumsum([len(piece) for piece in pieces])
+    encoded: list[Ids] = []
     begin = told = 0
     if not pieces:
         progress.advance(name, 0, num_bytes)
     while begin < len(pieces):
         end = int(np.searchsorted(ends, BATCH_BYTES + (ends[begin - 1] if begin else 0))) + 1
-        group = pieces[begin:end]
-        for (i, _), ids in zip(group, tokenizer.encode_batch([piece for _, piece in group]), strict=True):
-            parts[i].append(ids)
+        encoded += tokenizer.encode_batch(pieces[begin:end])
         begin = end
         now = num_bytes * int(ends[min(end, len(ends)) - 1]) // int(ends[-1])
         progress.advance(name, 0, now - told)
         told = now
-    return [np.concatenate([*ids, eos]) for ids in parts]
+    if len(encoded) == len(documents):
+        return encoded
+    first = np.searchsorted(owners, np.arange(len(documents) + 1)).tolist()
+    return [np.concatenate(encoded[a:b]) for a, b in itertools.pairwise(first)]
 
 
 def batches(reader: Reader) -> Iterator[list[Document]]:
@@ -388,6 +402,11 @@ def is_held_out(ranks: NDArray[np.uint64], share: float) -> NDArray[np.bool_]:
     """Whether each document's rank falls into the held-out share: [N] -> [N]."""
     limit = math.ceil(Fraction(share) * (1 << 64))
     return np.ones(len(ranks), bool) if limit >= 1 << 64 else ranks < np.uint64(limit)
+
+
+def ranks_of(documents: Sequence[Document]) -> NDArray[np.uint64]:
+    """`rank` of each: [N]."""
+    return np.frombuffer(b"".join([document.identity[:8] for document in documents]), ">u8").astype(np.uint64)
 
 
 def rank(document: Document) -> int:

@@ -18,7 +18,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,8 +32,8 @@ from quintet.data import cut, dedup, minhash
 from quintet.data.dedup import Duplicates, Fingerprints
 from quintet.data.digest import hash_of
 from quintet.data.engine import Engine, Local
-from quintet.data.origin import Origin, origin_of, parts_of, shape_of, spec_of
-from quintet.data.part import Job, Judge, NoProgress, PartStatistics, Progress, batches, first_bytes, is_held_out, rank
+from quintet.data.origin import Origin, origin_of, parts_of, provenance_of, shape_of, spec_of
+from quintet.data.part import Job, Judge, NoProgress, PartStatistics, Progress, batches, first_bytes, is_held_out, keep, ranks_of
 from quintet.data.shards import Selection, Shard, committed_folder, disk_errors, write_file, write_selection
 from quintet.data.sources import File, Listing, Reader, list_files
 from quintet.data.statistics import NO_DUPLICATES, Statistics, gather
@@ -100,6 +100,8 @@ class _Done:
     """Version and shape of the documents' fingerprints (see `minhash`); empty where there are none."""
     statistics: Statistics
     """Result."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """What the recipe said and which versions did it, for a person (see `origin.provenance_of`); nothing reads it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +195,7 @@ def _make(
     targets = _targets(data, plan, directory, tokenizer)
     done = {source.name: _still_good(data, source, plan, directory, tokenizer, targets[source.name], progress) for source in data.sources}
     jobs = _jobs(data, plan, directory, tokenizer, targets, [name for name, good in done.items() if not good], progress)
+    keep(tokenizer)
     for _ in engine.run(jobs, progress, on_message):
         pass
     reused = {name: bool(good) for name, good in done.items()}
@@ -401,7 +404,13 @@ def _commit(
             duplicate_pairs=duplicates.pairs,
             **vars(gathered),
         )
-        done = _Done(origin=origin, tokenizer=tokenizer.fingerprint, fingerprints=_fingerprints(data), statistics=statistics)
+        done = _Done(
+            origin=origin,
+            tokenizer=tokenizer.fingerprint,
+            fingerprints=_fingerprints(data),
+            statistics=statistics,
+            provenance=provenance_of(data, source),
+        )
         with disk_errors(directory):
             (folder / "source.json").write_bytes(_source_json(done))
 
@@ -609,7 +618,7 @@ def _training_texts(data: Data, listings: Mapping[str, Listing], *, seed: int, w
         read = 0
         for batch in batches(reader):
             judged, _ = judge.text(batch)
-            ranks = np.array([rank(document) for document in judged], np.uint64)
+            ranks = ranks_of(judged)
             kept = (d.text for d, out in zip(judged, is_held_out(ranks, data.held_out).tolist(), strict=True) if not out)
             pieces = [piece for text in kept for piece in cut.pieces(text, _TRAINING_PIECE_BYTES)]
             stored = reader.bytes_read - read

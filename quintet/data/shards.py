@@ -17,7 +17,6 @@ import errno
 import os
 import shutil
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -155,17 +154,26 @@ class ShardWriter:
         with suppress(OSError):  # After a full disk, closing fails once more.
             self._tokens.close()
 
-    def append(self, documents: Sequence[Tokens], *, num_bytes: int) -> None:
-        """Add documents (ids, end-of-document included) made of `num_bytes` bytes of text."""
-        if documents:
-            content = np.concatenate(documents).astype(self.dtype).tobytes()
+    def append(self, documents: Sequence[Tokens], *, num_bytes: int, end: int | None = None) -> Tokens:
+        """Add documents made of `num_bytes` bytes of text, with the id `end` behind each, if it is given; returns what was written."""
+        runs: Sequence[Tokens] = documents
+        lengths = np.fromiter((len(ids) for ids in documents), np.uint64, len(documents))
+        if end is not None:
+            behind = np.array([end], self.dtype)
+            runs = [run for ids in documents for run in (ids, behind)]
+            lengths += np.uint64(1)
+        content = np.empty(int(lengths.sum()), self.dtype)
+        if runs:
+            np.concatenate(runs, out=content, casting="same_kind")
+            stored = content.view(np.uint8).data
             with disk_errors(self.directory):
-                self._tokens.write(content)
-            self._hash.update(content)
-            self._lengths.append(np.fromiter((len(ids) for ids in documents), np.uint64, len(documents)))
+                self._tokens.write(stored)
+            self._hash.update(stored)
+            self._lengths.append(lengths)
             self.num_documents += len(documents)
-            self.num_tokens += len(content) // self.dtype.itemsize
+            self.num_tokens += len(content)
             self.num_bytes += num_bytes
+        return content
 
     def finish(self, *, tokenizer: str) -> None:
         """Write the index and meta.json, naming the tokenizer's fingerprint."""
@@ -198,6 +206,13 @@ class Documents(Protocol):
 
     def document(self, index: int) -> Tokens:
         """The ids of one document: a view, not a copy."""
+
+    @property
+    def runs(self) -> Sequence[Tokens]:
+        """The ids of many documents, one after another, in one run or more."""
+
+    def places(self, documents: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The run that each document lies in, and its first token there."""
 
 
 class Shard:
@@ -234,6 +249,15 @@ class Shard:
     def document(self, index: int) -> Tokens:
         """The ids of one document: a view, not a copy."""
         return self.tokens[int(self.offsets[index]) : int(self.offsets[index + 1])]
+
+    @property
+    def runs(self) -> Sequence[Tokens]:
+        """All ids, as one run."""
+        return (self.tokens,)
+
+    def places(self, documents: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The run that each document lies in, and its first token there."""
+        return np.zeros(len(documents), np.int64), self.offsets[:-1][documents].astype(np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,8 +333,8 @@ class Selection:
         self._shards = shards = [Shard(root / name, tokenizer=tokenizer, verify=verify) for name in meta.shards]
         if [shard.meta.content for shard in shards] != list(meta.contents):
             raise _damaged(directory, "names shards that are no longer the same")
-        self._tokens = [shard.tokens for shard in shards]
-        self._starts = np.cumsum([0, *(shard.num_tokens for shard in shards)]).tolist()
+        self._runs = [shard.tokens for shard in shards]
+        self._starts = np.cumsum([0, *(shard.num_tokens for shard in shards)])
         self._begins: NDArray[np.uint64] = _map(directory / "begins.bin", np.dtype("<u8"))
         self._lengths: NDArray[np.uint32] = _map(directory / "lengths.bin", np.dtype("<u4"))
 
@@ -330,10 +354,19 @@ class Selection:
 
     def document(self, index: int) -> Tokens:
         """The ids of one document: a view, not a copy."""
-        begin = int(self._begins[index])
-        shard = bisect_right(self._starts, begin) - 1
-        begin -= self._starts[shard]
-        return self._tokens[shard][begin : begin + int(self._lengths[index])]
+        (run,), (begin,) = self.places(np.array([index]))
+        return self._runs[run][begin : begin + int(self._lengths[index])]
+
+    @property
+    def runs(self) -> Sequence[Tokens]:
+        """The ids of each shard."""
+        return self._runs
+
+    def places(self, documents: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The run that each document lies in, and its first token there."""
+        begins = self._begins[documents].astype(np.int64)
+        runs = np.searchsorted(self._starts, begins, side="right") - 1
+        return runs, begins - self._starts[runs]
 
     def chosen(self, name: str) -> NDArray[np.int64]:
         """The documents of the shard `name` that are selected."""
@@ -341,6 +374,37 @@ class Selection:
         begins = np.asarray(self._begins)
         mine = begins[(begins >= self._starts[i]) & (begins < self._starts[i + 1])] - np.uint64(self._starts[i])
         return np.searchsorted(self._shards[i].offsets[:-1], mine).astype(np.int64)
+
+
+class Chosen:
+    """Some documents of others, in their order."""
+
+    def __init__(self, documents: Documents, chosen: NDArray[np.int64]) -> None:
+        """`chosen`: their numbers, ascending: [N]."""
+        self._documents = documents
+        self._chosen = chosen
+
+    @property
+    def num_documents(self) -> int:
+        """Documents."""
+        return len(self._chosen)
+
+    def lengths(self, documents: NDArray[np.int64] | slice = slice(None)) -> NDArray[np.int64]:
+        """Tokens of the given documents, end-of-document included."""
+        return self._documents.lengths(self._chosen[documents])
+
+    def document(self, index: int) -> Tokens:
+        """The ids of one document: a view, not a copy."""
+        return self._documents.document(int(self._chosen[index]))
+
+    @property
+    def runs(self) -> Sequence[Tokens]:
+        """The ids of all documents, these and others."""
+        return self._documents.runs
+
+    def places(self, documents: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The run that each document lies in, and its first token there."""
+        return self._documents.places(self._chosen[documents])
 
 
 def _read_meta(directory: Path, kind: type[T], *, tokenizer: str | None) -> T:

@@ -2,7 +2,8 @@
 
 A source names files, folders, globs, or the running interpreter's own library. Folders are walked in a fixed order without
 following links, leaving out hidden names and `__pycache__`; what is neither text by its name nor a known container is counted
-as `not_text`. Containers are .jsonl, .jsonl.gz, .jsonl.zst and .parquet; every other file is one document.
+as `not_text`. Containers are .jsonl, .jsonl.gz, .jsonl.zst, .parquet and .warc, .warc.gz, .warc.wet, .warc.wet.gz; every other file is
+one document.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import ast
 import glob
 import inspect
+import io
+import itertools
 import os
 import re
 import stat
@@ -18,9 +21,10 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Literal, NamedTuple, Protocol, get_args
+from typing import IO, Any, Literal, NamedTuple, Protocol, get_args
 
 import fsspec
 import orjson
@@ -34,9 +38,9 @@ from quintet.spec.run import Source
 
 Reason = Literal[
     "empty", "over_long", "nul_bytes", "invalid_utf8", "corrupt_json", "missing_text", "not_a_string", "truncated", "corrupt_file",
-    "unreadable", "bomb", "not_python", "not_text",
+    "unreadable", "bomb", "not_python", "not_plain_text", "not_text",
 ]  # fmt: skip
-Kind = Literal["text", "jsonl", "parquet", "docstrings", "topics"]
+Kind = Literal["text", "jsonl", "parquet", "warc", "docstrings", "topics"]
 
 REMEDIES: Mapping[str, str] = {
     "empty": "there is no text in it; remove it",
@@ -51,6 +55,7 @@ REMEDIES: Mapping[str, str] = {
     "unreadable": "the file cannot be opened; check that it exists and may be read",
     "bomb": "it expands to more than 250 times its size, which text does not; write the file again",
     "not_python": "the file does not parse as Python",
+    "not_plain_text": "the archive holds pages and not their text; take the text out of them first, or use the crawl's WET files",
     "not_text": "the name is not that of a text file; name the file itself to read it all the same",
 }
 """What each reason means and what can be done about it."""
@@ -63,6 +68,9 @@ TEXT_SUFFIXES = frozenset(
 )
 TEXT_NAMES = frozenset("AUTHORS CHANGELOG CONTRIBUTING COPYING Dockerfile INSTALL LICENSE Makefile NEWS NOTICE README TODO".split())
 _CONTAINERS: dict[str, Kind] = {".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".jsonl.zst": "jsonl", ".parquet": "parquet"}
+_CONTAINERS |= {".warc": "warc", ".warc.gz": "warc", ".warc.wet": "warc", ".warc.wet.gz": "warc"}
+_PAGES = frozenset(["conversion", "resource", "response"])
+"""Types of WARC records that hold a page or its text; the others tell about those."""
 
 # Generated tables, and files that are there to be wrong: in no text is anything learnt from them.
 _STDLIB_WITHOUT = frozenset("site-packages dist-packages __pycache__ encodings pydoc_data encoded_modules tokenizedata".split())
@@ -189,7 +197,7 @@ def list_files(source: Source) -> Listing:
 
 
 def _path_files(path: str, source: Source) -> tuple[list[File], int]:
-    tops = [path] if os.path.lexists(path) else sorted(glob.glob(path, recursive=True))
+    tops = [path] if os.path.lexists(path) else _glob(path)
     if not tops:
         word = "glob matches nothing" if glob.has_magic(path) else "file or folder does not exist"
         raise DataError(f"source {source.name!r}: {path!r}: {word} (working folder {os.getcwd()}); correct data.sources.paths")
@@ -197,10 +205,13 @@ def _path_files(path: str, source: Source) -> tuple[list[File], int]:
     num_not_text = 0
     for top in tops:
         if os.path.isdir(top):
-            for name in _walk(top, without=frozenset(["__pycache__"])):
+            closed: list[OSError] = []
+            for name in _walk(top, without=frozenset(["__pycache__"]), on_error=closed.append):
                 file = _regular(name) if _is_text_or_container(name) else None
                 files += [file] if file else []
                 num_not_text += file is None
+            # Opening such a folder fails when its turn comes, which counts it as unreadable.
+            files += [File(path=str(error.filename), kind="text", num_bytes=0, mtime_ns=0) for error in closed]
         elif file := _regular(top):
             files.append(file)
         elif len(tops) == 1:
@@ -208,10 +219,27 @@ def _path_files(path: str, source: Source) -> tuple[list[File], int]:
     return files, num_not_text
 
 
+def _glob(pattern: str) -> list[str]:
+    """What a glob matches, without hidden names and without going through links to folders, which may lead in circles."""
+    parts = Path(pattern).parts
+    plain = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    rest = [*parts[plain:], *(["*"] if parts[-1] == "**" else [])]
+    top = Path(*parts[:plain])
+    found = top.glob("/".join(rest)) if rest else ()
+    show_hidden = any(part.startswith(".") for part in rest)
+
+    def is_meant(path: Path) -> bool:
+        is_hidden = any(part.startswith(".") for part in path.relative_to(top).parts)
+        return (show_hidden or not is_hidden) and not (path.is_symlink() and path.is_dir())
+
+    return sorted(str(path) for path in found if is_meant(path))
+
+
 def _remote_files(path: str, source: Source) -> tuple[list[File], int]:
     """The files at a URL: one file, all below a folder, or a glob's."""
     try:
         system, inner = fsspec.core.url_to_fs(path)
+        system.invalidate_cache()  # what this process saw there before may have changed
         infos = system.glob(inner, detail=True) if glob.has_magic(inner) else system.find(inner, detail=True)
     except (ImportError, ValueError) as error:
         raise DataError(f"source {source.name!r}: {path!r} cannot be reached: {error}; install that package, or correct the URL") from None
@@ -235,8 +263,8 @@ def remote_digest(file: File) -> str:
     return f"{told}:{info['size']}"
 
 
-def _walk(top: str, *, without: frozenset[str]) -> Iterator[str]:
-    for folder, folders, names in os.walk(top):
+def _walk(top: str, *, without: frozenset[str], on_error: Callable[[OSError], None] | None = None) -> Iterator[str]:
+    for folder, folders, names in os.walk(top, onerror=on_error):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in without)
         yield from (os.path.join(folder, name) for name in sorted(names) if not name.startswith("."))
 
@@ -298,6 +326,7 @@ class Reader:
             "text": self._text,
             "jsonl": self._jsonl,
             "parquet": self._parquet,
+            "warc": self._warc,
             "docstrings": self._docstrings,
             "topics": self._topics,
         }
@@ -404,6 +433,7 @@ class Reader:
         try:
             with file.open() as stream, pq.ParquetFile(stream, pre_buffer=False) as table:
                 num_rows = table.metadata.num_rows
+                _refuse_bomb(file.num_bytes, _expanded_bytes(table.metadata))
                 if self.text_key not in table.schema_arrow.names:
                     near = did_you_mean(self.text_key, table.schema_arrow.names)
                     self.skips.add("missing_text", origin, f"no column {self.text_key!r}{near}", count=num_rows)
@@ -422,6 +452,28 @@ class Reader:
                     self.bytes_read = start + file.num_bytes * row // num_rows
         except (pa.ArrowException, OSError) as error:
             raise _Broken("corrupt_file", f"after {row} rows: {str(error).splitlines()[0]}") from None
+
+    def _warc(self, file: File) -> Iterator[Document]:
+        """The records whose content is plain text; others that hold pages are counted."""
+        shown, others = _shown(file.path), Counter[str]()
+        try:
+            for number, record in enumerate(_warc_records(self._chunks(file)), start=1):
+                if record.rec_type not in _PAGES:
+                    continue
+                headers = record.http_headers or record.rec_headers
+                content_type = (headers.get_header("Content-Type") or "").partition(";")[0].strip().lower()
+                if content_type != "text/plain":
+                    others[content_type or "no type"] += 1
+                    continue
+                raw, ended = _read(record.content_stream(), self.max_document_bytes + 1)
+                if ended and record.raw_stream.limit > 0:
+                    raise _Broken("truncated", f"record {number} ends early")
+                if document := self._accept(f"{shown}:record {number}", raw):
+                    yield document
+        finally:
+            if others:
+                kinds = ", ".join(f"{count} of {kind}" for kind, count in others.most_common(3))
+                self.skips.add("not_plain_text", shown, f"records of pages: {kinds}", count=others.total())
 
     def _cell(self, origin: str, value: pa.LargeBinaryScalar) -> Document | None:
         buffer = value.as_buffer()
@@ -479,6 +531,67 @@ def _is_stringlike(type_: pa.DataType) -> bool:
     return any(test(type_) for test in (t.is_string, t.is_large_string, t.is_string_view, t.is_binary, t.is_large_binary))
 
 
+class _Stream(io.RawIOBase):
+    """Chunks of bytes as a file."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks = chunks
+        self._left = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        """At most `size` bytes, and none at the end only."""
+        while not self._left and (chunk := next(self._chunks, None)) is not None:
+            self._left = chunk
+        found, self._left = (self._left, b"") if size < 0 else (self._left[:size], self._left[size:])
+        return found
+
+
+def _warc_records(chunks: Iterator[bytes]) -> Iterator[Any]:
+    """The records of a WARC file that is decompressed already; raises _Broken where it cannot be read further."""
+    try:
+        from warcio.archiveiterator import ArchiveIterator
+    except ImportError as error:
+        raise DataError(f"WARC files need warcio ({error}); install it: pip install -c constraints.txt 'quintet[warc]'") from None
+    records = ArchiveIterator(_Stream(chunks))
+    number = 0
+    while True:
+        try:
+            with redirect_stderr(io.StringIO()):  # what is wrong is told below
+                record = next(records, None)
+        except _Broken:
+            raise
+        except Exception as error:  # on bad records it raises what it happens to meet
+            raise _Broken("corrupt_file", f"after {number} records: {' '.join(str(error).split())[:200]}") from None
+        if records.err_count:
+            raise _Broken("corrupt_file", f"after {number} records: a record is not as long as it says")
+        if record is None:
+            return
+        number += 1
+        yield record
+
+
+def _read(stream: IO[bytes], size: int) -> tuple[bytes, bool]:
+    """At most `size` bytes, and whether there are no more."""
+    parts: list[bytes] = []
+    while size > 0 and (part := stream.read(size)):
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts), size > 0
+
+
+def _refuse_bomb(stored: int, expanded: int) -> None:
+    if expanded > _BOMB_BYTES and expanded > _BOMB_RATIO * stored:
+        raise _Broken("bomb", f"{stored} bytes become {expanded}")
+
+
+def _expanded_bytes(metadata: pq.FileMetaData) -> int:
+    """What the file says its columns are once they are decompressed, in bytes."""
+    return sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+
+
 class _Decoder(Protocol):
     @property
     def eof(self) -> bool: ...
@@ -501,8 +614,7 @@ def _decompress(stream: IO[bytes], new_decoder: Callable[[], _Decoder], chunk_si
                     decoder = new_decoder()
                 if content := decoder.decompress(chunk):
                     content_size += len(content)
-                    if content_size > _BOMB_BYTES and content_size > _BOMB_RATIO * stored:
-                        raise _Broken("bomb", f"{stored} bytes became {content_size}")
+                    _refuse_bomb(stored, content_size)
                     yield content
                 chunk = decoder.unused_data
     except (zlib.error, zstandard.ZstdError) as error:
@@ -516,14 +628,14 @@ def _lines(chunks: Iterable[bytes], limit: int) -> Iterator[bytes | None]:
     parts: list[bytes] = []
     held = 0
     for chunk in chunks:
-        begin = 0
-        while (end := chunk.find(b"\n", begin)) >= 0:
-            held += end - begin
-            yield b"".join([*parts, chunk[begin:end]]) if held <= limit else None
-            parts.clear()
-            held, begin = 0, end + 1
-        held += len(chunk) - begin
-        parts.append(chunk[begin:])
+        first, *rest = chunk.split(b"\n")
+        held += len(first)
+        parts.append(first)
+        if rest:
+            yield b"".join(parts) if held <= limit else None
+            for line in itertools.islice(rest, len(rest) - 1):
+                yield line if len(line) <= limit else None
+            parts, held = [rest[-1]], len(rest[-1])
         if held > limit:
             parts.clear()
     if held:

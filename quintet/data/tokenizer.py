@@ -89,7 +89,7 @@ class Tokenizer:
             raise DataError(f"{origin} is not a tokenizer.json: {error}; give a Hugging Face tokenizer.json") from None
         with self._contained("loading"):
             ids = _check(self._spec, origin)
-            self._full = tokenizers.Tokenizer.from_str(text)
+            self._reference  # noqa: B018 -- loaded now, for it tells what is wrong with the file
         self.vocab_size: int = max(ids.values()) + 1
         """One more than the largest id."""
         eos = _first(ids, _EOS_NAMES)
@@ -182,6 +182,10 @@ class Tokenizer:
     def is_fast(self) -> bool:
         """Whether the fast encoder is used."""
         return self._fast is not None
+
+    @cached_property
+    def _full(self) -> tokenizers.Tokenizer:
+        return tokenizers.Tokenizer.from_str(self._text)
 
     @cached_property
     def _reference(self) -> tokenizers.Tokenizer:

@@ -15,7 +15,7 @@ from quintet.train.trained import open_trained
 
 
 def evaluate(path: Path, *, on_progress: OnProgress = lambda done, total: None) -> Evaluated:
-    """Cross-entropy per source of a run's newest checkpoint, or of the checkpoint `path`, at the last phase's sequence length.
+    """Cross-entropy per source of a run's newest checkpoint, or of the checkpoint `path`, at the sequence length of its phase.
 
     The same sequences as in the run's own evaluations; `on_progress` hears of them. Raises CheckpointError, and DataError where the
     prepared data is gone or of another tokenizer.
@@ -24,7 +24,7 @@ def evaluate(path: Path, *, on_progress: OnProgress = lambda done, total: None) 
     recipe = path / RECIPE  # of a run or, among its files, of a checkpoint
     prepared = open_prepared(trained.run.data, trained.run.model.vocab_size, recipe=recipe)
     refuse_other_tokenizer(trained.tokenizer, prepared, recipe=recipe)
-    length = trained.run.phases[-1].sequence_length
+    length = trained.phase.sequence_length
     limit, done = trained.run.evaluation.num_sequences, 0
     total = sum(min(limit, -(-part.held_out.num_tokens // (length + 1))) for part in prepared.sources.values())
 

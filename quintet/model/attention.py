@@ -51,7 +51,8 @@ class Attend(Protocol):
     """The seam that ring attention replaces: from latents to the heads' outputs, with the weights of `layer`."""
 
     def __call__(self, layer: LatentAttention, x: Latents, rotation: tuple[Tensor, Tensor], document_ids: Tensor | None) -> Tensor:
-        """Latents of S tokens, rotation cos and sin [S, R/2], document_ids [B, S] or None -> [B, H, S, V]."""
+        """Latents of S tokens, rotation cos and sin [S, R/2], document_ids [B, S] or None (of whole sequences, if these are but parts of
+        them) -> [B, H, S, V]."""
         ...
 
 

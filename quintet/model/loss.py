@@ -64,6 +64,7 @@ def training_loss(
     chunk: int,
 ) -> Loss:
     """inputs and document_ids [B, S] and targets [M+1, B, S] (see targets_by_depth) of a micro-batch -> its share of the loss of a step.
+    Where inputs are parts of sequences, document_ids are those of the whole ones.
 
     `num_targets` (see count_targets) and `num_sequences` are those of the whole step, so that the shares of its micro-batches add
     up to the step's mean whatever their padding. `positions` [S] are the tokens' places in their sequence, if not 0, 1, 2 ...

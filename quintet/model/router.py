@@ -6,6 +6,7 @@ Letters: T tokens, D hidden, E experts, K experts per token, B sequences, S toke
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Protocol
@@ -97,11 +98,13 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(model.num_routed_experts, model.hidden_size))
         # fp32 whatever the model's dtype: its updates are smaller than bf16's spacing.
         self.register_buffer("expert_bias", torch.zeros(model.num_routed_experts, dtype=torch.float32))
+        # The seam of those who note choices or repeat others': x [T, D] and its best experts [T, K] -> experts [T, K].
+        self.decide: Callable[[Tensor, Tensor], Tensor] = lambda x, experts: experts
 
     def forward(self, x: Tensor) -> Routing:
         """x [T, D] -> Routing, in fp32."""
         scores = torch.sigmoid(exact_linear(x, self.weight))
-        experts = self.choose(scores.detach())
+        experts = self.decide(x, self.choose(scores.detach()))
         gates = scores.gather(1, experts)
         if self.model.normalize_gates:
             gates = gates / (gates.sum(1, keepdim=True) + 1e-20)

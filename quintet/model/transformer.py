@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +21,7 @@ from quintet.model.crossing import Steps, begin, carrying, straight
 from quintet.model.layers import FeedForward, RMSNorm
 from quintet.model.moe import MixtureOfExperts, MoEStatistics
 from quintet.model.mtp import MtpModule
-from quintet.model.rope import rotation
+from quintet.model.rope import rotation, softmax_scale
 from quintet.ops.cross_entropy import CrossEntropy, head_loss
 from quintet.ops.pointwise import REFERENCE, Kernels
 from quintet.spec.model import Model
@@ -110,6 +110,15 @@ class Transformer(nn.Module):
         x, moe = straight(self.through(self.embed(inputs), range(self.model.num_layers), turn, document_ids))
         hidden, more = straight(self.finish(x, targets, turn, document_ids))
         return Output(hidden=hidden[0], mtp=hidden[1:], moe=moe | more)
+
+    def rotate_like(self, model: Model) -> None:
+        """Take the rotary embedding of `model`, and its scale of the attention logits, from now on; all else must be as it was."""
+        shapes = [replace(each, yarn=None, max_context=1, rope_theta=1.0) for each in (self.model, model)]
+        assert shapes[0] == shapes[1], shapes
+        self.model = model
+        for part in self.modules():
+            if isinstance(part, LatentAttention):
+                part.scale = softmax_scale(model)
 
     def turn(self, inputs: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         """inputs [B, S] at `positions` [S] (None: 0, 1, 2 ...) -> the rotary embedding's cos and sin [S, R/2]."""

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from quintet.monitor.meter import Pace, smoothed
-from quintet.monitor.metrics import Evaluated, Event, Message, Record, Saved
+from quintet.monitor.metrics import Evaluated, Event, Message, Record, Resumed, Saved
 from quintet.monitor.units import count, duration, num_bytes, sparkline
 
 _HISTORY = 2000
@@ -46,7 +46,7 @@ class Live:
                 self._evaluated = event
             case Saved():
                 self._saved = (event, self._clock())
-            case Message():
+            case Message() | Resumed():
                 self._console.print(event.text, markup=False, highlight=False)
         if self._clock() - self._drawn >= self._interval or not isinstance(event, Record):
             self._draw()

@@ -21,7 +21,7 @@ CORE = (
 """Packages that every installation has."""
 
 OPTIONAL = {"transformers": "dev", "pytest": "dev", "hypothesis": "dev", "ruff": "dev", "mypy": "dev"}
-OPTIONAL |= {"py3langid": "language", "daft": "data", "ray": "ray"}
+OPTIONAL |= {"py3langid": "language", "warcio": "warc", "daft": "data", "ray": "ray", "s3fs": "s3", "moto": "dev"}
 """Optional packages and the extra that installs each."""
 
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "sve", "bf16")
@@ -110,6 +110,13 @@ def memory_bytes() -> int:
     """Bytes of the machine's memory."""
     total: int = psutil.virtual_memory().total
     return total
+
+
+def free_memory() -> int:
+    """Bytes that can be had now without swapping, as far as the control group allows."""
+    available: int = psutil.virtual_memory().available
+    limit, used = memory_limit(), _read("/sys/fs/cgroup/memory.current").strip()
+    return min(available, max(limit - int(used), 0)) if limit is not None and used.isdigit() else available
 
 
 def num_cores() -> int:

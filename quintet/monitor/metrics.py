@@ -103,6 +103,29 @@ class Saved:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """A resumed run has done its first step."""
+
+    step: int
+    """Step of the checkpoint that it went on from."""
+    path: str
+    """The checkpoint."""
+    seconds: dict[str, float]
+    """Seconds of each phase, in order: `start` of the process, `imports` and joining the ranks, opening the `data`, `find` the newest whole
+    checkpoint, `build` the model, `load` it, and the first `step`."""
+    load_seconds: dict[str, float]
+    """Seconds of rank 0's threads within `load`, added up: `read`, `verify`, `decode`, `place`."""
+
+    @property
+    def text(self) -> str:
+        """The sentence for a person."""
+        phases, threads = (
+            ", ".join(f"{name} {taken:.2f}" for name, taken in each.items()) for each in (self.seconds, self.load_seconds)
+        )
+        return f"the first step after the resume came {sum(self.seconds.values()):.1f} s after its start: {phases}; threads: {threads}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Message:
     """A sentence for a person."""
 
@@ -110,9 +133,15 @@ class Message:
     """The sentence."""
 
 
-Event = Record | Evaluated | Saved | Message
+Event = Record | Evaluated | Saved | Resumed | Message
 
-KINDS: dict[str, type[Event]] = {"record": Record, "evaluated": Evaluated, "saved": Saved, "message": Message}
+KINDS: dict[str, type[Event]] = {
+    "record": Record,
+    "evaluated": Evaluated,
+    "saved": Saved,
+    "resumed": Resumed,
+    "message": Message,
+}
 """The `kind` of an event's JSON form."""
 
 _KIND_OF = {event: kind for kind, event in KINDS.items()}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from quintet.monitor.append import Appender, drop_torn_line
 from quintet.monitor.meter import Pace
-from quintet.monitor.metrics import Evaluated, Event, Message, Record, Saved, to_json
+from quintet.monitor.metrics import Evaluated, Event, Message, Record, Resumed, Saved, to_json
 from quintet.monitor.units import count, duration, num_bytes
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def line(event: Event, *, pace: Pace) -> str:
             return f"held out at step {event.step}  " + "  ".join(f"{name} {loss:.4f}" for name, loss in event.losses.items())
         case Saved():
             return f"saved step {event.step}  {event.path}  {num_bytes(event.num_bytes)} in {duration(event.seconds)}"
-        case Message():
+        case Message() | Resumed():
             return event.text
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from quintet.errors import UsageError
 from quintet.monitor.append import Appender
-from quintet.monitor.metrics import Evaluated, Event, Message, Record, Saved
+from quintet.monitor.metrics import Evaluated, Event, Message, Record, Resumed, Saved
 
 try:
     from tensorboard.compat.proto.event_pb2 import Event as Entry
@@ -37,7 +37,7 @@ class TensorBoard:
         self._begun = False
 
     def write(self, event: Event) -> None:
-        if isinstance(event, Saved | Message):
+        if isinstance(event, Saved | Resumed | Message):
             return
         if not self._begun:
             self._put(Entry(file_version="brain.Event:2"))

@@ -68,6 +68,20 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return loss[:, 0], grad.to(logits.dtype)
 
 
+def part_of_cross_entropy(logits: Tensor, target: Tensor, here: Tensor) -> tuple[Tensor, Tensor]:
+    """What the ranks of a split vocabulary tell each other: logits [T, C/n], target [T] (a class here), whether the label is here [T] ->
+    the log-sum-exp of this part, and the label's logit, 0 where it is elsewhere: [T] each, in fp32."""
+    logits_fp32 = logits.float()
+    return logits_fp32.logsumexp(-1), logits_fp32.gather(1, target[:, None])[:, 0].where(here, 0.0)
+
+
+def part_of_its_gradient(logits: Tensor, log_sum: Tensor, target: Tensor, here: Tensor, valid: Tensor) -> Tensor:
+    """As above, with the log-sum-exp of all parts [T] and whether there is a label at all [T] -> the gradient of this part [T, C/n]."""
+    classes = torch.arange(logits.shape[1], device=logits.device)[None]
+    label = (classes == target[:, None]) & here[:, None]
+    return torch.where(valid[:, None], (logits.float() - log_sum[:, None]).exp() - label.float(), 0.0).to(logits.dtype)
+
+
 @dataclass(frozen=True)
 class Kernels:
     """The set of element-wise functions that a model calls; signatures as the references above."""
@@ -77,9 +91,12 @@ class Kernels:
     scaled_swiglu: Callable[[Tensor, Tensor], Tensor]
     assemble_qkv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
     cross_entropy: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    part_of_cross_entropy: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    part_of_its_gradient: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-REFERENCE = Kernels(rms_norm, swiglu, scaled_swiglu, assemble_qkv, cross_entropy)
+REFERENCE = Kernels(rms_norm, swiglu, scaled_swiglu, assemble_qkv, cross_entropy, part_of_cross_entropy, part_of_its_gradient)
+_OF_THE_LOSS = ("cross_entropy", "part_of_cross_entropy", "part_of_its_gradient")
 
 
 class _Fused:
@@ -108,4 +125,4 @@ def fused() -> Kernels:
     """The references compiled by Inductor; the first call of each takes about a second, once per shape."""
     torch._dynamo.config.recompile_limit = 64
     # The loss is computed inside an autograd function, where no gradient is recorded.
-    return Kernels(*(_Fused(getattr(REFERENCE, name), always=name == "cross_entropy") for name in Kernels.__dataclass_fields__))
+    return Kernels(*(_Fused(getattr(REFERENCE, name), always=name in _OF_THE_LOSS) for name in Kernels.__dataclass_fields__))

@@ -13,7 +13,7 @@ NCCL too, since there each hop of a ring would round; see arXiv 2606.19348. Here
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,18 +40,25 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks that exchange along one axis; `rank` is this one's place among `ranks`, and `process_group` is None where it is alone."""
+    """Ranks that exchange along one axis; `rank` is this one's place among `ranks`, and `process_group` is None where it is alone.
+    `beside`, if there is one, has the same ranks, for short messages that must not queue behind long ones."""
 
     axis: str
     ranks: tuple[int, ...]
     rank: int
     process_group: dist.ProcessGroup | None = None
+    beside: dist.ProcessGroup | None = None
     traffic: Traffic = field(default_factory=Traffic, compare=False)
 
     @property
     def size(self) -> int:
         """Number of ranks."""
         return len(self.ranks)
+
+    @property
+    def for_numbers(self) -> Group:
+        """The same ranks, by the process group beside."""
+        return self if self.beside is None else replace(self, process_group=self.beside)
 
 
 def alone(axis: str) -> Group:

@@ -164,7 +164,7 @@ class AllToAllDispatch:
         to = owner.masked_fill(first != torch.arange(experts.shape[1], device=experts.device), n)
         told = torch.stack((_count(to, n), _count(owner, n)), 1)  # to each rank: rows, and the copies that its experts take of them
         ones = [1] * n
-        arriving = all_to_all(told, self.ep, send=ones, receive=ones)
+        arriving = all_to_all(told, self.ep.for_numbers, send=ones, receive=ones)
         here = arriving.sum(0, keepdim=True) if self.sharing is None else all_gather(arriving.sum(0, keepdim=True), self.sharing)
         rows_and_copies = torch.cat((told, arriving, here)).t().tolist()
         send, receive, shared = (tuple(rows_and_copies[0][part]) for part in (slice(n), slice(n, 2 * n), slice(2 * n, None)))

@@ -9,15 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -26,17 +23,23 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from quintet.errors import KEYBOARD_INTERRUPT, QuintetError, RankError, UsageError
 from quintet.parallel.mesh import Mesh, make_mesh, require_ranks
-from quintet.parallel.recorder import is_of_ranks
+from quintet.parallel.recorder import first_sentence, is_of_ranks, operation
 from quintet.spec.layout import Layout
 
 T = TypeVar("T")
 
 ARRIVAL_SECONDS = 60.0
 """How long ranks wait for each other at the start."""
+NOTICE_SECONDS = 10.0
+"""After which rank 0 names those that it still waits for."""
+_TELLERS = 8
+"""Ranks that tell what befell them; of thousands all would say much the same."""
 PARTING_SECONDS = 2.0
 """How long a rank that fails waits for the others to hear of it."""
+PROCESSES_ON_NODE = "number of processes on its node"
+REMEDIES = {PROCESSES_ON_NODE: "start as many processes on every node: torchrun --nproc-per-node"}
+"""What to do where ranks differ in something else than files, options and versions."""
 _BEAT_SECONDS = 1.0
-_PACKAGE = Path(__file__).parent.parent
 _LAUNCH = "start the ranks with torchrun, or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each"
 
 
@@ -79,15 +82,15 @@ class Ranks:
         """Raise UsageError, on rank 0, where ranks have different values; the others leave quietly. `what` is used once in a run."""
         if self.store is not None:
             ranks = len(self.mesh["world"].ranks)
-            _report(PrefixStore(what, self.store), self.mesh.rank, ranks, self.mesh.layout, {what: value}, self.seconds)
+            _report(PrefixStore(what, self.store), self.mesh.rank, ranks, self.mesh.layout, {what: value}, self.seconds, lambda text: None)
 
     def first_to_tell(self, message: str) -> bool:
-        """Whether no other rank has told this yet; from now on this one has."""
+        """Whether no other rank has told this yet, and not many have told something; from now on this one has."""
         if self.store is None:
             return True
         key, name = f"told-{hashlib.blake2b(message.encode(), digest_size=12).hexdigest()}", str(self.mesh.rank)
         try:
-            return bool(self.store.compare_set(key, "", name).decode() == name)
+            return bool(self.store.compare_set(key, "", name).decode() == name) and self.store.add("tellers", 1) <= _TELLERS
         except RuntimeError:  # the store is gone: better twice than not at all
             return True
 
@@ -113,11 +116,18 @@ class Ranks:
 
 @contextmanager
 def joined(
-    layout: Layout, *, about: dict[str, str], device: torch.device, seconds: float, arrival: float = ARRIVAL_SECONDS
+    layout: Layout,
+    *,
+    about: dict[str, str],
+    device: torch.device,
+    seconds: float,
+    arrival: float = ARRIVAL_SECONDS,
+    notice: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Ranks]:
     """The ranks of a run, from meeting to parting; collectives give up after `seconds`.
 
-    `about` says by name what must be equal on all ranks (a digest of the recipe, versions). Raises UsageError for a number of processes
+    `about` says by name what must be equal on all ranks (the recipe's values or their digests, versions). On rank 0 `notice` hears who is
+    late. Raises UsageError for a number of processes
     that the layout does not take and for ranks that differ, RankError for ranks that do not arrive within `arrival` seconds and for a
     collective that fails because another rank is gone.
     """
@@ -130,7 +140,7 @@ def joined(
     store = _open_store(rank, count, arrival)
     try:
         with _losses_named(rank):
-            _report(store, rank, count, layout, about, arrival)
+            _report(store, rank, count, layout, about, arrival, notice)
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                 store=PrefixStore("collectives", store),
@@ -138,7 +148,7 @@ def joined(
                 world_size=count,
                 timeout=timedelta(seconds=seconds),
             )
-            yield Ranks(make_mesh(layout, seconds=seconds), PrefixStore("run", store), seconds)
+            yield Ranks(make_mesh(layout, seconds=seconds, device=device), PrefixStore("run", store), seconds)
             dist.barrier()  # none leaves while another still needs it
             clean = True
     except BaseException:
@@ -183,7 +193,7 @@ def _open_store(rank: int, count: int, arrival: float) -> Store:
             address, int(port), is_master=hosts, timeout=timedelta(seconds=arrival), wait_for_workers=False, multi_tenant=True
         )
     except (ValueError, RuntimeError) as error:
-        why = _plain(str(error))
+        why = first_sentence(error)
         if hosts:
             raise UsageError(f"rank 0 cannot open a store on port {port}: {why}; choose another MASTER_PORT") from None
         raise RankError(
@@ -193,11 +203,13 @@ def _open_store(rank: int, count: int, arrival: float) -> Store:
     return PrefixStore(f"quintet-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def _report(store: Store, rank: int, count: int, layout: Layout, about: dict[str, str], arrival: float) -> None:
+def _report(
+    store: Store, rank: int, count: int, layout: Layout, about: dict[str, str], arrival: float, notice: Callable[[str], None]
+) -> None:
     """Tell the others that this rank is here, and what it is about; rank 0 waits for all and gives the verdict."""
     store.set(f"here-{rank}", json.dumps(about))
     if rank == 0:
-        store.set("verdict", json.dumps(_missing(store, count, layout, arrival) or _different(store, count)))
+        store.set("verdict", json.dumps(_missing(store, count, layout, arrival, notice) or _different(store, count)))
     else:
         # Rank 0 may be the one that does not come.
         deadline, pause = time.monotonic() + arrival + 5, 0.01
@@ -212,15 +224,20 @@ def _report(store: Store, rank: int, count: int, layout: Layout, about: dict[str
         raise error(text) if rank == 0 else SystemExit(error.exit_code)
 
 
-def _missing(store: Store, count: int, layout: Layout, arrival: float) -> tuple[str, str] | None:
-    deadline, left, pause = time.monotonic() + arrival, list(range(count)), 0.01
+def _missing(
+    store: Store, count: int, layout: Layout, arrival: float, notice: Callable[[str], None]
+) -> tuple[str, str] | None:
+    begin, left, pause, noticed = time.monotonic(), list(range(count)), 0.01, False
     while left := [rank for rank in left if not store.check([f"here-{rank}"])]:
-        if time.monotonic() > deadline:
-            nodes = ", ".join(map(str, layout.nodes_of(left)))
+        waited, who = time.monotonic() - begin, f"{_listed(left)} of {count} (node {_few(layout.nodes_of(left))})"
+        if waited > arrival:
             return "missing", (
-                f"{_listed(left)} of {count} (node {nodes}) did not arrive within {arrival:.0f} s; look at what they said, and whether as "
-                "many processes were started on each node as it has devices"
+                f"{who} did not arrive within {arrival:.0f} s; look at what they said, and whether as many processes were started on each "
+                "node as it has devices"
             )
+        if waited > NOTICE_SECONDS and not noticed:
+            noticed = True
+            notice(f"still waiting for {who}; giving up after {arrival:.0f} s")
         time.sleep(pause)
         pause = min(1.5 * pause, 0.5)
     return None
@@ -230,16 +247,20 @@ def _different(store: Store, count: int) -> tuple[str, str] | None:
     told = [json.loads(store.get(f"here-{rank}")) for rank in range(count)]
     for what, value in told[0].items():
         if others := [rank for rank in range(count) if told[rank].get(what) != value]:
+            remedy = REMEDIES.get(what, "start all ranks with the same files, options and versions")
             return "different", (
-                f"{_listed(others)} of {count}: another {what} than rank 0's ({told[others[0]].get(what)} against {value}); start all "
-                "ranks with the same files, options and versions"
+                f"{_listed(others)} of {count}: another {what} than rank 0's ({told[others[0]].get(what)} against {value}); {remedy}"
             )
     return None
 
 
 def _listed(ranks: list[int]) -> str:
-    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
-    return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks[:8]))}{more}"
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {_few(ranks)}"
+
+
+def _few(numbers: Sequence[int]) -> str:
+    more = f" and {len(numbers) - 8} more" if len(numbers) > 8 else ""
+    return f"{', '.join(map(str, numbers[:8]))}{more}"
 
 
 @contextmanager
@@ -282,25 +303,9 @@ def _losses_named(rank: int, *, active: bool = True) -> Iterator[None]:
         if not (active and is_of_ranks(error)):
             raise
         raise RankError(
-            f"rank {rank} waited in {_operation(error)} for a rank that is gone or hangs: {_plain(str(error))}; look at what the other "
+            f"rank {rank} waited in {operation(error)} for a rank that is gone or hangs: {first_sentence(error)}; look at what the other "
             "ranks said, then start all of them again: quintet resume continues from the newest checkpoint"
         ) from error
-
-
-def _operation(error: BaseException) -> str:
-    """What failed: the notes that callers left (`step 7`), and the package's innermost function, and the collective that it called."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(_PACKAGE)]
-    names = [f"{Path(frame.filename).stem}.{frame.name}" for frame in frames if Path(frame.filename) != Path(__file__)]
-    inside = [name for name in names if name.startswith("collectives.")]
-    callers = [name for name in names if not name.startswith("collectives.")]
-    parts = [*getattr(error, "__notes__", []), *callers[-1:], *inside[:1]]
-    return ", ".join(parts) or "the meeting of the ranks"
-
-
-def _plain(text: str) -> str:
-    """The first sentence of a message of torch, without the place in its source."""
-    line = re.sub(r"^\[[^]]*\.(cc|cpp|h):\d+\]\s*", "", text.strip().splitlines()[0] if text.strip() else "no reason given")
-    return line.split(". ")[0].rstrip(".")
 
 
 def _exit_code(error: BaseException) -> int:

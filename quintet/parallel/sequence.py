@@ -12,6 +12,8 @@ log-sum-exp only; the payload goes round again, and the gradient of each rank's 
 until it is home. A transfer is started before the computation that hides it. Every rank of the group sends the same messages in the same
 order, whatever it computes.
 
+Document ids are not sent: every rank of the group reads the whole sequences, and so knows those of all their tokens.
+
 The payload of latent attention may be the latents themselves, C + R values per token instead of H (N + V) + R. Keys and values are then
 expanded where they arrive, and a payload's gradient is that of the latents: `quintet.cost.ring_comm` says when which is faster.
 
@@ -71,7 +73,8 @@ class RingAttention:
     flops_per_second: float = FLOPS_PER_SECOND
 
     def __call__(self, layer: LatentAttention, x: Latents, rotation: tuple[Tensor, Tensor], document_ids: Tensor | None) -> Tensor:
-        """Latents, rotation [s, R/2] and document ids [B, s] of this rank's tokens -> [B, H, s, V], H the heads of `layer`'s weights."""
+        """Latents and rotation [s, R/2] of this rank's tokens, document ids [B, n s] of all -> [B, H, s, V], H the heads of `layer`'s
+        weights."""
         model = layer.model
         widths = (model.qk_nope_head_dim, model.qk_rope_head_dim, model.v_head_dim)
         step = _Step(self.group, layer.scale, *widths, num_heads=_num_heads(layer))
@@ -141,6 +144,17 @@ class _Step:
             return everything, everything, True
         return (everything, first, False) if source < self.group.rank else (second, everything, False)
 
+    def documents(self, ids: Tensor | None, source: int, queries: slice, keys: slice) -> tuple[Tensor, Tensor] | None:
+        """Document ids of whole sequences [B, n s] -> those of this rank's queries and of the source's keys."""
+        if ids is None:
+            return None
+        chunks = ids.unflatten(1, (2 * self.group.size, -1)) if self.group.size > 1 else ids[:, None]
+
+        def held(rank: int) -> Tensor:
+            return chunks[:, sorted({rank, chunks.shape[1] - 1 - rank})].flatten(1)
+
+        return held(self.group.rank)[:, queries], held(source)[:, keys]
+
     def expand(self, payload: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         """payload [B, K, W] -> k [B, H, K, N+R] and v [B, H, K, V]; `weight` is wkv_b's for latents."""
         sent, k_pe = payload.split((payload.shape[-1] - self.rope, self.rope), -1)
@@ -166,10 +180,10 @@ class _Ring(torch.autograd.Function):
         batch, heads, length, _ = q.shape
         out = q.new_empty(batch, heads, length, step.value, dtype=torch.float32)
         lse = q.new_empty(batch, heads, length, dtype=torch.float32)
-        for source, (arrived, *ids) in _round([payload] if document_ids is None else [payload, document_ids], step.group):
+        for source, arrived in _round(payload, step.group):
             queries, keys, causal = step.seen(source, length)
             k, v = step.expand(arrived[:, keys], weight)
-            documents = None if document_ids is None else (document_ids[:, queries], ids[0][:, keys])
+            documents = step.documents(document_ids, source, queries, keys)
             block = attend_block(q[:, :, queries], k, v, scale=step.scale, causal=causal, documents=documents)
             if source == step.group.rank:
                 out.copy_(block[0]), lse.copy_(block[1])
@@ -189,16 +203,16 @@ class _Ring(torch.autograd.Function):
         dq = torch.zeros_like(q, dtype=torch.float32)
         dweight = None if weight is None else torch.zeros_like(weight, dtype=torch.float32)
         home, following = payload, None
-        for source, (arrived, *ids) in _round([payload] if document_ids is None else [payload, document_ids], step.group):
+        for source, arrived in _round(payload, step.group):
             queries, keys, causal = step.seen(source, length)
             k, v = step.expand(arrived[:, keys], weight)
-            documents = None if document_ids is None else (document_ids[:, queries], ids[0][:, keys])
+            documents = step.documents(document_ids, source, queries, keys)
             grad_here, q_here, out_here, lse_here = (t[:, :, queries] for t in (grad, q, out, lse))
             dq_block, dk, dv = attend_block_backward(
                 grad_here, q_here, k, v, out_here, lse_here, scale=step.scale, causal=causal, documents=documents
             )
             dq[:, :, queries] += dq_block
-            # Latents are few, and travel in fp32; a sum of keys' and values' gradients is rounded at each hop.
+            # A sum that travels is rounded at each hop. Latents are few: theirs goes in fp32 and still hides behind the scores.
             term = torch.zeros_like(payload, dtype=payload.dtype if weight is None else torch.float32)
             term[:, keys] = step.collapse(dk, dv, arrived[:, keys], weight, dweight).to(term.dtype)
             if source == step.group.rank:
@@ -212,14 +226,14 @@ class _Ring(torch.autograd.Function):
         return dq.to(q.dtype), home.to(payload.dtype), None if dweight is None else dweight.to(weight.dtype), None, None
 
 
-def _round(tensors: list[Tensor], group: Group) -> Iterator[tuple[int, list[Tensor]]]:
-    """Every rank's tensors with its place in the group, beginning with this one's, then the previous rank's, and so on; while the caller
-    computes with some, the next are on their way."""
+def _round(payload: Tensor, group: Group) -> Iterator[tuple[int, Tensor]]:
+    """Every rank's payload with its place in the group, beginning with this one's, then the previous rank's, and so on; while the caller
+    computes with one, the next is on its way."""
     for hop in range(group.size):
-        shift = _start(tensors, group) if hop + 1 < group.size else None
-        yield (group.rank - hop) % group.size, tensors
+        shift = _start([payload], group) if hop + 1 < group.size else None
+        yield (group.rank - hop) % group.size, payload
         if shift is not None:
-            tensors = shift.wait()
+            (payload,) = shift.wait()
 
 
 def _start(tensors: list[Tensor], group: Group) -> Shift | None:

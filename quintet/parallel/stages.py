@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from quintet.cost.balance import part_at
+from quintet.cost.pipeline import schedule_of
 from quintet.model.crossing import Aside, Crossing, Steps, begin
 from quintet.model.loss import Loss, Weights, share_of_loss
 from quintet.model.transformer import Transformer
@@ -27,7 +28,7 @@ from quintet.parallel.collectives import all_reduce
 from quintet.parallel.pipeline import Pipeline, Turns
 from quintet.parallel.recorder import Recorder
 from quintet.parallel.zero import ShardedParameters
-from quintet.schedule import build, check, fewest_microbatches, forward_only
+from quintet.schedule import check, fewest_microbatches, forward_only
 from quintet.schedule.lower import Program, add_transfers
 from quintet.schedule.op import Op, Work
 from quintet.spec.layout import Layout
@@ -39,7 +40,8 @@ _STEPS = 16
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """This rank's part of some sequences: inputs [B, S], targets [M+1, B, S] (see model.loss), document_ids [B, S] or None."""
+    """This rank's part of some sequences: inputs [B, S], targets [M+1, B, S] (see model.loss); document_ids [B, S cp] of the whole ones, or
+    None."""
 
     inputs: Tensor
     targets: Tensor
@@ -196,6 +198,10 @@ class ModelPipeline:
         self._spent.append(seconds_by_stage(self.recorder.times))
         return losses
 
+    def forget_times(self) -> None:
+        """The steps so far do not count in `stage_seconds`: other ones follow."""
+        self._spent.clear()
+
     def stage_seconds(self) -> list[float] | None:
         """Seconds that each stage takes forward and backward, for a micro-batch: the median of the last steps, the mean of the ranks that
         hold it. None where a stage was never seen outside of pairs. All ranks call it together and get the same."""
@@ -245,7 +251,7 @@ def seconds_by_stage(times: Sequence[tuple[Work, float, float]]) -> dict[int, fl
 @lru_cache
 def program(layout: Layout, num_microbatches: int, *, evaluation: bool = False) -> Program:
     """The layout's schedule for so many micro-batches, checked and lowered. Raises SpecError where they are too few."""
-    schedule = build(layout.schedule_for(num_microbatches), layout.pp, num_microbatches, chunks=layout.chunks)
+    schedule = schedule_of(layout, num_microbatches)
     assert [layout.stages_at(place) for place in range(layout.pp)] == [
         tuple(sorted(stage for _, stage in held)) for held in schedule.stages
     ], layout

@@ -8,7 +8,7 @@ S sequence, T tokens, D hidden, C vocabulary, E experts, n ranks of the group.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from quintet.model.layers import FeedForward
 from quintet.model.moe import MixtureOfExperts
 from quintet.model.transformer import Embedding, Transformer
 from quintet.ops.cross_entropy import CrossEntropy, head_loss
+from quintet.ops.pointwise import REFERENCE, Kernels
 from quintet.parallel.collectives import Group, all_gather, all_reduce, gather_tokens, scatter_tokens
 from quintet.parallel.mesh import Mesh
 from quintet.spec.layout import Layout
@@ -42,7 +43,7 @@ def apply_tensor(model: Transformer, mesh: Mesh) -> None:
     if sequence.size > 1:
         model.whole_count = lambda count: all_reduce(count, sequence)
     if tp.size > 1:
-        model.head_loss = VocabularyParallelLoss(tp)
+        model.head_loss = VocabularyParallelLoss(tp, model.kernels)
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class VocabularyParallelLoss:
     """
 
     group: Group
+    kernels: Kernels = REFERENCE
 
     def __call__(self, hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk: int, kernel: CrossEntropy) -> Tensor:
         """hidden [B, S/n, D], weight [C/n, D], labels [B, S] (negative: ignored) -> this rank's share of the sum of the losses."""
@@ -86,22 +88,20 @@ class VocabularyParallelLoss:
         if torch.is_grad_enabled():
             return head_loss(tokens, weight, labels, chunk=chunk, kernel=self.share)
         pieces = zip(tokens.split(chunk), labels.split(chunk), strict=True)
-        return torch.stack([tokens.new_zeros((), dtype=torch.float32), *(self.share(t @ weight.t(), l)[0].sum() for t, l in pieces)]).sum()
+        plain = replace(self, kernels=REFERENCE)  # evaluation comes with many shapes, each of which would compile anew
+        return torch.stack([tokens.new_zeros((), dtype=torch.float32), *(plain.share(t @ weight.t(), l)[0].sum() for t, l in pieces)]).sum()
 
     def share(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """ops.pointwise.cross_entropy over a split vocabulary, the loss divided by n: logits [T, C/n], labels [T] -> [T], [T, C/n].
 
         Ranks exchange two numbers per token: the log-sum-exp of their part, and the label's logit if it is theirs.
         """
-        logits_fp32 = logits.float()
         target, here = _row_here(labels, logits.shape[1], self.group)
-        own = logits_fp32.gather(1, target[:, None])[:, 0].where(here, 0.0)
-        parts = all_gather(torch.stack((logits_fp32.logsumexp(-1), own))[None], self.group)
+        own = torch.stack(self.kernels.part_of_cross_entropy(logits, target, here))
+        parts = all_gather(own[None], self.group)
         log_sum, valid = parts[:, 0].logsumexp(0), labels >= 0
         loss = (log_sum - parts[:, 1].sum(0)).where(valid, 0.0)
-        grad = (logits_fp32 - log_sum[:, None]).exp_()
-        grad.scatter_add_(1, target[:, None], -here.float()[:, None]).masked_fill_(~valid[:, None], 0.0)
-        return loss / self.group.size, grad.to(logits.dtype)
+        return loss / self.group.size, self.kernels.part_of_its_gradient(logits, log_sum, target, here, valid)
 
 
 def _row_here(ids: Tensor, num_rows: int, group: Group) -> tuple[Tensor, Tensor]:

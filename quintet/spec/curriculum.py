@@ -92,6 +92,11 @@ def curriculum(run: Run) -> tuple[Stretch, ...]:
     return tuple(out)
 
 
+def main_stretch(run: Run) -> Stretch:
+    """The phase that most tokens are trained in: what is said of a run as a whole is said of its steps."""
+    return max(curriculum(run), key=lambda stretch: stretch.num_tokens)
+
+
 def _count(phase: Phase) -> Stretch:
     curves = PhaseCurves(phase)
     steps = tokens = 0

@@ -85,6 +85,9 @@ class Layout:
     fewer than 2 pp micro-batches."""
     chunks: int = 2
     """Stages of each rank in the interleaved schedules."""
+    schedule_file: str | None = None
+    """A schedule that `quintet schedule search --save` wrote, for steps of as many micro-batches as it has; its stages must lie as those of
+    `schedule`, which other steps go by."""
     cut: tuple[int, ...] | None = None
     """Layers of each pipeline stage; absent: as equal in cost as layers can be shared out."""
 
@@ -194,10 +197,17 @@ class Layout:
         """The nodes that the ranks lie on."""
         return tuple(sorted({rank // self.node_size for rank in ranks}))
 
+    @property
+    def options(self) -> str:
+        """The degrees that are not 1, as they are written on a command line."""
+        names = ("pp", "dp", "cp", "tp", "ep", "expert_tp", "zero_ranks")
+        return " ".join(f"--layout.{name.replace('_', '-')} {value}" for name in names if (value := getattr(self, name)) not in (1, None))
+
     def __str__(self) -> str:
         shown = {"pp": self.pp, "dp": self.dp, "cp": self.cp, "tp": self.tp, "ep": self.ep, "expert_tp": self.expert_tp, "zero": self.zero}
         text = " ".join(f"{name}={value}" for name, value in shown.items() if value != (0 if name == "zero" else 1))
         pipeline = f" {self.pipeline}{self.chunks if self.arrangement == 'loop' else ''}" if self.pp > 1 else ""
+        pipeline += f" {self.schedule_file}" if self.schedule_file else ""
         return (text or "one device") + (f" zero_ranks={self.zero_ranks}" if self.zero_ranks else "") + pipeline
 
 
@@ -295,6 +305,8 @@ def _pipeline_rules(layout: Layout, model: Model) -> Iterator[str]:
     if layout.pp == 1:
         if layout.cut is not None:
             yield f"layout.cut ({_numbers(layout.cut)}) needs layout.pp above 1"
+        if layout.schedule_file is not None:
+            yield f"layout.schedule_file ({layout.schedule_file}) needs layout.pp above 1"
         return
     several = layout.num_stages > layout.pp
     stages = f"{layout.num_stages} stages" + (f" ({layout.num_stages // layout.pp} on each rank)" if several else "")
@@ -312,13 +324,19 @@ def _pipeline_rules(layout: Layout, model: Model) -> Iterator[str]:
             f"layout.zero ({layout.zero}) must be 0 or 1 where layout.pp ({layout.pp}) is above 1: every micro-batch would send its "
             + ("gradients and gather the weights" if layout.zero == 3 else "gradients")
         )
-    if layout.cut is not None and (
-        len(layout.cut) != layout.num_stages or sum(layout.cut) != model.num_layers or min(layout.cut) < 0 or 0 in layout.cut[:-1]
-    ):
-        yield (
-            f"layout.cut ({_numbers(layout.cut)}) must share out model.num_layers ({model.num_layers}) to {stages}, at least one to each "
-            "but the last, which may do with the head alone"
-        )
+    if layout.cut is not None:
+        wrong = []
+        if len(layout.cut) != layout.num_stages:
+            wrong.append(f"it is for {len(layout.cut)}")
+        if (shared := sum(layout.cut)) != model.num_layers:
+            wrong.append(f"it shares out {shared}, {abs(shared - model.num_layers)} too {'many' if shared > model.num_layers else 'few'}")
+        if few := [stage for stage, count in enumerate(layout.cut) if count < (stage < len(layout.cut) - 1)]:
+            wrong.append(f"stage {few[0]} has {layout.cut[few[0]]}")
+        if wrong:
+            yield (
+                f"layout.cut ({_numbers(layout.cut)}) must share out model.num_layers ({model.num_layers}) to {stages}, at least one to "
+                f"each but the last, which may do with the head alone: {', and '.join(wrong)}"
+            )
 
 
 def _numbers(values: Iterable[int]) -> str:
@@ -328,9 +346,9 @@ def _numbers(values: Iterable[int]) -> str:
 def _divisible(what: str, count: int, by: str, degree: int, *, each: int = 1) -> str:
     choices = [d * each for d in range(1, count // each + 1) if count % (d * each) == 0]
     near = sorted(sorted(choices, key=lambda d: abs(math.log(d / degree)))[:8])
-    return f"{what} ({count}) must be divisible by {by} ({degree}); choose {by} from {', '.join(map(str, near))}" + (
-        " ..." if len(choices) > len(near) else ""
-    )
+    axis, values = by.removeprefix(f"{each} x "), ", ".join(str(choice // each) for choice in near)
+    more = " ..." if len(choices) > len(near) else ""
+    return f"{what} ({count}) must be divisible by {by} ({degree}); choose {axis} from {values}{more}"
 
 
 def require_legal(layout: Layout, model: Model, sequence_lengths: Iterable[int]) -> None:
@@ -338,8 +356,23 @@ def require_legal(layout: Layout, model: Model, sequence_lengths: Iterable[int])
     lengths = tuple(sequence_lengths)
     if broken := broken_rules(layout, model, lengths):
         near = nearest_legal(layout, model, lengths)
-        remedy = "".join(f"\n  {other} ({other.num_ranks} ranks)" for other in near)
+        remedy = "".join(f"\n  {other} ({other.num_ranks} rank{'s' * (other.num_ranks > 1)})" for other in near)
         raise SpecError("\n".join(broken) + (f"\nnearest legal layouts:{remedy}" if near else ""))
+
+
+def without_effect(layout: Layout) -> list[str]:
+    """What a legal layout says that changes nothing, each in a sentence."""
+    told = []
+    if layout.pp == 1 and layout.schedule is not None:
+        told.append(f"layout.schedule ({layout.schedule}) has no effect: layout.pp is 1")
+    if layout.arrangement != "loop" and layout.chunks != 2:
+        where = f"{layout.pipeline} has its own number of stages" if layout.pp > 1 else "layout.pp is 1"
+        told.append(f"layout.chunks ({layout.chunks}) has no effect: {where}; interleaved and interleaved-zb take it")
+    if layout.zero and layout.num_ranks == 1:
+        told.append(f"layout.zero ({layout.zero}) has no effect: a single device has nobody to share with")
+    if layout.zero_ranks == layout.num_replicas:
+        told.append(f"layout.zero_ranks ({layout.zero_ranks}) has no effect: there are as many replicas, which is the default")
+    return told
 
 
 def nearest_legal(layout: Layout, model: Model, sequence_lengths: Iterable[int], *, count: int = 3) -> list[Layout]:
@@ -347,7 +380,7 @@ def nearest_legal(layout: Layout, model: Model, sequence_lengths: Iterable[int],
     lengths = tuple(sequence_lengths)
 
     def around(degree: int) -> list[int]:
-        powers = {2**i for i in range(14) if degree / 4 <= 2**i <= degree * 4}
+        powers = {2**i for i in range(14) if degree / 8 <= 2**i <= degree * 4}
         divisors = {d for d in range(1, degree + 1) if degree % d == 0 and d >= degree / 8}
         return sorted({1, degree, max(degree - 1, 1), degree + 1} | powers | divisors)
 
@@ -366,9 +399,45 @@ def nearest_legal(layout: Layout, model: Model, sequence_lengths: Iterable[int],
         expert_tp = tp if layout.expert_tp > 1 else 1
         zero_ranks = layout.zero_ranks if layout.zero_ranks and (dp * cp) % layout.zero_ranks == 0 and layout.zero else None
         zero = min(layout.zero, 1) if pp > 1 else layout.zero
+        file = layout.schedule_file if pp == layout.pp > 1 else None
         other = replace(layout, dp=dp, tp=tp, pp=pp, ep=ep, cp=cp, expert_tp=expert_tp, zero_ranks=zero_ranks, zero=zero, cut=None)
+        other = replace(other, schedule_file=file)
         if not broken_rules(other, model, lengths):
             legal[other] = distance(other)
             if len(legal) >= 40:
                 break
     return sorted(legal, key=legal.__getitem__)[:count]
+
+
+def fewer_ranks(layout: Layout, model: Model, sequence_lengths: Iterable[int], *, most: int) -> Layout | None:
+    """The legal layout of at most `most` ranks, as many as can be, that divides what this one divides: each degree above 1 stays above 1,
+    and so, if it can be, do an expert's replicas. None where there is none."""
+    lengths = tuple(sequence_lengths)
+
+    def below(degree: int) -> list[int]:
+        return [d for d in range(min(degree, most), 1, -1) if degree % d == 0 or d & (d - 1) == 0] if degree > 1 else [1]
+
+    def smaller(degrees: tuple[int, ...]) -> Layout:
+        dp, tp, pp, ep, cp = degrees
+        shared = next((s for s in below(layout.zero_ranks) if dp * cp % s == 0), dp * cp) if layout.zero_ranks else None
+        return replace(
+            layout,
+            dp=dp,
+            tp=tp,
+            pp=pp,
+            ep=ep,
+            cp=cp,
+            expert_tp=tp if layout.expert_tp > 1 else 1,
+            zero_ranks=shared,
+            cut=None,
+            schedule_file=layout.schedule_file if pp == layout.pp else None,
+        )
+
+    axes: tuple[Degree, ...] = ("dp", "tp", "pp", "ep", "cp")
+    fitting = (smaller(degrees) for degrees in itertools.product(*(below(layout.degree(axis)) for axis in axes)))
+    legal = [other for other in fitting if other.num_ranks <= most and not broken_rules(other, model, lengths)]
+
+    def good(other: Layout) -> tuple[int, ...]:
+        return int((other.expert_dp > 1) == (layout.expert_dp > 1)), other.num_ranks, other.ep, other.pp
+
+    return max(legal, key=good, default=None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from quintet.errors import SpecError, did_you_mean
@@ -38,7 +38,7 @@ class Source:
     name: str
     """Name in statistics and in evaluation; letters, digits, '-' and '_'."""
     paths: tuple[str, ...]
-    """Files, folders and globs (.py .md .txt ... as text, .jsonl[.gz|.zst], .parquet), or 'python:stdlib' (the running
+    """Files, folders, globs and URLs (.py .md .txt ... as text, .jsonl[.gz|.zst], .parquet, .warc[.gz]), or 'python:stdlib' (the running
     interpreter's library) or 'python:docs' (its docstrings and documentation topics)."""
     domain: Domain
     """Code takes part in fill-in-the-middle; evaluation is reported per domain."""
@@ -75,6 +75,9 @@ class Data:
     """Share of the code documents rearranged as prefix, suffix, middle (V3 4.1)."""
     document_mask: bool = False
     """Keep attention inside each document of a packed sequence; V3 pre-training lets it cross."""
+    buckets: tuple[int, ...] = ()
+    """Lengths of rows, ascending, such as 128 to 10240: every batch has one of them, and a document a row of its own; absent: documents
+    are packed into rows of the phase's sequence_length."""
     strict: bool = False
     """Stop at the first unreadable document instead of counting and skipping it."""
     max_document_bytes: int = 10_000_000
@@ -92,6 +95,8 @@ class Data:
             raise SpecError(f"source names must differ, got {names}")
         _share(self, "held_out", "fim_rate")
         _positive(self, "max_document_bytes")
+        if any(a >= b for a, b in zip((0, *self.buckets), self.buckets, strict=False)):
+            raise SpecError(f"buckets {list(self.buckets)} must be lengths in tokens, larger than 0 and ascending")
 
     def weights(self, mixture: Mapping[str, float], *, phase: str = "") -> tuple[float, ...]:
         """The weight of every source where `mixture` replaces some. Raises SpecError for an unknown source, or if nothing is left."""
@@ -147,6 +152,8 @@ class Phase:
     """Curve of the weight of the MTP losses' mean (lambda); while it is 0 the modules cost nothing."""
     bias_speed: tuple[str, ...] = ("0.001",)
     """Curve of the router bias update speed (gamma)."""
+    yarn: bool = True
+    """Whether model.yarn, where there is one, holds in this phase already; false: the rotary embedding is as before the extension."""
     mixture: tuple[str, ...] = ()
     """Weights of sources in this phase, such as 'code 40'; a source that is not named keeps its own, and 0 leaves it out."""
 
@@ -205,7 +212,8 @@ class Train:
     num_threads: int | None = None
     """CPU threads of each rank; absent: all cores, shared out among the ranks of a machine."""
     adaptive: bool = False
-    """At each checkpoint, cut the pipeline's stages anew by how long they took, where the slowest would gain 5 % or more."""
+    """At each checkpoint, by how long the pipeline's stages took: cut them anew where the slowest would gain 5 % or more, else try
+    micro-batches of half or double the size where a step could."""
     rank_timeout: float = 600.0
     """Seconds that a rank waits in a collective before it gives the others up."""
 
@@ -242,6 +250,9 @@ class Checkpoint:
 
     every: int | None = None
     """Steps between checkpoints; absent: only at the end and on a signal."""
+    directory: str | None = None
+    """Where checkpoints go, in a folder with the run's name: a folder, or a URL that fsspec knows, such as s3://bucket/checkpoints (which
+    needs quintet[s3]). Absent: in the run's directory."""
     keep_last: int = 2
     """Newest checkpoints that are kept."""
     keep_every: int | None = None
@@ -251,13 +262,18 @@ class Checkpoint:
     codec: Literal["planes", "raw"] = "planes"
     """planes: floats coded without loss into about 5/6 of their bytes (fp32) or 2/3 (bf16); raw: as they are, for slow processors
     before fast disks."""
+    full_every: int = 1
+    """1: each checkpoint holds all. n: of n in a row only the first does; the others refer to it for each part that is the same there, such
+    as frozen weights, and it stays as long as one of them does."""
     background: bool = True
     """Write while training goes on; it takes host memory for a copy of what each rank writes."""
     tolerated_failures: int = 1
     """Background saves that may fail one after the other before the run ends; each is told at once."""
 
     def __post_init__(self) -> None:
-        _positive(self, "keep_last")
+        _positive(self, "keep_last", "full_every")
+        if self.directory is not None and not self.directory.rpartition("://")[2].strip("/ "):
+            raise SpecError(f"directory ({self.directory!r}) names no folder; name one, such as s3://bucket/checkpoints, or leave it out")
         for name in ("keep_best", "tolerated_failures"):
             if getattr(self, name) < 0:
                 raise SpecError(f"{name} ({getattr(self, name)}) must not be negative")
@@ -325,8 +341,27 @@ class Run:
                     f"phase {phase.name!r}: sequence_length ({phase.sequence_length}) must be at most model.max_context "
                     f"({self.model.max_context}); raise max_context (and extend it with model.yarn) or shorten the sequence"
                 )
+            if not phase.yarn and self.model.yarn is None:
+                raise SpecError(f"phase {phase.name!r}: yarn is false, but the model has none; leave it out, or add a [model.yarn] table")
+            if phase.sequence_length > (longest := self.model_in(phase).max_context):
+                raise SpecError(
+                    f"phase {phase.name!r}: sequence_length ({phase.sequence_length}) must be at most model.yarn.original_context "
+                    f"({longest}) where yarn is false; leave yarn out of the phase, or shorten the sequence"
+                )
         for phase in self.phases:
             self.data.weights(phase.weights, phase=phase.name)
-        require_legal(self.layout, self.model, (phase.sequence_length for phase in self.phases))
+            if self.data.buckets and self.data.buckets[-1] > phase.sequence_length:
+                raise SpecError(
+                    f"phase {phase.name!r}: the largest of data.buckets ({self.data.buckets[-1]}) must be at most sequence_length "
+                    f"({phase.sequence_length}); leave it out, or lengthen the sequence"
+                )
+        require_legal(self.layout, self.model, (*self.data.buckets, *(phase.sequence_length for phase in self.phases)))
         if not 0 <= self.seed < 2**63:
             raise SpecError(f"seed ({self.seed}) must lie between 0 and 2^63 - 1")
+
+    def model_in(self, phase: Phase) -> Model:
+        """The model as it is in a phase: before its context is extended it has no YaRN, and the original context."""
+        yarn = self.model.yarn
+        if phase.yarn or yarn is None:
+            return self.model
+        return replace(self.model, yarn=None, max_context=min(self.model.max_context, yarn.original_context))

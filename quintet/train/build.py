@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -47,26 +47,21 @@ def build(
     device: torch.device,
     *,
     on_message: Callable[[str], None],
-    weights: Mapping[str, Tensor] | None = None,
     recorder: Recorder | None = None,
+    drawn: bool = True,
 ) -> Built:
-    """The model of the recipe with random weights, or with the global `weights` by name, and an optimizer without history. `recorder`
-    notes what a pipeline does."""
+    """The model of the recipe with random weights, or, if not `drawn`, with any, which a checkpoint then replaces; and an optimizer without
+    history. `recorder` notes what a pipeline does."""
     with torch.device("meta"):
         model = Transformer(run.model, kernels=kernels(run, device, on_message=on_message))
     parameters = parallelize(model, mesh, run.train, device=device)
 
     def values(piece: Piece) -> Tensor:
-        if weights is None:
-            return initial_values(run.model, piece.name, piece.box, seed=run.seed)
-        box = zip(piece.box.offsets, piece.box.sizes, strict=True)
-        return weights[piece.name][tuple(slice(begin, begin + size) for begin, size in box)].float()
+        return initial_values(run.model, piece.name, piece.box, seed=run.seed)
 
-    with torch.no_grad():
-        parameters.fill(values)
-        for name, buffer in model.named_buffers():
-            if weights is not None:
-                buffer.copy_(weights[name])
+    if drawn:
+        with torch.no_grad():
+            parameters.fill(values)
     pipeline = ModelPipeline(model, parameters, recorder) if mesh.layout.pp > 1 else None
     return Built(model, parameters, AdamW(parameters, run.optimizer), pipeline)
 

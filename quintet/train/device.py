@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import sys
 import time
@@ -10,6 +11,7 @@ import time
 import torch
 
 from quintet.errors import UsageError
+from quintet.monitor.machine import total_memory
 from quintet.spec.run import Precision, Train
 
 # Numbers of mallopt(3) in glibc's malloc.h.
@@ -71,6 +73,14 @@ def prefer_fast_fp32() -> bool:
         matmul.fp32_precision = "none"
         return False
     return True
+
+
+def memory_of_rank(device: torch.device) -> float:
+    """Bytes that this rank may use: of its CUDA device, else its share of the machine's memory; infinite where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    there = total_memory()
+    return math.inf if there is None else there / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def measured_peak(device: torch.device, precision: Precision) -> float:

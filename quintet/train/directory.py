@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from quintet.checkpoint.durable import failure
+from quintet.checkpoint.manifest import step_of
+from quintet.checkpoint.place import Place, Remote, entries, place
 from quintet.data.prepare import Prepared, obstacle_to
 from quintet.data.tokenizer import Tokenizer
 from quintet.errors import DataError, UsageError
@@ -28,6 +31,16 @@ def of(run: Run) -> Path:
     return Path(run.directory) / run.name
 
 
+def checkpoints(directory: Path, run: Run) -> Place:
+    """Where the checkpoints of the run in `directory` are. Raises UsageError for a URL that this installation cannot reach."""
+    if run.checkpoint.directory is None:
+        return directory / CHECKPOINTS
+    root = place(run.checkpoint.directory) / run.name
+    if isinstance(root, Remote):
+        root.system()
+    return root
+
+
 def refuse_existing(run: Run) -> None:
     """Raise UsageError if the run's directory exists, for a run is never overwritten, or if a look tells that it cannot be made."""
     if of(run).exists():
@@ -38,6 +51,17 @@ def refuse_existing(run: Run) -> None:
         raise UsageError(
             f"cannot make the run's directory {of(run)}: {obstacle} is no folder that may be written; choose another --directory"
         )
+    _refuse_others(checkpoints(of(run), run))
+
+
+def _refuse_others(root: Place) -> None:
+    """Raise UsageError if another run has left checkpoints there: its would be taken for this one's."""
+    try:
+        names = entries(root) if isinstance(root, Remote) or root.is_dir() else {}
+    except OSError as error:
+        raise failure(error, doing=f"listing {root}") from None
+    if any(step_of(name) is not None for name in names):
+        raise UsageError(f"{root} holds the checkpoints of another run; choose another --name or another --checkpoint.directory")
 
 
 def create(run: Run, tokenizer: Tokenizer) -> Path:

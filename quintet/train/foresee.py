@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from quintet.cost.memory import step_memory
+from quintet.cost.pipeline import read as read_schedule
+from quintet.cost.pipeline import require_suited
 from quintet.data.prepare import foresee
 from quintet.errors import QuintetError, SpecError
 from quintet.monitor import machine
 from quintet.monitor.units import num_bytes
 from quintet.schedule import fewest_microbatches
 from quintet.spec.curriculum import PhaseCurves
+from quintet.spec.layout import without_effect
 from quintet.spec.run import Run, Train
 from quintet.train import directory
 
@@ -19,7 +22,7 @@ def refusals(run: Run) -> list[str]:
     """What `train` would refuse here, as far as it is cheap to know: the device, the run's directory, the data. Empty: nothing."""
     checks: tuple[Callable[[], object], ...] = (
         lambda: _device(run),
-        lambda: require_microbatches(run),
+        lambda: require_schedule(run),
         lambda: directory.refuse_existing(run),
     )
     found = [message for check in checks if (message := _message(check))]
@@ -27,14 +30,19 @@ def refusals(run: Run) -> list[str]:
 
 
 def doubts(run: Run) -> list[str]:
-    """What `train` would try here although it bodes ill: more memory than there is, more threads than cores."""
-    return [message for message in (_memory(run), _threads(run.train)) if message]
+    """What `train` would try here although it bodes ill: more memory than there is, more threads than cores, options without effect."""
+    return [message for message in (_memory(run), _threads(run.train), *without_effect(run.layout)) if message]
 
 
-def require_microbatches(run: Run) -> None:
-    """Raise SpecError where the smallest batch of a phase makes fewer micro-batches than the schedule that was asked for takes."""
+def require_schedule(run: Run) -> None:
+    """Raise SpecError where the smallest batch of a phase makes fewer micro-batches than the schedule that was asked for takes, or where
+    no step has as many as the one in `layout.schedule_file`."""
     layout, micro_batch = run.layout, run.train.micro_batch
-    if layout.pp == 1 or layout.schedule is None:
+    if layout.pp == 1:
+        return
+    if layout.schedule_file is not None:
+        _require_use(run, layout.schedule_file)
+    if layout.schedule is None:
         return
     fewest = fewest_microbatches(layout.schedule, layout.pp)
     for phase in run.phases:
@@ -48,6 +56,24 @@ def require_microbatches(run: Run) -> None:
                 f"least {fewest}; raise phases.batch to {needed} or more, lower train.micro_batch, layout.dp or layout.pp, or leave "
                 "layout.schedule out, which takes zbv for such steps"
             )
+
+
+def _require_use(run: Run, file: str) -> None:
+    """Raise SpecError unless the file suits the layout, and some steps go by it."""
+    layout, kept = run.layout, read_schedule(file)
+    require_suited(kept, layout)
+    batches = [sentence for phase in run.phases for sentence in PhaseCurves(phase).batch.segments]
+    counts = [
+        [layout.num_microbatches(max(1, round(size)), run.train.micro_batch) for size in sorted((each.start, each.end))] for each in batches
+    ]
+    if not any(low <= kept.num_microbatches <= high for low, high in counts):
+        low, high = min(min(each) for each in counts), max(max(each) for each in counts)
+        raise SpecError(
+            f"layout.schedule_file {file!r} is for {kept.num_microbatches} micro-batches, but steps have {low}"
+            + (f" to {high}" if high > low else "")
+            + f" of train.micro_batch ({run.train.micro_batch}) on each of layout.dp ({layout.dp}) replicas; a batch of "
+            f"{layout.dp * run.train.micro_batch * kept.num_microbatches} sequences has as many, or search one with --microbatches {high}"
+        )
 
 
 def _message(check: Callable[[], object]) -> str | None:

@@ -72,8 +72,8 @@ def held_out_loss(
 
 def _micro_batch(batch: Batch, mesh: Mesh, device: torch.device, *, document_mask: bool) -> MicroBatch:
     """This rank's part of each sequence."""
-    inputs, labels, ids = (shard_tokens(x, mesh["cp"], dim=1).to(device) for x in (batch.inputs, batch.labels, batch.document_ids))
-    return MicroBatch(inputs, labels[None], ids if document_mask else None)
+    inputs, labels = (shard_tokens(x, mesh["cp"], dim=1).to(device) for x in (batch.inputs, batch.labels))
+    return MicroBatch(inputs, labels[None], batch.document_ids.to(device) if document_mask else None)
 
 
 def _loss_and_tokens(model: Transformer, at: MicroBatch, positions: Tensor, chunk: int) -> Tensor:

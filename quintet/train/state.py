@@ -18,8 +18,10 @@ from torch import Tensor
 from quintet.checkpoint.background import Saver
 from quintet.checkpoint.load import LOSS, load, none_whole
 from quintet.checkpoint.pieces import Pieces, run_of_boxes
+from quintet.checkpoint.place import Place
 from quintet.checkpoint.retention import prune
 from quintet.checkpoint.save import save
+from quintet.checkpoint.store import Spent
 from quintet.errors import CheckpointError, DamagedError
 from quintet.parallel.bucket import Bucket
 from quintet.spec import parse
@@ -27,7 +29,7 @@ from quintet.spec.placement import Box
 from quintet.spec.run import Run
 from quintet.spec.stage import Part
 from quintet.train.build import Built
-from quintet.train.directory import CHECKPOINTS, RECIPE, TOKENIZER
+from quintet.train.directory import RECIPE, TOKENIZER, checkpoints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,12 +136,12 @@ def saver(directory: Path, run: Run, *, seconds: float) -> Saver:
     """Who saves the run in `directory` beside training; all ranks call it together, and then speak through a group of its own, in which
     one may be silent for so many seconds."""
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds)) if dist.is_initialized() else None
-    return Saver(directory / CHECKPOINTS, run.checkpoint, group=group)
+    return Saver(checkpoints(directory, run), run.checkpoint, group=group)
 
 
-def write(directory: Path, run: Run, state: dict[str, Any], *, step: int) -> Path:
+def write(directory: Path, run: Run, state: dict[str, Any], *, step: int) -> Place:
     """Save a gathered state as a checkpoint of the run in `directory`, with recipe and tokenizer, and drop those not kept."""
-    root = directory / CHECKPOINTS
+    root = checkpoints(directory, run)
     path = save(state, root, step=step, extras=extras(directory, run), rounded=rounded(state), codec=run.checkpoint.codec)
     if not dist.is_initialized() or dist.get_rank() == 0:
         prune(root, run.checkpoint)
@@ -147,8 +149,8 @@ def write(directory: Path, run: Run, state: dict[str, Any], *, step: int) -> Pat
 
 
 def restore_newest(
-    paths: Sequence[Path], built: Built, *, report: Callable[[str], None]
-) -> tuple[Path | None, Position, dict[str, int]]:
+    paths: Sequence[Place], built: Built, *, report: Callable[[str], None], spent: Spent | None = None
+) -> tuple[Place | None, Position, dict[str, int]]:
     """Restore from the first of some checkpoints that is not damaged, which is returned; None where there are none.
 
     All ranks call it together: each verifies what it reads, and all pass a checkpoint over if one of them finds damage, which is told to
@@ -157,7 +159,7 @@ def restore_newest(
     problems: list[str] = []
     for path in paths:
         try:
-            position, data = restore(path, built)
+            position, data = restore(path, built, spent)
         except DamagedError as error:
             problems.append(f"{path}: {error}")
             continue
@@ -169,7 +171,7 @@ def restore_newest(
     return None, Position(), {}
 
 
-def restore(directory: Path, built: Built) -> tuple[Position, dict[str, int]]:
+def restore(directory: Place, built: Built, spent: Spent | None = None) -> tuple[Position, dict[str, int]]:
     """Fill model, optimizer and random generators from a checkpoint; returns the position and the data's state.
 
     Raises CheckpointError, with nothing changed, for one of another model; DamagedError, with some tensors filled and some not.
@@ -178,7 +180,10 @@ def restore(directory: Path, built: Built) -> tuple[Position, dict[str, int]]:
     if torch.cuda.is_available():
         state["random.cuda"] = torch.cuda.get_rng_state()
     values = load(
-        state | {"position": None, "optimizer_steps": None, "data": None}, directory, elsewhere=lambda name: _is_elsewhere(built, name)
+        state | {"position": None, "optimizer_steps": None, "data": None},
+        directory,
+        elsewhere=lambda name: _is_elsewhere(built, name),
+        spent=spent,
     )
     try:
         position = msgspec.convert(values["position"], Position)

@@ -112,7 +112,7 @@ def accumulate(built: Built, batch: Batch, *, settings: Settings, train: Train, 
         MicroBatch(
             inputs=mine(batch.inputs[rows]),
             targets=mine(targets[:, rows]),
-            document_ids=mine(batch.document_ids[rows]) if document_mask else None,
+            document_ids=batch.document_ids[rows].to(device) if document_mask else None,
         )
         for i in range(mesh.layout.num_microbatches(settings.batch_sequences, train.micro_batch))
         for rows in [slice(i * train.micro_batch, (i + 1) * train.micro_batch)]

@@ -7,7 +7,7 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,17 +20,21 @@ from torch import Tensor
 from quintet.checkpoint.background import Failed
 from quintet.checkpoint.load import candidates
 from quintet.checkpoint.manifest import directory_name
+from quintet.checkpoint.store import Spent
 from quintet.cost.balance import recut
 from quintet.cost.flops import flops_per_token
+from quintet.cost.memory import largest_rank
+from quintet.cost.micro_batch import better_micro_batch
 from quintet.data.loader import Loader
 from quintet.data.prepare import Prepared, open_prepared
 from quintet.data.tokenizer import Tokenizer
 from quintet.errors import DONE, INTERRUPTED
 from quintet.model.generate import generate
 from quintet.monitor.meter import Meter
-from quintet.monitor.metrics import Message, Record, Saved, truncate_after
+from quintet.monitor.metrics import Message, Record, Resumed, Saved, truncate_after
 from quintet.monitor.report import write_report
 from quintet.monitor.sinks import Sink
+from quintet.parallel.collectives import all_reduce
 from quintet.parallel.mesh import Mesh, make_mesh
 from quintet.parallel.recorder import Recorder
 from quintet.parallel.rendezvous import Ranks
@@ -41,8 +45,9 @@ from quintet.spec.run import Run
 from quintet.train import device as machine
 from quintet.train import directory, state
 from quintet.train.build import Built, build
-from quintet.train.foresee import require_microbatches
+from quintet.train.foresee import require_schedule
 from quintet.train.held_out import held_out_loss
+from quintet.train.resuming import Phases
 from quintet.train.state import Position
 from quintet.train.step import StepResult, run_step
 
@@ -59,7 +64,7 @@ def train(run: Run, *, sinks: Sink, ranks: Ranks | None = None) -> int:
     NumericsError.
     """
     ranks = ranks or Ranks(make_mesh(run.layout), None)
-    require_microbatches(run)
+    require_schedule(run)
     prepared = open_prepared(run.data, run.model.vocab_size)
     ranks.agree("prepared data", prepared.fingerprint)
     device = machine.prepare(run.train)
@@ -70,26 +75,35 @@ def train(run: Run, *, sinks: Sink, ranks: Ranks | None = None) -> int:
         return _Session(run, where, prepared, sinks, device=device, ranks=ranks).loop(Position())
 
 
-def resume(where: Path, *, sinks: Sink, ranks: Ranks | None = None, layout: Layout | None = None) -> int:
+def resume(
+    where: Path, *, sinks: Sink, ranks: Ranks | None = None, layout: Layout | None = None, phases: Phases | None = None
+) -> int:
     """Continue the run in directory `where` from its newest complete checkpoint as if it had not stopped; returns and raises as `train`.
 
     With another `layout` than the run's recipe has it goes on there, up to rounding as if it had not moved, and the recipe follows. A run
-    that stopped before its first checkpoint begins anew, which its seed makes the same.
+    that stopped before its first checkpoint begins anew, which its seed makes the same. `phases` tell when the process began.
     """
+    phases = phases or Phases()
+    phases.end("imports")
     saved = parse.read(where / directory.RECIPE)
     run = replace(saved, layout=layout or saved.layout)
     ranks = ranks or Ranks(make_mesh(run.layout), None)
-    require_microbatches(run)
+    require_schedule(run)
     prepared = open_prepared(run.data, run.model.vocab_size, recipe=where / directory.RECIPE)
     ranks.agree("prepared data", prepared.fingerprint)
     device = machine.prepare(run.train)
     with directory.held(where) if ranks.is_lead else nullcontext():
         directory.refuse_other_tokenizer(Tokenizer.from_file(where / directory.TOKENIZER), prepared)
+        phases.end("data")
         told: list[str] = []
-        paths = ranks.lead_first("checkpoints", lambda: candidates(where / directory.CHECKPOINTS, told.append))
+        paths = ranks.lead_first("checkpoints", lambda: candidates(directory.checkpoints(where, run), told.append))
         ranks.agree("checkpoint", ", ".join(path.name for path in paths) or "none")
-        session = _Session(run, where, prepared, sinks, device=device, ranks=ranks)
-        found, position, data = state.restore_newest(paths, session.built, report=told.append)
+        phases.end("find")
+        session = _Session(run, where, prepared, sinks, device=device, ranks=ranks, drawn=not paths)
+        phases.end("build")
+        spent = Spent()
+        found, position, data = state.restore_newest(paths, session.built, report=told.append, spent=spent)
+        phases.end("load")
         session.enter(position.phase)
         if data:
             session.loader.restore(data)
@@ -101,7 +115,12 @@ def resume(where: Path, *, sinks: Sink, ranks: Ranks | None = None, layout: Layo
                 told.append(f"another layout from step {position.step + 1} on: {run.layout} instead of {saved.layout}")
         for text in (*told, f"resumed from {found}" if found else "no checkpoint was written yet: beginning anew"):
             sinks.write(Message(text=text))
-        return session.loop(position)
+
+        def first_step_done() -> None:
+            phases.end("step")
+            sinks.write(Resumed(step=position.step, path=str(found), seconds=phases.seconds, load_seconds=spent.seconds))
+
+        return session.loop(position, first_step_done=first_step_done if found else None)
 
 
 @dataclass(frozen=True)
@@ -122,12 +141,16 @@ def _heard(mesh: Mesh) -> tuple[int, ...]:
 class _Session:
     """One process's share of a run: everything that is open while it trains."""
 
-    def __init__(self, run: Run, where: Path, prepared: Prepared, sinks: Sink, *, device: torch.device, ranks: Ranks) -> None:
+    def __init__(
+        self, run: Run, where: Path, prepared: Prepared, sinks: Sink, *, device: torch.device, ranks: Ranks, drawn: bool = True
+    ) -> None:
+        """drawn: whether there is no checkpoint that the weights come from."""
         self.run, self.where, self.prepared, self.sinks, self.device, self.ranks = run, where, prepared, sinks, device, ranks
         self.recorder = Recorder(ranks.mesh.rank, _heard(ranks.mesh), ranks.store)
-        self.built = self._build()
+        self.built = self._build(drawn=drawn)
         self.saver = state.saver(where, run, seconds=ranks.seconds)
         self.held_out, self.held_out_step = math.nan, -1
+        self.sizes: dict[int, list[float]] = {}
         self.stretches = curriculum(run)
         self.num_steps = sum(stretch.num_steps for stretch in self.stretches)
         self.peak_flops = machine.measured_peak(device, run.train.precision) * run.layout.num_ranks
@@ -137,13 +160,14 @@ class _Session:
         torch.manual_seed(run.seed)  # whatever draws from the global generators, now or later, draws the same in every run of this seed
         self.enter(0)
 
-    def _build(self) -> Built:
+    def _build(self, *, drawn: bool) -> Built:
         return build(
             self.run,
             self.ranks.mesh,
             self.device,
             on_message=lambda text: self.sinks.write(Message(text=text)),
             recorder=self.recorder,
+            drawn=drawn,
         )
 
     def enter(self, phase: int) -> None:
@@ -152,15 +176,15 @@ class _Session:
         self.curves = PhaseCurves(self.stretch.phase)
         here = self.stretch.phase
         length = here.sequence_length
+        self.built.model.rotate_like(self.run.model_in(here))
         self.loader = Loader(self.prepared, self.run.data, sequence_length=length, seed=self.run.seed, mixture=here.weights)
         # Without and with MTP, which does not run while its weight is 0.
         flops = (flops_per_token(self.run.model, sequence_length=length, mtp=mtp).total for mtp in (False, True))
         self.meters = tuple(Meter(flops_per_token=count, peak_flops=self.peak_flops) for count in flops)
 
-    def loop(self, position: Position) -> int:
+    def loop(self, position: Position, *, first_step_done: Callable[[], None] | None = None) -> int:
         """Train from `position` to the end or to a signal."""
-        told = self.recorder.telling() if self.built.pipeline else nullcontext()
-        with _stop_signals() as stop, told, self._saves_finished():
+        with _stop_signals() as stop, self.recorder.telling(), self._saves_finished():
             clock = _Clock(self.device, position.tokens)
             while position.step < self.num_steps:
                 if self.curves.is_over(position.phase_steps, position.phase_tokens):
@@ -168,6 +192,9 @@ class _Session:
                     self.enter(position.phase)
                     self.loader.restore(data)
                 position, result, settings = self._step(position, stop)
+                if first_step_done is not None:
+                    first_step_done()
+                    first_step_done = None
                 if position.step % self.run.monitor.every == 0 or position.step == self.num_steps:
                     self._record(position, result, settings, *clock.lap(position.tokens))
                 with clock.paused():
@@ -181,7 +208,7 @@ class _Session:
                         adapting = self.run.train.adaptive and self.built.pipeline is not None and not last
                         self._save(position, wait=last or adapting)
                         if adapting:
-                            self._cut_anew(position)
+                            self._adapt(position, settings.batch_sequences)
                     self._tell_of_saves()
                 if stopping and position.step < self.num_steps:
                     return INTERRUPTED
@@ -200,12 +227,12 @@ class _Session:
     def _step(self, position: Position, stop: _Stop) -> tuple[Position, StepResult, Settings]:
         settings, mesh = self.curves.settings(position.phase_steps, position.phase_tokens), self.ranks.mesh
         batch = self.loader.next_batch(settings.batch_sequences, part=mesh.at.dp, num_parts=mesh.layout.dp)
-        with _during(f"step {position.step + 1}"):
+        with self.recorder.during(f"step {position.step + 1}"):
             result = run_step(
                 self.built,
                 batch,
-                settings=settings,
-                train=self.run.train,
+                settings=replace(settings, batch_sequences=settings.batch_sequences * batch.rows_per_sequence),
+                train=replace(self.run.train, micro_batch=self.run.train.micro_batch * batch.rows_per_sequence),
                 document_mask=self.run.data.document_mask,
                 step=position.step + 1,
                 stop=lambda: bool(stop),
@@ -249,7 +276,7 @@ class _Session:
         if not any(part.held_out.num_documents for part in self.prepared.sources.values()):
             return  # told at the start
         length = self.stretch.phase.sequence_length
-        with _during(f"the evaluation of step {position.step}"):
+        with self.recorder.during(f"the evaluation of step {position.step}"):
             found = held_out_loss(
                 self.built.model,
                 self.prepared,
@@ -266,26 +293,54 @@ class _Session:
         loss = self.held_out if self.held_out_step == position.step else None
         gathered = state.gather(self.built, self.loader.state(), position, loss=loss)
         extras, rounded = state.extras(self.where, self.run), state.rounded(gathered)
-        with _during(f"saving step {position.step}"):
+        with self.recorder.during(f"saving step {position.step}"):
             self.saver.save(gathered, step=position.step, extras=extras, rounded=rounded, wait=wait)
 
-    def _cut_anew(self, position: Position) -> None:
-        """Where it pays, cut the pipeline's stages by how long they took, and go on from the checkpoint that was just written."""
+    def _adapt(self, position: Position, batch_sequences: int) -> None:
+        """Where it pays by how long the stages took, cut them anew, or take micro-batches of half or double the size."""
         assert self.built.pipeline is not None
-        before, seconds = self.run.layout, self.built.pipeline.stage_seconds()
-        counts = None if seconds is None else recut(self.run.model, before, seconds)
-        if seconds is None or counts is None:
+        seconds, size = self.built.pipeline.stage_seconds(), self.run.train.micro_batch
+        if seconds is None:
             return
-        told = f"the slowest stage takes {max(seconds):.3f} s of {sum(seconds):.3f} s; layout.cut is {counts}"
+        if (counts := recut(self.run.model, self.run.layout, seconds)) is not None:
+            told = f"the slowest stage takes {max(seconds):.3f} s of {sum(seconds):.3f} s; layout.cut is {counts}"
+            self._cut_anew(position, counts)
+        else:
+            self.sizes[size] = seconds
+            better = self._better_size(batch_sequences)
+            if better is None:
+                return
+            told = f"micro-batches of {size} take the slowest stage {max(seconds):.3f} s; train.micro_batch is {better}"
+            self.run = replace(self.run, train=replace(self.run.train, micro_batch=better))
+            self.built.pipeline.forget_times()
         self.sinks.write(Message(text=f"{told} from step {position.step + 1} on"))
-        self.run = replace(self.run, layout=replace(before, cut=counts))
-        self.ranks = replace(self.ranks, mesh=replace(self.ranks.mesh, layout=self.run.layout))
-        del self.built  # first, so that two never live
-        self.built = self._build()
-        state.restore(self.where / directory.CHECKPOINTS / directory_name(position.step), self.built)
-        self.saver.plan_anew()
         if self.ranks.is_lead:
             directory.rewrite_recipe(self.where, self.run)
+
+    def _better_size(self, batch_sequences: int) -> int | None:
+        """Of micro-batches, by the sizes that were tried since the stages were last cut; where memory allows."""
+        run, layout = self.run, self.run.layout
+        # What experts drop, and what a file's schedule is for, depend on the size.
+        if run.model.capacity_factor is not None or layout.schedule_file is not None:
+            return None
+        size = better_micro_batch(layout, run.train.micro_batch, self.sizes, batch_sequences=batch_sequences)
+        if size is None or size < run.train.micro_batch:
+            return size
+        train, length = replace(run.train, micro_batch=size), self.stretch.phase.sequence_length
+        needed = largest_rank(run.model, train, sequence_length=length, layout=layout, moments=run.optimizer.moments).total
+        short = torch.tensor(float(needed > machine.memory_of_rank(self.device)), device=self.device)
+        return None if all_reduce(short, self.ranks.mesh["world"]).item() else size
+
+    def _cut_anew(self, position: Position, counts: tuple[int, ...]) -> None:
+        """Go on from the checkpoint that was just written with so many layers in each stage."""
+        self.run = replace(self.run, layout=replace(self.run.layout, cut=counts))
+        self.ranks = replace(self.ranks, mesh=replace(self.ranks.mesh, layout=self.run.layout))
+        del self.built  # first, so that two never live
+        self.built = self._build(drawn=False)
+        self.built.model.rotate_like(self.run.model_in(self.stretch.phase))
+        state.restore(directory.checkpoints(self.where, self.run) / directory_name(position.step), self.built)
+        self.saver.plan_anew()
+        self.sizes.clear()
 
     def _tell_of_saves(self) -> None:
         for told in self.saver.told():
@@ -312,23 +367,13 @@ class _Session:
     def _sample(self, prompt: str) -> str:
         tokenizer = self.prepared.tokenizer
         ids = torch.from_numpy(tokenizer.encode_batch([prompt])[0].astype("int64")).to(self.device)
-        room = self.run.model.max_context - ids.numel()
+        room = self.built.model.model.max_context - ids.numel()
         if not ids.numel() or room <= 0:
             return ""
         generator = torch.Generator(self.device).manual_seed(self.run.seed)
         num_tokens = min(self.run.monitor.sample_tokens, room)
         drawn = [*generate(self.built.model, ids, num_tokens=num_tokens, eos_id=tokenizer.eos_id, generator=generator)]
         return tokenizer.decode(drawn)
-
-
-@contextmanager
-def _during(what: str) -> Iterator[None]:
-    """Note on a failed collective in what it was."""
-    try:
-        yield
-    except RuntimeError as error:
-        error.add_note(what)
-        raise
 
 
 class _Clock:

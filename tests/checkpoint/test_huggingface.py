@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import tempfile
 import tomllib
@@ -19,6 +20,9 @@ from torch import Tensor
 
 from quintet.checkpoint import hub_config, hub_names
 from quintet.checkpoint.huggingface import dequantized, export, import_, read_config
+from quintet.checkpoint.load import Stored
+from quintet.checkpoint.pieces import Box
+from quintet.checkpoint.save import save
 from quintet.errors import CheckpointError, UsageError
 from quintet.spec.model import Model, Yarn
 from quintet.spec.parse import build
@@ -43,6 +47,29 @@ def test_what_is_exported_is_imported_bit_for_bit(tmp_path: Path, model: Model, 
     imported = dict(import_(tmp_path / "hub"))
     assert imported.keys() == state.keys()
     assert all(torch.equal(imported[name], state[name]) and imported[name].dtype == state[name].dtype for name in state)
+
+
+def test_an_export_reads_of_a_checkpoint_no_more_at_a_time_than_a_tensor_of_the_files(
+    tmp_path: Path, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = weights(SMALL, generator)
+    saved = save({**state}, tmp_path / "run", step=1)
+    _exported(tmp_path / "plain", SMALL, torch.Generator().manual_seed(generator.initial_seed()))
+    read: list[int] = []
+    real = Stored.box
+
+    def box(self: Stored, name: str, box: Box) -> Tensor:
+        read.append(math.prod(box[1]))
+        return real(self, name, box)
+
+    monkeypatch.setattr(Stored, "box", box)
+    export(Stored(saved), SMALL, tmp_path / "hub", tokenizer_file=None, dtype=torch.float32, max_shard_bytes=20_000)
+    parts = [part for name, shape in hub_names.shapes(SMALL).items() for part in hub_names.parts(name, shape, SMALL)]
+    assert max(read) == max(math.prod(part.shape) for part in parts) < max(tensor.numel() for tensor in state.values())
+    left, right = _tensors(tmp_path / "hub"), _tensors(tmp_path / "plain")
+    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    sizes = [sum(tensor.nbytes for tensor in load_file(path).values()) for path in (tmp_path / "hub").glob("*.safetensors")]
+    assert len(sizes) > 3 and max(sizes) <= 20_000
 
 
 def test_progress_is_told_from_nothing_to_all(tmp_path: Path, generator: torch.Generator) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from quintet.checkpoint.load import load, verify
+from quintet.checkpoint.place import Remote
 from quintet.checkpoint.save import save
 from quintet.cli.main import main
 from quintet.spec import parse
@@ -119,3 +120,36 @@ def test_wrong_words_are_answered(run: Path, capsys: pytest.CaptureFixture[str])
     assert "verify takes one path, not also" in told(capsys, "verify", run, run, code=2)
     assert "is not a run's directory" in told(capsys, "list", run / "checkpoints", code=2)
     assert "neither a run nor a checkpoint" in told(capsys, "inspect", run / "nothing", code=11).replace("\n", " ")
+
+
+def test_every_action_takes_the_url_of_a_store_too(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    url = f"memory://{run.parent.name}/first"
+    recipe = (run / "recipe.toml").read_text()
+    for step in (1, 2, 3):
+        save(state(step), Remote(url), step=step, extras={"recipe.toml": recipe}, rounded={"model.w": "optimizer.master.w"})
+    lines = told(capsys, "list", url).splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["1", "2", "3"] and lines[2].rstrip().endswith("round")
+    assert json.loads(told(capsys, "inspect", url, "--json"))["step"] == 3
+    assert told(capsys, "verify", url).count("whole") == 3
+    assert told(capsys, "diff", f"{url}/step-00000003", run / "checkpoints" / "step-00000003") == "no difference\n"
+    told(capsys, "pin", f"{url}/step-00000001")
+    assert told(capsys, "prune", url, "--keep-every", "5") == f"removed {url}/step-00000002\n"
+    told(capsys, "unpin", f"{url}/step-00000001")
+    assert told(capsys, "convert", url, f"{url}-raw") == f"wrote {url}-raw/step-00000003\n"
+    assert told(capsys, "diff", url, f"{url}-raw") == "no difference\n"
+    (data,) = [name for name in Remote(f"{url}-raw/step-00000003").entries() if name.startswith("data")]
+    Remote(f"{url}-raw/step-00000003/{data}").remove()
+    assert "is missing" in told(capsys, "verify", f"{url}-raw", code=11)
+    assert "no checkpoint under memory://" in told(capsys, "inspect", f"{url}-nothing", code=11)
+    assert "that fsspec knows" in told(capsys, "list", "nosuch://bucket/x", code=2)
+
+
+def test_a_run_whose_checkpoints_lie_elsewhere_is_found_there(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    elsewhere = run.parent / "elsewhere"
+    recipe = parse.read(run / "recipe.toml")
+    moved = replace(recipe, checkpoint=replace(recipe.checkpoint, directory=str(elsewhere)))
+    (run / "recipe.toml").write_text(parse.dumps(moved))
+    elsewhere.mkdir()
+    (run / "checkpoints").rename(elsewhere / moved.name)
+    assert [line.split()[0] for line in told(capsys, "list", run).splitlines()[1:]] == ["1", "2", "3", "4"]
+    assert "step 4" in told(capsys, "inspect", run)

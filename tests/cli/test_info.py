@@ -101,7 +101,8 @@ def test_any_other_directory_is_a_usage_error(capsys: pytest.CaptureFixture[str]
 
 def test_the_schedule_of_v3_is_that_of_a_walk_through_every_step(root: Path) -> None:
     run = parse.read(root / "recipes" / "v3-671b.toml")
-    (phase,) = run_figures(run)["phases"]
+    figures = run_figures(run)
+    phase, *extensions = figures["phases"]
     steps, tokens = 0, 0
     while tokens < 469e9:  # every step of the ramp, as the recipe describes it: 3072 to 15360 sequences over 469B tokens
         tokens += round(3072 + (15360 - 3072) * tokens / 469e9) * 4096
@@ -110,6 +111,8 @@ def test_the_schedule_of_v3_is_that_of_a_walk_through_every_step(root: Path) -> 
     assert phase["steps"] == pytest.approx(steps, rel=1e-4)
     assert phase["tokens"] == pytest.approx(14.8e12, rel=1e-4)
     assert (phase["first_batch"], phase["last_batch"]) == (3072, 15360)
+    assert [each["tokens"] for each in extensions] == [1000 * 1920 * 32768, 1000 * 480 * 131072] == [62_914_560_000] * 2
+    assert figures["memory_bytes"]["phase"] == "pretrain" and figures["memory_bytes"]["total"] == phase["memory_bytes"]
 
 
 def test_steps_are_shared_among_the_phases_in_proportion(run: Run) -> None:

@@ -45,6 +45,24 @@ def resolved(output: str) -> Run:
     return parse.loads(output.partition("parameters ──")[0], origin="dry run")
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--layout.schedule", "1f1d"], "--layout.schedule '1f1d' is not one of its choices (did you mean '1f1b'?): gpipe, 1f1b,"),
+        (["--train.recompute=ful"], "--train.recompute 'ful' is not one of its choices (did you mean 'full'?): none, selective, full"),
+        (["--layout.zero", "4"], "--layout.zero '4' is not one of its choices: 0, 1, 2, 3"),
+    ],
+)
+def test_a_word_that_is_not_among_an_options_choices_gets_the_nearest(words: list[str], expected: str, recipe: str, told: TellMain) -> None:
+    code, _, err = told("train", recipe, "--dry-run", *words)
+    assert code == 2 and expected in err
+
+
+def test_choices_are_taken_whichever_way_they_are_written(recipe: str, told: TellMain) -> None:
+    code, out, err = told("train", recipe, "--dry-run", "--layout.schedule=1f1b", "--layout.zero", "0", "--layout.schedule", "None")
+    assert code == 0 and not err and resolved(out).layout.schedule is None
+
+
 def test_help_names_every_command(told: TellMain) -> None:
     code, out, _ = told("--help")
     assert code == 0

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from quintet.cli.together import _of_rank_0
+from quintet.cli.together import _of_rank_0, _values
 from quintet.errors import DataError
 from quintet.parallel.rendezvous import Ranks
 from quintet.spec import parse
@@ -50,3 +50,12 @@ def test_where_rank_0_fails_the_others_leave_with_its_exit_code() -> None:
     with pytest.raises(SystemExit) as left:
         _of_rank_0(fail, other)
     assert left.value.code == 10
+
+
+def test_every_value_of_the_recipe_is_compared_under_its_name_and_long_ones_by_digest(root: Path) -> None:
+    run = parse.read(root / "recipes" / "laptop.toml")
+    values = _values(run)
+    assert values["layout.zero in the recipe"] == "0" and values["name in the recipe"] == "'laptop'"
+    assert all(len(value) <= 24 for value in values.values())
+    changed = _values(replace(run, phases=(replace(run.phases[0], learning_rate=("1e-5",)),)))
+    assert [name for name in values if values[name] != changed[name]] == ["phases in the recipe"]

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quintet.cost.balance import part_at
 from quintet.cost.flops import parameters
 from quintet.cost.traffic import step_traffic
 from quintet.cost.zero_comm import bucket_sizes, gradient_bytes, num_replicas, weight_bytes
@@ -34,11 +35,15 @@ def test_one_device_sends_nothing() -> None:
 @settings(max_examples=40, deadline=None)
 @given(models(), st.data())
 def test_an_axis_sends_something_just_where_it_has_more_than_one_rank(model: Model, data: st.DataObject) -> None:
-    layout = data.draw(layouts(model, [48]).filter(lambda layout: layout.pp == 1 and layout.num_ranks <= 64))
-    found = step_traffic(model, BF16, layout, sequence_length=48, batch_sequences=layout.dp)
-    ranks = {axis: len(layout.group_of(0, axis)) for axis in GROUPS} | {"world": layout.num_ranks}
-    has_moe = model.num_moe_layers + model.num_mtp_modules > 0
-    held = {bucket.holders for bucket in bucket_sizes(model, layout)}
+    layout = data.draw(layouts(model, [48]).filter(lambda layout: layout.num_ranks <= 64))
+    rank = data.draw(st.integers(0, layout.num_ranks - 1))
+    batch = layout.dp * BF16.micro_batch * 2 * layout.pp
+    found = step_traffic(model, BF16, layout, sequence_length=48, batch_sequences=batch, rank=rank)
+    ranks = {axis: len(layout.group_of(rank, axis)) for axis in GROUPS} | {"world": layout.num_ranks}
+    place = layout.coordinates(rank).pp
+    part = part_at(model, layout, place)
+    has_moe = any(layer >= model.num_dense_layers for layer in part.layers) or (part.last and model.num_mtp_modules > 0)
+    held = {bucket.holders for bucket in bucket_sizes(model, layout, place=place)}
     for axis, count in ranks.items():
         used = {"stage": False, "sequence": has_moe, "ep": has_moe}.get(axis, axis.partition(".")[0] in {*held, axis})
         assert (found[axis] > 0) == (used and count > 1), axis
@@ -105,6 +110,24 @@ def test_a_rank_with_fewer_sequences_sends_less_of_them_and_as_much_of_the_weigh
     assert {k: v for k, v in more.items() if "." in k} == {k: v for k, v in fewer.items() if "." in k}
 
 
-def test_pipelines_are_refused() -> None:
-    with pytest.raises(SpecError, match=r"layout\.pp \(4\): the traffic of pipelines is not modelled"):
-        sent(Layout(pp=4))
+def test_a_pipeline_hands_every_micro_batch_on_once_each_way_and_sums_what_lies_twice() -> None:
+    # 16 replicas of 4 sequences of 4,096 tokens in micro-batches of 1: 7,168 values of 2 bytes for each token.
+    message = 4096 * 7168 * 2
+    layout, train = Layout(pp=4, dp=16, ep=16, zero=1, schedule="1f1b"), Train(micro_batch=1)
+    by_place = [sent(layout, train=train, batch=64, rank=place * 16) for place in range(4)]
+    assert [found["pp"] / message for found in by_place] == [4, 8, 8, 4]
+    # The embedding is at both ends, once for MTP, and each end sums it with the other: all 32 holders share its shards.
+    assert [found["both_ends.shard"] > 0 for found in by_place] == [True, False, False, True]
+    # A v has the embedding once; its turn at the last place is no message.
+    v = [sent(replace(layout, schedule="zbv"), train=train, batch=64, rank=place * 16) for place in range(4)]
+    assert [found["pp"] / message for found in v] == [8, 16, 16, 8]
+    # DualPipe holds every stage twice: a rank has twice the weights, and each is summed over twice the ranks.
+    twice = [sent(replace(layout, schedule="dualpipe"), train=train, batch=128, rank=place * 16) for place in range(4)]
+    assert [found["pp"] / message for found in twice] == [8, 16, 16, 8]
+    once_each, twice_each = (sum(found["replicated.shard"] for found in places) for places in (by_place, twice))
+    assert twice_each == pytest.approx(2 * once_each * (31 / 32) / (15 / 16), rel=1e-3)
+
+
+def test_a_pipeline_wants_the_micro_batches_of_its_schedule() -> None:
+    with pytest.raises(SpecError, match=r"micro-batches"):
+        sent(Layout(pp=4, schedule="dualpipev"), train=Train(micro_batch=1), batch=4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -144,7 +145,7 @@ def test_held_out_rows_are_the_same_each_time_however_they_are_batched_and_never
     shard, fim = mixed[0].sources["code"].held_out, mixed[0].tokenizer.fim
     everything = read(7, 10_000)
     assert equal(everything, read(3, 10_000)) and equal(
-        read(2, 5), [replace(b, **{k: v[:5] for k, v in vars(b).items()}) for b in everything[:1]]
+        read(2, 5), [replace(b, inputs=b.inputs[:5], labels=b.labels[:5], document_ids=b.document_ids[:5]) for b in everything[:1]]
     )
     assert [len(batch.inputs) for batch in read(2, 5)] == [2, 2, 1]
     assert fim is not None and not any((batch.inputs == fim.begin).any() for batch in everything)
@@ -189,6 +190,76 @@ def test_any_ranks_and_micro_batches_see_the_same_global_batches_after_any_stop(
             ends.append(stream.state())
         assert all(end == ends[0] for end in ends), "the state is the same on every rank"
         state, at = json.loads(json.dumps(ends[0])), at + 48
+
+
+BUCKETS = (16, 32, 64, 128)
+
+
+def in_buckets(mixed: Mixed, *, seed: int = 5) -> Loader:
+    return Loader(mixed[0], replace(mixed[1], buckets=BUCKETS), sequence_length=BUCKETS[-1], seed=seed)
+
+
+def test_in_buckets_every_batch_has_one_length_and_a_document_is_alone_and_whole_in_its_row(mixed: Mixed) -> None:
+    stream, lengths = in_buckets(mixed), Counter[int]()
+    for _ in range(200):
+        batch = stream.next_batch(3)
+        rows, length = batch.inputs.shape
+        lengths[length] += 1
+        assert rows == 3 * BUCKETS[-1] // length == 3 * batch.rows_per_sequence
+        if length > BUCKETS[0]:
+            assert (batch.document_ids.amax(1) == 0).all() and ((batch.document_ids >= 0).sum(1) >= length // 2 - 3).all()
+        assert ((batch.labels == stream_end(mixed)).sum(1) >= 1).all(), "none is cut"
+    assert {16, 32, 64} <= set(lengths) <= set(BUCKETS)
+
+
+def stream_end(mixed: Mixed) -> int:
+    return mixed[0].tokenizer.eos_id
+
+
+@given(st.lists(st.sampled_from([1, 2, 4, 8]), min_size=1, max_size=5))
+@settings(max_examples=10)
+def test_in_buckets_any_ranks_see_the_same_global_batches_after_any_stop(mixed: Mixed, attempts: list[int]) -> None:
+    whole = in_buckets(mixed)
+    state: dict[str, int] | None = None
+    for ranks in attempts:
+        expected = [whole.next_batch(8) for _ in range(3)]
+        ends = []
+        for rank in range(ranks):
+            stream = in_buckets(mixed)
+            if state is not None:
+                stream.restore(state)
+            assert all(torch.equal(stream.next_batch(8, part=rank, num_parts=ranks).labels, b.labels[rank::ranks]) for b in expected)
+            ends.append(stream.state())
+        assert all(end == ends[0] == whole.state() for end in ends)
+        state = json.loads(json.dumps(ends[0]))
+    stream = in_buckets(mixed)
+    stream.restore(state or {})
+    stream.skip(8)
+    whole.next_batch(8)
+    assert stream.state() == whole.state()
+
+
+def test_in_buckets_every_document_is_seen_once_before_any_is_seen_twice_too_often(mixed: Mixed) -> None:
+    stream = in_buckets(mixed)
+    for _ in range(400):
+        stream.skip(8)
+    for name in mixed[0].sources:
+        epochs = [value for key, value in stream.state().items() if key.endswith(f".{name}.epoch")]
+        assert min(epochs) >= 3 and max(epochs) <= 1.25 * min(epochs), "buckets advance together"
+
+
+def test_in_buckets_a_source_with_a_last_epoch_ends_in_each_and_the_others_go_on(mixed: Mixed) -> None:
+    prepared, data = mixed
+    capped = {name: replace(part, source=replace(part.source, epochs=1)) for name, part in prepared.sources.items()}
+    stream = in_buckets((replace(prepared, sources=capped), data))
+    seen = 0
+    with pytest.raises(DataError, match="seen as often as its epochs allow"):
+        for _ in range(10_000):
+            batch = stream.next_batch(4)
+            assert (batch.document_ids[0] >= 0).any(), "a batch begins with a document"
+            seen += int((batch.labels == stream_end(mixed)).sum())
+    assert {value for key, value in stream.state().items() if key.endswith(".epoch")} == {1}
+    assert seen == sum(part.train.num_documents for part in prepared.sources.values())
 
 
 def test_a_rank_that_needs_no_tokens_passes_over_them(mixed: Mixed, rows: torch.Tensor) -> None:

@@ -79,9 +79,9 @@ def read_epoch(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
     """All rows of the epoch: tokens [R, row_length] and document ids."""
     epoch, tokens, ids = rows.epoch, [], []
     while rows.epoch == epoch:
-        tokens.append(np.empty(rows.row_length, np.int64))
-        ids.append(np.empty(rows.row_length, np.int32))
-        rows.read(tokens[-1], ids[-1])
+        row = rows.read()
+        tokens.append(np.concatenate(row.ids).astype(np.int64))
+        ids.append(np.repeat([*range(len(row.sizes)), PADDING], [*row.sizes, row.padding]))
     return np.stack(tokens), np.stack(ids)
 
 

@@ -20,6 +20,7 @@ from quintet.data import prepare as module
 from quintet.data.prepare import Prepared, open_prepared, prepare
 from quintet.data.tokenizer import Tokenizer
 from quintet.errors import DataError
+from quintet.spec.quality import Dedup, Quality
 from quintet.spec.run import Data, Source
 from tests.data.corpus import some_texts, source, write_texts
 
@@ -407,3 +408,14 @@ def test_a_recipe_that_names_the_tokenizer_trained_here_takes_nothing_from_the_o
     named = Data(sources=sources, directory=own.directory, tokenizer=str(tmp_path / "prepared" / "tokenizer.json"))
     for data in (named, own):
         assert prepare(data, vocab_size=300, seed=0).fingerprint == first.fingerprint
+
+
+def test_a_prepared_source_says_what_it_was_made_by(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    tokenizer.save(tmp_path / "t.json")
+    quality = Quality(code=("basic",), without=("basic.code_lines", "basic.tokens"), scrub=True)
+    data = replace(recipe(tmp_path, tokenizer=str(tmp_path / "t.json")), quality=quality, dedup=Dedup())
+    prepare(data, vocab_size=400, seed=0)
+    told = json.loads((tmp_path / "prepared/code/source.json").read_text())["provenance"]
+    assert told["paths"] == [str(tmp_path / "texts")] and told["domain"] == "code" and told["edits"] == ["scrubbed"]
+    assert told["rules"]["basic.mean_line"] == [10.0, 200.0] and all(name.startswith("basic.") for name in told["rules"])
+    assert told["dedup"]["bands"] == 14 and told["versions"].keys() >= {"rules", "clean", "minhash", "format"}

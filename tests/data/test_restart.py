@@ -163,7 +163,7 @@ def test_a_full_disk_pauses_with_a_message_and_goes_on(tmp_path: Path, tokenizer
     monkeypatch.setattr(engine_module, "free_again", lambda path, wanted: told.append(f"asked for {wanted}"))
     prepared = prepare(data, vocab_size=400, seed=0, on_message=told.append, engine=Local(workers=1, patient=True))
     assert prepared.fingerprint == expected
-    assert "is full" in told[0] and "waiting for" in told[0] and told[1].startswith("asked for")
+    assert "is full" in told[0] and "MB more are free" in told[0] and told[1].startswith("asked for")
     calls[0] = 0
     with pytest.raises(DataError, match="No space left"):
         prepare(replace(data, directory=str(tmp_path / "third")), vocab_size=400, seed=0, engine=Local(workers=1))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,18 +20,21 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quintet.data import sources
 from quintet.data.sources import REMEDIES, Reader, _lines, list_files
 from quintet.errors import DataError
 from tests.data.corpus import source
+
+
+def reader_of(*paths: Path | str, text_key: str = "text", max_document_bytes: int = 1000, strict: bool = False) -> Reader:
+    return Reader(list_files(source(*paths)).files, text_key=text_key, max_document_bytes=max_document_bytes, strict=strict)
 
 
 def read(
     *paths: Path | str, text_key: str = "text", max_document_bytes: int = 1000, strict: bool = False
 ) -> tuple[list[str], dict[str, int]]:
     """Texts and skip counts."""
-    reader = Reader(
-        list_files(source(*paths)).files, text_key=text_key, max_document_bytes=max_document_bytes, strict=strict
-    )  # fmt: skip
+    reader = reader_of(*paths, text_key=text_key, max_document_bytes=max_document_bytes, strict=strict)
     return [document.text for document in reader], {str(reason): count for reason, count in reader.skips.counts.items()}
 
 
@@ -269,3 +275,83 @@ def test_documentation_is_topics_and_docstrings_without_code_and_shares_the_fate
     assert "import re" not in documents[-1].text and ">>>" not in documents[-1].text
     code = next(iter(Reader(list_files(source(textwrap[0].path)).files, text_key="text", max_document_bytes=1_000_000, strict=True)))
     assert documents[-1].identity == code.identity
+
+
+def warc(*records: tuple[str, str, bytes]) -> bytes:
+    """A WARC file of (record type, content type, content)."""
+    found = b""
+    for kind, content_type, content in records:
+        head = f"WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Target-URI: http://x/\r\n"
+        head += f"Content-Type: {content_type}\r\nContent-Length: {len(content)}\r\n\r\n"
+        found += head.encode() + content + b"\r\n\r\n"
+    return found
+
+
+PAGE = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n\r\n<p>not text"
+PLAIN = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\nplain response"
+RECORDS = (
+    ("warcinfo", "application/warc-fields", b"software: x"),
+    ("conversion", "text/plain", "Grüße\nzwei".encode()),
+    ("response", "application/http; msgtype=response", PAGE),
+    ("response", "application/http; msgtype=response", PLAIN),
+    ("conversion", "text/plain", b"x" * 2000),
+    ("conversion", "text/plain", b"last"),
+)
+
+
+@pytest.mark.parametrize("name", ["crawl.warc", "crawl.warc.wet.gz"])
+def test_plain_text_of_warc_files_is_read_and_pages_are_counted(tmp_path: Path, name: str) -> None:
+    members = [warc(record) for record in RECORDS]
+    (tmp_path / name).write_bytes(b"".join(map(gzip.compress, members)) if name.endswith("gz") else b"".join(members))
+    reader = reader_of(tmp_path)
+    documents = list(reader)
+    assert [d.text for d in documents] == ["Grüße\nzwei", "plain response", "last"]
+    assert documents[-1].origin == f"{tmp_path / name}:record 6"
+    assert reader.skips.counts == {"not_plain_text": 1, "over_long": 1}
+    assert reader.skips.examples["not_plain_text"] == [f"{tmp_path / name} (records of pages: 1 of text/html)"]
+
+
+@pytest.mark.parametrize("broken, reason", [
+    (lambda raw: raw[:-10], "truncated"),
+    (lambda raw: raw.replace(b"Content-Length: 2000", b"Content-Length: 1000"), "corrupt_file"),
+    (lambda raw: b"no archive at all", "corrupt_file"),
+])  # fmt: skip
+def test_a_damaged_warc_file_counts_once_and_keeps_what_was_before(tmp_path: Path, broken: Callable[[bytes], bytes], reason: str) -> None:
+    (tmp_path / "x.warc").write_bytes(broken(warc(*RECORDS)))
+    reader = reader_of(tmp_path)
+    assert len(list(reader)) <= 4 and dict(reader.skips.counts)[reason] == 1
+
+
+def test_links_that_lead_in_circles_do_not_trap_a_glob_and_hidden_files_stay_hidden(tmp_path: Path) -> None:
+    (tmp_path / "a" / ".hidden").mkdir(parents=True)
+    for name in ("a/x.md", "a/.hidden/y.md"):
+        (tmp_path / name).write_text("text")
+    (tmp_path / "a" / "up").symlink_to("..")
+    (tmp_path / "a" / "here").symlink_to(".")
+    for pattern in ("**/*.md", "**", "a/*"):
+        assert [file.path for file in list_files(source(tmp_path / pattern)).files] == [str(tmp_path / "a" / "x.md")]
+    assert len(list_files(source(tmp_path / "a/.hidden/*")).files) == 1
+
+
+def test_a_folder_that_may_not_be_read_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "x.md").write_text("text")
+    scan = os.scandir
+
+    def scandir(path: str) -> Any:
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    reader = reader_of(tmp_path)
+    assert len(list(reader)) == 1 and reader.skips.counts == {"unreadable": 1}
+    assert "closed" in reader.skips.examples["unreadable"][0]
+
+
+def test_a_parquet_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_BOMB_BYTES", 1 << 20)
+    table = pa.table({"text": ["x" * 100_000 + str(i) for i in range(40)]})
+    pq.write_table(table, tmp_path / "x.parquet", compression="zstd", use_dictionary=False)
+    reader = reader_of(tmp_path)
+    assert list(reader) == [] and reader.skips.counts == {"bomb": 1}

@@ -6,7 +6,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from quintet.monitor.metrics import Evaluated, Event, Message, Record, Saved
+from quintet.monitor.metrics import Evaluated, Event, Message, Record, Resumed, Saved
 
 
 def record(step: int, **changes: Any) -> Record:
@@ -85,6 +85,7 @@ events: st.SearchStrategy[Event] = st.one_of(
         bits_per_byte=st.dictionaries(_names, _numbers, max_size=3),
         tokens=st.dictionaries(_names, _counts, max_size=3),
     ),
+    _of(Resumed, step=_counts, path=_names, seconds=st.dictionaries(_names, _numbers), load_seconds=st.dictionaries(_names, _numbers)),
     _of(Saved, step=_counts, path=_names, seconds=_numbers, num_bytes=_counts),
     _of(Message, text=st.text()),
 )

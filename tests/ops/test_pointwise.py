@@ -164,6 +164,16 @@ def test_the_fused_cross_entropy_equals_the_reference_where_no_gradient_is_recor
         assert_near(our, their)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_fused_parts_of_a_split_cross_entropy_equal_the_reference(dtype: torch.dtype, kernels: Kernels) -> None:
+    logits, target, here = torch.randn(5, 16).to(dtype), torch.tensor([1, 0, 15, 3, 0]), torch.tensor([True, False, True, True, False])
+    log_sum, valid = torch.randn(5) + 3, torch.tensor([True, True, True, False, True])
+    with torch.no_grad():
+        for ours, theirs in zip(*(each.part_of_cross_entropy(logits, target, here) for each in (kernels, REFERENCE)), strict=True):
+            assert_near(ours, theirs)
+        assert_near(*(each.part_of_its_gradient(logits, log_sum, target, here, valid) for each in (kernels, REFERENCE)))
+
+
 def test_without_gradients_nothing_is_compiled_so_that_new_shapes_cost_nothing(kernels: Kernels) -> None:
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     with torch.no_grad():

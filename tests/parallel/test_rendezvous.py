@@ -85,6 +85,22 @@ def test_a_rank_that_never_arrives_is_named_within_the_time(tmp_path: Path) -> N
     assert max(fate.seconds for fate in fates) < 1.5 + rendezvous.PARTING_SECONDS + 2
 
 
+def test_a_rank_that_is_late_is_named_long_before_the_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "NOTICE_SECONDS", 0.2)
+
+    def work(rank: int) -> None:
+        late: list[str] = []
+        if rank == 2:
+            time.sleep(0.6)
+        with joined(Layout(dp=3), about={}, device=CPU, seconds=5, arrival=9, notice=late.append):
+            print("\n".join(late))
+
+    fates = launch(3, work, tmp_path)
+    assert codes(fates) == [0, 0, 0]
+    assert fates[0].told.strip() == "still waiting for rank 2 of 3 (node 0); giving up after 9 s"
+    assert not fates[1].told.strip()
+
+
 def test_a_rank_that_is_killed_at_its_start_is_named_too(tmp_path: Path) -> None:
     fates = launch(3, lambda rank: die() if rank == 2 else meet(rank), tmp_path)
     assert codes(fates) == [76, 76, -9]

@@ -77,7 +77,6 @@ def attended(case: Case, group: Group, attend: RingAttention | None) -> Result:
     if attend is not None:
         layer.attend = attend
     x, grad = (shard_tokens(t, group, dim=1) for t in (x, grad))
-    ids = None if ids is None else shard_tokens(ids, group, dim=1)
     x.requires_grad_()
     turn = rotation(case.model, shard_positions(case.length, group))
     out = cast(Tensor, checkpoint(layer, x, turn, ids, use_reentrant=False) if case.checkpoint else layer(x, turn, ids))
@@ -232,7 +231,6 @@ def test_the_bytes_that_a_rank_sends_are_those_foretold(dtype: torch.dtype) -> N
             cp=3,
             payload=payload,
             element_bytes=dtype.itemsize,
-            document_id_bytes=8 if case.documents else 0,
         ).total
         for case in cases
         for payload in PAYLOADS

@@ -26,7 +26,7 @@ from quintet.spec.run import Run
 from quintet.train.build import build
 from quintet.train.step import accumulate, update
 from tests.parallel.rows import rows_between, rows_noted
-from tests.parity.test_layouts import CPU, LENGTH, SETTINGS, a_run, batches
+from tests.parity.test_layouts import CPU, LENGTH, a_run, batches, settings_of
 from tests.ranks import on_ranks
 from tests.spec.strategies import layouts, models
 
@@ -43,7 +43,7 @@ def a_step(run: Run, *, mtp: bool) -> Seen:
     """The first step of a run; every later one sends as much, but for chance. Without MTP the second one: at stage 3 the first gathers the
     last norms of modules that do not run, once and for all."""
     mesh = make_mesh(run.layout)
-    built, now = build(run, mesh, CPU, on_message=lambda text: None), replace(SETTINGS, mtp_weight=0.3 if mtp else 0.0)
+    built, now = build(run, mesh, CPU, on_message=lambda text: None), replace(settings_of(run), mtp_weight=0.3 if mtp else 0.0)
     rows = slice(mesh.at.dp, None, mesh.layout.dp)
     for step, batch in enumerate(batches(run, count=1 if mtp else 2), 1):
         before = {axis: group.traffic.num_bytes for axis, group in mesh.groups.items()}
@@ -63,9 +63,8 @@ def foretold(run: Run, rank: int, *, mtp: bool, rows: Rows | None) -> dict[str, 
         run.train,
         run.layout,
         sequence_length=LENGTH,
-        batch_sequences=SETTINGS.batch_sequences,
+        batch_sequences=settings_of(run).batch_sequences,
         mtp=mtp,
-        document_mask=run.data.document_mask,
         rank=rank,
         rows=rows,
     )
@@ -90,6 +89,10 @@ RUNS: dict[int, list[tuple[Layout, bool, dict[str, Any]]]] = {
         (Layout(cp=2), MTP, {"document_mask": True, "recompute": "full", "num_mtp_modules": 2}),
         (Layout(cp=2, ep=2), MTP, {"precision": "bf16"}),
         (Layout(dp=2, ep=2), NO_MTP, {"micro_batch": 1}),
+        (Layout(pp=2, schedule="1f1b"), MTP, {"tie_embeddings": True, "micro_batch": 1}),
+        (Layout(pp=2, schedule="interleaved", zero=1), MTP, {"num_layers": 4, "num_mtp_modules": 0, "precision": "bf16"}),
+        (Layout(pp=2, schedule="zbv"), NO_MTP, {"num_layers": 5, "recompute": "full"}),
+        (Layout(pp=2, schedule="dualpipe", zero=1), MTP, {"micro_batch": 1}),
     ],
     4: [
         (Layout(dp=4, zero=1, zero_ranks=2), MTP, {}),
@@ -98,6 +101,11 @@ RUNS: dict[int, list[tuple[Layout, bool, dict[str, Any]]]] = {
         (Layout(dp=2, tp=2, ep=2, expert_tp=2, zero=1), MTP, {"recompute": "full"}),
         (Layout(dp=2, cp=2, ep=4, zero=2), NO_MTP, {"recompute": "selective"}),
         (Layout(tp=2, cp=2, zero=1), MTP, {"document_mask": True, "precision": "bf16"}),
+        (Layout(pp=2, tp=2, zero=1, schedule="zb1p"), MTP, {"num_dense_layers": 2, "recompute": "selective"}),
+        (Layout(pp=2, tp=2, expert_tp=2, zero=1), MTP, {"num_layers": 4, "recompute": "full", "sequences": 4}),
+        (Layout(pp=2, cp=2, ep=2, schedule="dualpipe", zero=1), MTP, {"micro_batch": 1, "document_mask": True}),
+        (Layout(pp=2, dp=2, ep=2, zero=1), MTP, {"num_layers": 4, "micro_batch": 1, "sequences": 9}),
+        (Layout(pp=4, schedule="1f1b", cut=(2, 1, 3, 0)), MTP, {"num_layers": 6, "precision": "bf16"}),
     ],
     8: [(Layout(dp=2, tp=2, cp=2, ep=4, zero=3), MTP, {"precision": "bf16", "document_mask": True})],
 }
@@ -120,7 +128,7 @@ def test_without_counted_rows_the_mean_is_foretold() -> None:
     found = on_ranks(4, lambda rank: a_step(run, mtp=True))
     # Rows of all ranks; which ranks' experts are chosen is chance, but not by much.
     own = [rows_of(layout, rank, found) for rank in range(4)]
-    tokens = SETTINGS.batch_sequences * LENGTH
+    tokens = settings_of(run).batch_sequences * LENGTH
     sent, mean = sum(rows.out for rows in own), 4 * mean_rows(run.model, layout, tokens=tokens)
     assert sent == sum(rows.into for rows in own)
     assert sent == pytest.approx(mean, rel=0.1)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from quintet.errors import SpecError
 from quintet.spec import parse
-from quintet.spec.layout import GROUPS, HOLDERS, Layout, broken_rules, nearest_legal, require_legal
+from quintet.spec.layout import GROUPS, HOLDERS, Layout, broken_rules, fewer_ranks, nearest_legal, require_legal, without_effect
 from quintet.spec.model import Model
 from quintet.spec.placement import Box, is_expert, local_box, placement
 from tests.spec.strategies import layouts, models
@@ -160,3 +160,55 @@ def test_a_layout_says_what_it_is_in_few_words() -> None:
     assert str(Layout()) == "one device"
     assert str(replace(Layout(pp=16, dp=128, ep=64), zero=1, zero_ranks=8)) == "pp=16 dp=128 ep=64 zero=1 zero_ranks=8 dualpipev"
     assert str(Layout(pp=4, schedule="interleaved", chunks=3)) == "pp=4 interleaved3"
+
+
+@settings(max_examples=15)
+@given(models(), st.integers(1, 40), st.data())
+def test_a_layout_of_fewer_ranks_divides_the_same_dimensions(model: Model, most: int, data: Any) -> None:
+    layout = data.draw(layouts(model, [48]).filter(lambda layout: layout.num_ranks <= 256))
+    fewer = fewer_ranks(layout, model, [48], most=most)
+    if fewer is None:
+        return
+    assert fewer.num_ranks <= most and broken_rules(fewer, model, [48]) == []
+    for axis in ("dp", "tp", "pp", "ep", "cp", "expert_tp"):
+        assert (fewer.degree(axis) > 1) == (layout.degree(axis) > 1), axis
+    assert (fewer.zero, fewer.pipeline) == (layout.zero, layout.pipeline)
+
+
+def test_the_published_layout_fits_sixteen_ranks_with_every_dimension_divided() -> None:
+    fewer = fewer_ranks(Layout(pp=16, dp=128, ep=64, zero=1), V3, [4096], most=16)
+    assert fewer == Layout(pp=2, dp=8, ep=4, zero=1)
+    assert fewer.options == "--layout.pp 2 --layout.dp 8 --layout.ep 4"
+    hybrid = fewer_ranks(Layout(dp=64, cp=4, tp=8, ep=32, expert_tp=8, zero=3, zero_ranks=32), V3, [4096], most=16)
+    assert hybrid == Layout(dp=4, cp=2, tp=2, ep=4, expert_tp=2, zero=3, zero_ranks=8)
+    assert fewer_ranks(Layout(dp=8, tp=8, cp=8), V3, [4096], most=7) is None
+
+
+@pytest.mark.parametrize(
+    ("cut", "expected"),
+    [
+        ((31, 29), "to 2 stages, .*: it shares out 60, 1 too few"),
+        ((31, 32), ": it shares out 63, 2 too many"),
+        ((20, 20, 21), ": it is for 3"),
+        ((0, 61), ": stage 0 has 0"),
+        ((70, -9), ": stage 1 has -9"),
+    ],
+)
+def test_a_wrong_cut_says_by_how_much(cut: tuple[int, ...], expected: str) -> None:
+    with pytest.raises(SpecError, match=expected):
+        require_legal(Layout(pp=2, schedule="1f1b", cut=cut), V3, [4096])
+    require_legal(Layout(pp=2, schedule="1f1b", cut=(61, 0)), V3, [4096])
+
+
+def test_what_has_no_effect_is_told() -> None:
+    assert without_effect(Layout(pp=2, schedule="interleaved", chunks=3, dp=4, zero=1, zero_ranks=2)) == []
+    assert without_effect(Layout(schedule="zbv", zero=1)) == [
+        "layout.schedule (zbv) has no effect: layout.pp is 1",
+        "layout.zero (1) has no effect: a single device has nobody to share with",
+    ]
+    assert without_effect(Layout(pp=2, chunks=3)) == [
+        "layout.chunks (3) has no effect: zbv has its own number of stages; interleaved and interleaved-zb take it"
+    ]
+    assert without_effect(Layout(dp=4, zero=1, zero_ranks=4)) == [
+        "layout.zero_ranks (4) has no effect: there are as many replicas, which is the default"
+    ]

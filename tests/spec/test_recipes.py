@@ -100,7 +100,8 @@ def test_v3s_batch_grows_from_3072_to_15360_sequences_over_469b_tokens(v3: Run) 
 
 
 def test_v3_takes_the_steps_that_its_tokens_and_batches_make(v3: Run) -> None:
-    (stretch,) = curriculum(v3)
+    stretch, *extensions = curriculum(v3)
+    assert [(each.num_steps, each.num_tokens) for each in extensions] == [(1000, 1000 * 15360 * 4096)] * 2
     assert (stretch.first_batch, stretch.last_batch) == (3072, 15360)
     assert 14.8 * T <= stretch.num_tokens < 14.8 * T + 15360 * 4096
     # The batch grows in proportion to the tokens, so the steps of the ramp are tokens over the logarithmic mean of its ends.

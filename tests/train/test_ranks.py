@@ -139,7 +139,8 @@ def test_a_rank_that_is_killed_ends_the_others_and_a_resume_on_another_layout_go
     recipe = str(write_recipe(run, tmp_path / "r.toml"))
     fates = quintet(run, tmp_path, "train", recipe, before=lambda rank: rank and at_step(6, lambda: send(signal.SIGKILL)))
     assert codes(fates) == [76, -9] and fates[0].seconds < 15
-    assert "rank 0: error: rank 0 waited in step 6, " in fates[0].told and "Traceback" not in fates[0].told
+    assert "rank 0: error: rank 0 waits in step 6, " in fates[0].told and "Traceback" not in fates[0].told
+    assert "look first at rank 1, which was silent for longest" in fates[0].told
     status = read_status(where(run))
     assert status is not None and (status.verdict, status.exit_code) == ("failed", 76)
     assert steps_of(run) == [4]
@@ -319,7 +320,8 @@ def test_a_rank_that_stops_amid_a_step_is_named_with_what_waits_for_it_and_what_
     assert codes(fates) == [76, -9]
     told = fates[0].told
     assert "rank 0 waits at 0B1 from rank 1, which did not come" in told and "Traceback" not in told
-    assert "rank 0: at 0B1 (step " in told and "rank 1: at 1B1 (step " in told and " s ago" in told
+    assert "rank 0: in step 2, at 0B1 (step " in told and "rank 1: in step 2, at 1B1 (step " in told and " s ago" in told
+    assert "look first at rank 1, which was silent for longest" in told
 
 
 def test_stages_are_cut_anew_by_their_times_and_the_run_is_the_same(run: Run, tmp_path: Path) -> None:
@@ -345,6 +347,30 @@ def test_stages_are_cut_anew_by_their_times_and_the_run_is_the_same(run: Run, tm
     told = " ".join(fates[0].told.split())
     layout = parse.read(where(run) / "recipe.toml").layout
     assert layout.cut is not None and layout.cut[0] < 4 and f"layout.cut is {layout.cut} from step 4 on" in told
+    assert_like(alone, run)
+
+
+def test_a_fixed_cost_of_each_micro_batch_makes_them_larger_and_the_run_is_the_same(run: Run, tmp_path: Path) -> None:
+    run = replace(run, checkpoint=replace(run.checkpoint, every=2), train=replace(run.train, steps=5))
+    alone = replace(run, directory=str(tmp_path / "alone"))
+    run = on(run, Layout(pp=2, schedule="1f1b"), adaptive=True, micro_batch=1)
+
+    def slow(rank: int) -> None:
+        real = Transformer.through
+
+        def through(model: Transformer, *arguments: object) -> object:
+            time.sleep(0.05)
+            return real(model, *arguments)  # type: ignore[arg-type]
+
+        pytest.MonkeyPatch().setattr(Transformer, "through", through)
+
+    assert train(alone) == DONE
+    fates = quintet(run, tmp_path, "train", str(write_recipe(run, tmp_path / "r.toml")), before=slow)
+    assert codes(fates) == [0, 0], fates
+    told = " ".join(fates[0].told.split())
+    assert "train.micro_batch is 2 from step 3 on" in told, told
+    # A busy machine may hide what the second doubling gains.
+    assert parse.read(where(run) / "recipe.toml").train.micro_batch == (4 if "train.micro_batch is 4 from step 5 on" in told else 2)
     assert_like(alone, run)
 
 

@@ -14,7 +14,8 @@ import torch
 
 from quintet.checkpoint.load import list_checkpoints
 from quintet.errors import DONE, INTERRUPTED
-from quintet.monitor.metrics import Record, Saved, read_events
+from quintet.monitor.metrics import Record, Resumed, Saved, read_events
+from quintet.spec.model import Yarn
 from quintet.spec.run import Checkpoint, Data, Evaluation, Phase, Run
 from tests.train.runs import PHASE, At, assert_same, checkpoint, make_quick, records, resume, send, tiny_run, train, where
 
@@ -69,6 +70,12 @@ def in_phases_of_tokens(run: Run) -> Run:
     return replace(run, phases=(first, Phase(name="rest", length="500 tokens", sequence_length=16, batch=("6",), learning_rate=("1e-3",))))
 
 
+def extended_after_four_steps(run: Run) -> Run:
+    first = replace(PHASE, length="4 steps", sequence_length=16, yarn=False)
+    second = replace(PHASE, name="longer", length="6 steps", learning_rate=("1e-3",))
+    return replace(run, model=replace(run.model, yarn=Yarn(factor=4.0, original_context=16)), phases=(first, second))
+
+
 CHANGES = [
     in_fp32,
     in_bf16,
@@ -81,6 +88,7 @@ CHANGES = [
     longer_sequences_after(3),
     longer_sequences_after(5),
     in_phases_of_tokens,
+    extended_after_four_steps,
 ]
 
 
@@ -213,6 +221,17 @@ def test_resuming_a_finished_run_changes_nothing(run: Run) -> None:
     assert (where(run) / "metrics.jsonl").read_bytes().startswith(before[0])
     assert len(records(run)) == 10
     assert before[1][1] == after[1]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_resume_tells_how_long_each_phase_took(run: Run) -> None:
+    assert train(run, At(5, lambda: send(signal.SIGTERM))) == INTERRUPTED
+    assert resume(run) == DONE
+    (told,) = [event for event in read_events(where(run) / "metrics.jsonl") if isinstance(event, Resumed)]
+    assert told.step == 5 and told.path.endswith("step-00000005")
+    assert list(told.seconds) == ["imports", "data", "find", "build", "load", "step"]
+    assert set(told.load_seconds) >= {"read", "verify", "place"} and "load" in told.text
+    assert all(taken >= 0 for taken in (*told.seconds.values(), *told.load_seconds.values()))
 
 
 def test_the_metrics_of_a_resumed_run_tell_one_history(run: Run) -> None:

@@ -11,15 +11,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quintet.checkpoint import huggingface
-from quintet.checkpoint.load import list_checkpoints, read_manifest, verify
+from quintet.checkpoint.load import Stored, list_checkpoints, read_manifest, verify
 from quintet.cli.main import main
 from quintet.cost.memory import step_memory
 from quintet.errors import CheckpointError
 from quintet.evaluate.perplexity import evaluate
 from quintet.monitor.metrics import Evaluated, read_events
+from quintet.parallel.mesh import single
 from quintet.spec import parse
 from quintet.spec.run import Checkpoint, Data, Precision, Run, Train
 from quintet.train import trained as module
+from quintet.train.build import build
+from quintet.train.state import tensors
 from quintet.train.trained import find_checkpoint, open_kept, open_trained, stored_weights
 from tests.train.runs import PHASE, checkpoint, make_quick, records, resume, tiny_run, train, where, write_recipe
 
@@ -165,6 +168,26 @@ def test_an_imported_run_resumes_bit_for_bit_like_any_other(trained: Run, tmp_pa
         resume(again)
         ends.append(records(again))
     assert ends[0] == ends[1]
+
+
+def test_an_imported_run_holds_the_weights_of_the_files_and_an_optimizer_without_history(
+    trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told(capsys, "export", where(trained), tmp_path / "hf", "--max-shard-gb", "0.00002")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 3
+    told(capsys, "import", tmp_path / "hf", tmp_path / "again")
+    imported = Stored(tmp_path / "again" / "checkpoints" / "step-00000000")
+    files = dict(huggingface.import_(tmp_path / "hf"))
+    built = build(parse.read(tmp_path / "again" / "recipe.toml"), single(), torch.device("cpu"), on_message=lambda text: None)
+    live = tensors(built)
+    assert {name: (tuple(each.shape), each.dtype) for name, each in live.items()} == {
+        name: (tuple(each.shape), each.dtype) for name, each in imported.items() if name != "random.cpu"
+    }
+    for name, value in files.items():
+        assert torch.equal(imported[f"model.{name}"], value)
+        for kind in ("master", "exp_avg", "exp_avg_sq"):
+            if (full := f"optimizer.{kind}.{name}") in imported:
+                assert torch.equal(imported[full].float(), value.float() if kind == "master" else torch.zeros(value.shape)), full
 
 
 def test_an_import_tells_which_mtp_modules_the_files_lack(trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
