@@ -8,8 +8,8 @@ precision, the one run on fewest devices from 64 on. These runs are left out of 
 them. `--leave-one-out` fits again without each model in turn, and tells the error on that model.
 
 The naive baseline gives every run the median share of peak of all other models on the same kind of device in the same precision. A plainer
-one, the mean share of bf16's peak (whole attention) of all other runs on the device, dense ones and mixtures of experts apart, is told for all
-runs together.
+one, the mean share of bf16's peak (whole attention) of all other runs on the device, dense ones and mixtures of experts apart, is told
+for all runs together.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def in_use() -> dict[str, float]:
         device: next(CATALOGUE[c].gpu.sustained for c in CATALOGUE if CATALOGUE[c].gpu.name in names) for device, names in DEVICES.items()
     }
     for name, software in GENERATIONS.items():
-        if name not in ("plain", "deepseek"):
+        if name not in ("plain", "eager", "deepseek"):
             values[f"pace {name}"] = software.pace
             values[f"low pace {name}"] = software.low_pace
     return values
