@@ -88,7 +88,7 @@ def test_a_second_signal_during_the_save_does_no_harm(run: Run, monkeypatch: pyt
 
 @pytest.mark.usefixtures("quick")
 def test_somebody_who_insists_gets_out_at_once_and_the_checkpoint_before_stays(run: Run) -> None:
-    run = replace(run, checkpoint=Checkpoint(every=4))
+    run = replace(run, checkpoint=Checkpoint(every=4, background=False))
     child = os.fork()
     if child == 0:
         patch, real = pytest.MonkeyPatch(), os.fsync
