@@ -234,7 +234,7 @@ def main() -> None:
         both = timelines(last, given.sequences // 2 // given.micro_batch)
         given.trace.write_text(chrome(both))
         print("makespan of dualpipev: " + ", ".join(f"{name} {timeline.makespan:.3f} s" for name, timeline in both.items()))
-    write_json(given.json, facts, {"layout": LAYOUT, **task, "rows": rows})
+    write_json(given.json, facts, {"layout": LAYOUT, **task, "recipe": given.recipe.name, "rows": rows})
 
 
 if __name__ == "__main__":
