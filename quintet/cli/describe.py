@@ -41,14 +41,15 @@ def run_figures(run: Run) -> dict[str, Any]:
     """`model_figures` at the sequence length that most tokens are trained at, memory of a step there on the rank that needs most, and the
     phases, each with its memory."""
     stretches = curriculum(run)
-    main = main_stretch(run)
-    memory = _memory(run, main)
+    main = main_stretch(stretches)
+    memories = [_memory(run, stretch) for stretch in stretches]
+    memory = memories[stretches.index(main)]
     return {
         "name": run.name,
         **model_figures(run.model, sequence_length=main.phase.sequence_length),
         "layout": str(run.layout),
         "memory_bytes": {"phase": main.phase.name, "total": memory.total, "by_part": asdict(memory)},
-        "phases": [_stretch_figures(stretch, _memory(run, stretch)) for stretch in stretches],
+        "phases": [_stretch_figures(*each) for each in zip(stretches, memories, strict=True)],
     }
 
 

@@ -20,7 +20,7 @@ from quintet.cli.options import Overrides, Recipe, Switch, read_with_recipe
 from quintet.cost.memory import step_memory
 from quintet.errors import UsageError
 from quintet.monitor.units import count, num_bytes
-from quintet.spec.curriculum import main_stretch
+from quintet.spec.curriculum import curriculum, main_stretch
 from quintet.spec.layout import GROUPS, HOLDERS, Layout, without_effect
 from quintet.spec.placement import Box
 from quintet.spec.run import Run
@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> int:
 
 def figures(run: Run, rank: int, holding: Holding, *, seconds: float) -> dict[str, Any]:
     """A layout and one of its ranks in plain values."""
-    layout, length = run.layout, main_stretch(run).phase.sequence_length
+    layout, length = run.layout, main_stretch(curriculum(run)).phase.sequence_length
     memory = step_memory(
         run.model, run.train, sequence_length=length, layout=layout, place=layout.coordinates(rank).pp, moments=run.optimizer.moments
     )

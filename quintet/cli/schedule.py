@@ -81,7 +81,8 @@ def main(arguments: list[str]) -> int:
     if given.name not in NAMES or given.program:  # named ones are proven by tests; simulating finds what cannot finish
         checked = check(schedule)
     if given.order or given.program:
-        write(given, [simulate(schedule, costs)])
+        if given.svg or given.html or given.trace or given.save:
+            write(given, [simulate(schedule, costs)])
         print(checked.program if given.program else schedule)
         return 0
     first = simulate(schedule, costs)

@@ -15,8 +15,7 @@ from rich.table import Table
 from quintet.cli.describe import warn
 from quintet.cli.options import Overrides, Recipe, Switch, read_with_recipe
 from quintet.cost.memory import largest_rank
-from quintet.cost.pipeline import fewest_sequences
-from quintet.cost.pipeline import read as read_schedule
+from quintet.cost.pipeline import fewest_sequences, read_schedule
 from quintet.errors import UsageError
 from quintet.launch.room import RANKS_PER_CORE, require_room
 from quintet.monitor import machine
@@ -92,6 +91,7 @@ def main(arguments: list[str]) -> int:
 
 def _require_room(run: Run, given: Arguments) -> None:
     """Raise UsageError where this machine is too small for the comparison, with a smaller one that divides the same dimensions."""
+
     def held(layout: Layout) -> int:
         memory = largest_rank(
             run.model, run.train, sequence_length=run.phases[0].sequence_length, layout=layout, moments=run.optimizer.moments

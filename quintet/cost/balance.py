@@ -20,7 +20,7 @@ _NOMINAL_LENGTH = 4096
 """Tokens of a sequence for the cost of attention: one cut serves all phases of a run."""
 
 WORTH_IT = 0.95
-"""What the slowest stage must come down to before stages are cut anew."""
+"""What the slowest stage must come down to before stages are cut anew, or a step before micro-batches change."""
 
 
 @lru_cache
@@ -68,7 +68,7 @@ def recut(model: Model, layout: Layout, seconds: Sequence[float]) -> tuple[int, 
 
 def _half_way(now: Sequence[int], wanted: Sequence[int]) -> tuple[int, ...]:
     """Layers of each stage, where every border between stages goes half of its way, rounded up."""
-    ends = [(a, b) for a, b in zip(itertools.accumulate(now), itertools.accumulate(wanted), strict=True)]
+    ends = zip(itertools.accumulate(now), itertools.accumulate(wanted), strict=True)
     moved = [0, *(a + (b - a + 1) // 2 if b > a else a - (a - b + 1) // 2 for a, b in ends)]
     return tuple(end - begin for begin, end in itertools.pairwise(moved))
 

@@ -9,22 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from quintet.cost.pipeline import schedule_of
-from quintet.schedule import fewest_microbatches
+from quintet.cost.balance import WORTH_IT
+from quintet.cost.pipeline import fewest_sequences, schedule_of
 from quintet.schedule.clock import Durations, walk
 from quintet.spec.layout import Layout
-
-_WORTH_IT = 0.95
-"""What a step must come down to before another size is taken."""
 
 
 def better_micro_batch(layout: Layout, micro_batch: int, measured: Mapping[int, Sequence[float]], *, batch_sequences: int) -> int | None:
     """Half or twice `micro_batch` where a step of `batch_sequences` would be 5 % shorter or more, else None. `measured` has, for sizes
     that ran and this one among them, the seconds of each stage forward and backward."""
     now = step_seconds(layout, micro_batch, measured[micro_batch], batch_sequences=batch_sequences)
-    best, found = _WORTH_IT * now, None
+    best, found = WORTH_IT * now, None
     for size in ([micro_batch // 2] if micro_batch % 2 == 0 else []) + [2 * micro_batch]:
-        if size * layout.dp > batch_sequences or _too_few(layout, size, batch_sequences):
+        fewest = fewest_sequences(layout, size) if layout.schedule is not None else 1
+        if batch_sequences < max(size * layout.dp, fewest):
             continue
         seconds = step_seconds(layout, size, expected(size, measured), batch_sequences=batch_sequences)
         if seconds < best:
@@ -55,9 +53,3 @@ def _on_line(size: int, points: Mapping[int, float]) -> float:
     slope = sum((x - mean_x) * (y - mean_y) for x, y in points.items()) / sum((x - mean_x) ** 2 for x in points)
     slope = min(max(slope, 0.0), mean_y / mean_x)
     return mean_y + slope * (size - mean_x)
-
-
-def _too_few(layout: Layout, micro_batch: int, batch_sequences: int) -> bool:
-    """Whether the schedule that was asked for takes more micro-batches than there would be."""
-    fewest = fewest_microbatches(layout.pipeline, layout.pp) if layout.schedule is not None else 1
-    return layout.num_microbatches(batch_sequences, micro_batch) < fewest

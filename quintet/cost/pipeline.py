@@ -7,7 +7,7 @@ from pathlib import Path
 
 from quintet.errors import SpecError
 from quintet.schedule import Schedule, build, check, fewest_microbatches
-from quintet.schedule.text import read as read_schedule
+from quintet.schedule.text import read
 from quintet.spec.layout import ARRANGEMENT, Layout
 
 
@@ -27,16 +27,16 @@ def kept_schedule(layout: Layout, num_microbatches: int) -> Schedule | None:
     """The schedule of the layout's file, if there is one and it has so many micro-batches. Raises SpecError."""
     if layout.schedule_file is None:
         return None
-    kept = read(layout.schedule_file)
+    kept = read_schedule(layout.schedule_file)
     require_suited(kept, layout)
     return kept if kept.num_microbatches == num_microbatches else None
 
 
 @lru_cache
-def read(file: str) -> Schedule:
+def read_schedule(file: str) -> Schedule:
     """The schedule in a file, which can run. Raises SpecError."""
     try:
-        kept = read_schedule(Path(file))
+        kept = read(Path(file))
         check(kept)
     except SpecError as error:
         raise SpecError(f"layout.schedule_file {file!r}: {error}") from None

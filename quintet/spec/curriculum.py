@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from quintet.spec.curve import Curve, Place, Progress
@@ -92,9 +93,9 @@ def curriculum(run: Run) -> tuple[Stretch, ...]:
     return tuple(out)
 
 
-def main_stretch(run: Run) -> Stretch:
+def main_stretch(stretches: Sequence[Stretch]) -> Stretch:
     """The phase that most tokens are trained in: what is said of a run as a whole is said of its steps."""
-    return max(curriculum(run), key=lambda stretch: stretch.num_tokens)
+    return max(stretches, key=lambda stretch: stretch.num_tokens)
 
 
 def _count(phase: Phase) -> Stretch:

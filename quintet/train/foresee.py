@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from quintet.cost.memory import step_memory
-from quintet.cost.pipeline import fewest_sequences, require_suited
-from quintet.cost.pipeline import read as read_schedule
+from quintet.cost.pipeline import fewest_sequences, read_schedule, require_suited
 from quintet.data.prepare import foresee
 from quintet.errors import QuintetError, SpecError
 from quintet.monitor import machine
