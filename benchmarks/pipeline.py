@@ -332,7 +332,8 @@ def work(rank: int, options: argparse.Namespace, store: dist.Store) -> None:
             if name == f"quintet {options.traced}":
                 times = gather_objects(rank, options.ranks, recorder.times)
     if rank == 0:
-        Path(options.out).write_text(json.dumps({"seconds": found, "cpu": computed, "times": [[(str(w), a, b) for w, a, b in row] for row in times]}))
+        rows = [[(str(work), begin, end) for work, begin, end in row] for row in times]
+        Path(options.out).write_text(json.dumps({"seconds": found, "cpu": computed, "times": rows}))
     dist.barrier()
     os._exit(0)
 

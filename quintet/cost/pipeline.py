@@ -10,6 +10,10 @@ from quintet.errors import SpecError
 from quintet.schedule import Schedule, build, check, fewest_microbatches
 from quintet.schedule.text import read
 from quintet.spec.layout import ARRANGEMENT, Layout, PipelineName
+from quintet.spec.run import Train
+
+PAIRED: tuple[PipelineName, ...] = ("dualpipev", "dualpipe")
+"""Schedules with overlapped pairs."""
 
 
 def schedule_of(layout: Layout, num_microbatches: int) -> Schedule:
@@ -49,6 +53,24 @@ def fewest_sequences(layout: Layout, micro_batch: int) -> int:
     fewest = fewest_microbatches(layout.pipeline, layout.pp) if layout.pp > 1 else 1
     rounded = layout.arrangement == "mirror" and fewest % 2 == 0  # an odd number gets an empty one
     return layout.dp * micro_batch * (fewest - 1 - rounded) + 1
+
+
+def at_odds(layout: Layout, train: Train) -> list[str]:
+    """What a pipeline's schedule and recomputation take from each other, each in a sentence."""
+    if layout.pp == 1 or train.recompute != "full":
+        return []
+    told, name = [], layout.pipeline
+    if name in PAIRED and layout.ep > 1:
+        told.append(
+            f"pairs of {name} hide no all-to-all under train.recompute full, which computes whole blocks again inside of their backward; "
+            "selective lets them"
+        )
+    if name not in ("gpipe", "1f1b", "interleaved"):
+        told.append(
+            f"{name} puts weight gradients off and keeps the inputs of their products until then, which train.recompute full frees; 1f1b "
+            "and interleaved put none off"
+        )
+    return told
 
 
 def require_suited(kept: Schedule, layout: Layout) -> None:

@@ -1,9 +1,9 @@
 """Why a measured step of a pipeline takes longer than the simulated one: the chain of ops that it waited for, and what each of them cost.
 
 A step ends with some op. That op began when the later of two things was over: the op before it on its rank, and the op whose result it
-needs. Followed to the beginning, this is a chain without gaps but those of a runtime: from the end of one op of the chain to the begin of the
-next, on one rank (a turn) or by way of a message. The measured step is the sum of the chain; the simulated step is at least the sum of what
-its ops take on paper. So the difference falls apart into ops that took longer, turns, messages, a late start, and what the chain is
+needs. Followed to the beginning, this is a chain without gaps but those of a runtime: from the end of one op of the chain to the begin of
+the next, on one rank (a turn) or by way of a message. The measured step is the sum of the chain; the simulated step is at least the sum of
+what its ops take on paper. So the difference falls apart into ops that took longer, turns, messages, a late start, and what the chain is
 shorter on paper than the longest one there.
 """
 
