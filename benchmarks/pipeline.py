@@ -425,7 +425,8 @@ def report(seconds: dict[str, list[float]], cpu: dict[str, list[float]], options
     for name, all_of_them in seconds.items():
         median = statistics.median(all_of_them)
         row: dict[str, Any] = {"name": name, "seconds": all_of_them, "cpu_seconds": cpu[name]}
-        shown = f"{name:26s}{median:10.3f}{statistics.median(cpu[name]):10.3f}"
+        label = f"quintet {Path(name).stem}" if name.endswith(".json") else name
+        shown = f"{label:26s}{median:10.3f}{statistics.median(cpu[name]):10.3f}"
         if options.unit:
             paper = simulated(name.partition(" ")[2], options)
             busy = sum(paper.busy(rank) for rank in range(options.ranks)) / options.ranks

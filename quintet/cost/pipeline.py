@@ -103,7 +103,8 @@ def laid_out(schedule: Schedule, layout: Layout) -> Layout:
     at = replace(layout, pp=schedule.num_ranks, cut=None, schedule_file=None)
     names = suited(schedule, at)
     if not names:
-        raise SpecError(f"no layout.schedule has its stages on the ranks {[list(route) for route in schedule.routes]}")
+        lie = f"{schedule.name} has its stages on the ranks {[list(route) for route in schedule.routes]}"
+        raise SpecError(f"{lie}, which no layout has: on one rank it has one stage, on more the stages of a named schedule")
     name = next((name for name in names if name == schedule.name), names[0])
     return replace(at, schedule=name, chunks=max(schedule.num_stages // at.pp, 2) if name.startswith("interleaved") else at.chunks)
 

@@ -71,7 +71,7 @@ def search(
         raise SpecError(f"memory ({memory:g}) holds no schedule of {num_ranks} ranks; choose at least {_least(num_ranks, costs):g}")
     annealing = _Annealing(_fastest(found, costs)[0], costs, limit, rng)
     tried += annealing.run(seconds / 4)
-    best = annealing.best
+    best = annealing.best if annealing.best.name in NAMES else replace(annealing.best, name="found")
     check(best)
     return Found(
         simulation=simulate(best, costs),
