@@ -61,17 +61,16 @@ def test_the_table_of_deepseeks_costs_is_simulated() -> None:
 
 
 def test_the_table_of_memory_is_that_of_the_recipe(root: Path) -> None:
-    rows = re.findall(r"^\| ([\w-]+) \| ([\d.]+), (\d+) \| ([\d.]+), (\d+) \| ([\d.]+), (\d+) \|$", PAGE, re.MULTILINE)
+    rows = re.findall(r"^\| ([\w-]+) \| (\d+), (\d+) \| (\d+), (\d+) \| (\d+), (\d+) \|$", PAGE, re.MULTILINE)
     run = parse.read(root / "recipes" / "v3-671b.toml")
     assert {row[0] for row in rows} == set(NAMES)
     for name, *shown in rows:
-        found: list[float] = []
-        schedule = build(name, 16, 120)
+        schedule, found = build(name, 16, 120), list[float]()
         for recompute in ("none", "selective", "full"):
             held = held_by(schedule, replace(run, train=replace(run.train, recompute=recompute)), sequence_length=4096)
             kept = [peak(row, kept=held.kept, put_off=held.put_off) for row in schedule.table]
             found += [max(kept) / 2**30, max(one + sum(states.values()) for one, states in zip(kept, held.states, strict=True)) / 2**30]
-        assert [float(one) for one in shown] == pytest.approx(found, abs=0.51), name
+        assert shown == [f"{one:.0f}" for one in found], name
 
 
 def test_the_schedule_that_was_found_beats_dualpipe_and_is_close_to_the_bound(root: Path) -> None:
