@@ -50,12 +50,12 @@ class Difference:
 
     def __str__(self) -> str:
         parts = (
-            f"ops took {_ms(self.ops)} longer ({_each(self.ops, self.num_ops)})",
+            f"ops {_ms(self.ops)} ({_each(self.ops, self.num_ops)})",
             f"{self.num_turns} turns on a rank {_ms(self.turns)} ({_each(self.turns, self.num_turns)})",
             f"{self.num_messages} messages {_ms(self.messages)} ({_each(self.messages, self.num_messages)})",
-            f"the start {_ms(self.start)}; on paper this chain is {_ms(-self.other_chain)} shorter than the longest",
+            f"the start {_ms(self.start)}, and {_ms(self.other_chain)} that this chain takes less on paper than the longest there",
         )
-        more = f"{_ms(self.measured - self.simulated)} more along the chain of {self.num_ops} ops that ends last"
+        more = f"a difference of {_ms(self.measured - self.simulated)}, along the chain of {self.num_ops} ops that ended last"
         return f"measured {self.measured:.4g} s, simulated {self.simulated:.4g} s, {more}: {', '.join(parts)}"
 
 
@@ -102,8 +102,8 @@ def difference(measured: Timeline, simulated: Timeline, *, message: float = 0.0)
 
 
 def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.1f} ms"
+    return f"{1e3 * seconds + 0.0:+.1f} ms"
 
 
 def _each(seconds: float, count: int) -> str:
-    return f"{1e3 * seconds / count:.2f} each" if count else "none"
+    return f"{1e3 * seconds / count + 0.0:+.2f} each" if count else "none"

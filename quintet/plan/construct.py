@@ -184,8 +184,6 @@ class _Annealing:
                 if kind == "F":
                     forwards[n] += 1
                     kept += size[n]
-                    if kept > self.limit:
-                        return False
                 elif kind == "W":
                     put_off[n] -= 1
                     kept -= size[n] * self.kept
@@ -197,6 +195,8 @@ class _Annealing:
                         return False
                     put_off[n] += kind == "I"
                     kept -= size[n] * (1.0 if kind == "B" else 1 - self.kept)
+                if kept > self.limit:
+                    return False
         return True
 
 

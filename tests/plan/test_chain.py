@@ -68,4 +68,4 @@ def test_a_slow_message_is_told_as_such() -> None:
     found = difference(measured, simulate(schedule, Costs()).timeline)
     assert (found.num_ops, found.num_turns, found.num_messages) == (4, 1, 2)
     assert (found.messages, found.turns, found.ops) == pytest.approx((1.5, 0.0, 0.0))
-    assert "2 messages 1500.0 ms (750.00 each)" in str(found)
+    assert "2 messages +1500.0 ms (+750.00 each)" in str(found)
