@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from quintet.cost.memory import stage_bytes
 from quintet.ops import deferred, grouped_matmul
 from quintet.parallel.mesh import make_mesh
 from quintet.parallel.stages import ModelStage
@@ -92,6 +93,36 @@ def test_the_output_of_a_stage_is_free_when_it_has_left() -> None:
         return found
 
     assert on_ranks(2, work) == [[False, False], []]
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_what_a_stage_keeps_for_weight_gradients_is_what_cost_counts(recompute: Any) -> None:
+    run = a_run(Layout(pp=2, schedule="zbv"), num_layers=5, micro_batch=1, sequences=4, recompute=recompute, num_mtp_modules=1)
+
+    def work(rank: int) -> dict[int, list[int]]:
+        found: dict[int, list[int]] = {}
+        built = build(run, make_mesh(run.layout), CPU, on_message=lambda text: None)
+        assert built.pipeline is not None
+        numbers = {stage: number for number, stage in built.pipeline.stages.items()}
+        weights = {parameter.untyped_storage().data_ptr() for parameter in built.model.parameters()}
+        real = ModelStage.weights
+
+        def put_off(stage: ModelStage, microbatch: int) -> None:
+            cells = [cell.cell_contents for _, make in stage.later[microbatch]._work for cell in make.__closure__ or ()]
+            storages = [cell.untyped_storage() for cell in cells if isinstance(cell, torch.Tensor)]
+            held = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.data_ptr() not in weights}
+            found.setdefault(numbers[stage.stage], []).append(sum(held.values()))
+            real(stage, microbatch)
+
+        pytest.MonkeyPatch().setattr(ModelStage, "weights", put_off)
+        accumulate(built, batches(run)[0], settings=settings_of(run), train=run.train, document_mask=False)
+        return found
+
+    for place, found in enumerate(on_ranks(2, work)):
+        counted = stage_bytes(run.model, run.train, run.layout, place=place, sequence_length=run.phases[0].sequence_length).put_off
+        assert set(found) == set(counted)
+        for number, held in found.items():  # experts' rows, which are padded, are a mean over the layers
+            assert sum(held) / len(held) == pytest.approx(counted[number], rel=0.01), (number, held)
 
 
 def test_a_model_that_is_given_up_is_freed_with_its_buckets() -> None:
