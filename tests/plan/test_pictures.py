@@ -36,6 +36,11 @@ def test_a_picture_has_a_bar_for_every_work(schedule: Schedule) -> None:
         assert 0 <= float(box.attrib.get("x", 0)) <= float(box.attrib.get("x", 0)) + float(box.attrib["width"]) <= width
 
 
+def test_a_page_tells_activations_or_where_they_are_known_bytes() -> None:
+    assert "activations 2<" in html([simulate(build("1f1b", 2, 4), Costs())])
+    assert "memory 5 GiB<" in html([simulate(build("1f1b", 2, 4), Costs(weight_bytes=3 * 2.0**30, activation_bytes=2.0**30))])
+
+
 def test_a_page_shows_every_schedule_on_one_scale() -> None:
     found = [simulate(build(name, 2, 4), Costs()) for name in ("gpipe", "zb1p")]
     page = html(found)
