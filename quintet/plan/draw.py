@@ -125,8 +125,8 @@ def html(simulations: list[Simulation]) -> str:
     parts.append("<style>body{font-family:system-ui,sans-serif;margin:24px;color:#222}figure{margin:0 0 24px}</style>")
     for simulation in simulations:
         width = round(LEFT + 10 + 1200 * simulation.makespan / longest)
-        in_bytes = any(simulation.held.states)
-        kept = f"memory {max(simulation.peak_memory) / 2**30:.3g} GiB" if in_bytes else f"activations {max(simulation.peak_activations):.4g}"
+        activations, memory = max(simulation.peak_activations), max(simulation.peak_memory)
+        kept = f"memory {memory / 2**30:.3g} GiB" if any(simulation.held.states) else f"activations {activations:.4g}"
         caption = f"step {seconds(simulation.makespan)}, bubble {simulation.mean_bubble:.1%}, {kept}"
         parts.append(f"<figure><figcaption>{escape(caption)}</figcaption>{svg(simulation.timeline, width=width)}</figure>")
     return "\n".join([*parts, "</html>", ""])
