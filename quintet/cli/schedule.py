@@ -22,7 +22,7 @@ from quintet.plan.break_even import break_even
 from quintet.plan.construct import Found, search
 from quintet.plan.costs import Costs
 from quintet.plan.formulas import Formula, formula
-from quintet.plan.simulate import Simulation, held_by, simulate
+from quintet.plan.simulate import Simulation, held_by, kept_by, simulate
 from quintet.plan.trace import chrome
 from quintet.schedule import NAMES, Schedule, build, check
 from quintet.schedule.text import dumps
@@ -49,7 +49,8 @@ class Arguments:
     recipe: Path | None = None
     """A recipe in TOML, for whose model, micro-batch, layout but for pp and its schedule, and optimizer each rank's peak memory is told."""
     memory: float | None = None
-    """For search: the most activations that a rank keeps, in micro-batches of its share (default: P + 1, as DualPipe)."""
+    """For search: the most activations that a rank keeps, in micro-batches of its share (default: P + 1, as DualPipe); one whose weight
+    gradients are put off counts as much as `kept_for_weight` of the costs, or the recipe's model, says."""
     seconds: float = 20.0
     """For search: how long."""
     seed: int = 0
@@ -85,6 +86,9 @@ def main(arguments: list[str]) -> int:
     given = read(Arguments, arguments, command="schedule")
     console = Console()
     costs = plan_costs.read(given.costs)
+    run = None if given.recipe is None else parse.read(given.recipe)
+    if run is not None:
+        costs = kept_by(costs, run, sequence_length=_length(run))
     schedule, notes = schedule_of(given, costs)
     if given.name not in NAMES or given.program or given.ranks * given.microbatches <= _PROVEN:
         checked = check(schedule)
@@ -93,7 +97,6 @@ def main(arguments: list[str]) -> int:
             write(given, [simulate(schedule, costs)])
         print(checked.program if given.program else schedule)
         return 0
-    run = None if given.recipe is None else parse.read(given.recipe)
     first = simulated(schedule, costs, run)
     others, refused = ([], []) if given.alone else compare(first, run, chunks=given.chunks)
     simulations = [first, *others]
@@ -145,8 +148,11 @@ def simulated(schedule: Schedule, costs: Costs, run: Run | None) -> Simulation:
     """The schedule at these costs and, if there is a run, with what its model keeps."""
     if run is None:
         return simulate(schedule, costs)
-    length = main_stretch(curriculum(run)).phase.sequence_length
-    return simulate(schedule, costs, held=held_by(schedule, run, sequence_length=length))
+    return simulate(schedule, costs, held=held_by(schedule, run, sequence_length=_length(run)))
+
+
+def _length(run: Run) -> int:
+    return main_stretch(curriculum(run)).phase.sequence_length
 
 
 def compare(first: Simulation, run: Run | None, *, chunks: int) -> tuple[list[Simulation], list[str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from quintet.cost.memory import stage_bytes, step_memory
 from quintet.cost.pipeline import laid_out
@@ -111,6 +111,13 @@ def held_by(schedule: Schedule, run: Run, *, sequence_length: int) -> Held:
         kept |= stage.kept
         put_off |= stage.put_off
     return Held(states=tuple(states), kept=kept, put_off=put_off)
+
+
+def kept_by(costs: Costs, run: Run, *, sequence_length: int) -> Costs:
+    """The costs with what a put-off micro-batch of a run keeps, as a share of what others do: of all layers, whoever holds them."""
+    layout = replace(run.layout, pp=1, schedule=None, schedule_file=None, cut=None)
+    whole = stage_bytes(run.model, run.train, layout, place=0, sequence_length=sequence_length)
+    return replace(costs, kept_for_weight=sum(whole.put_off.values()) / sum(whole.kept.values()))
 
 
 def _anatomy(timeline: Timeline) -> dict[str, float]:

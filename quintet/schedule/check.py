@@ -10,7 +10,7 @@ from quintet.errors import SpecError
 from quintet.schedule.clock import unit, walk
 from quintet.schedule.held import peak
 from quintet.schedule.lower import Exchange, Program, Transfer, add_transfers
-from quintet.schedule.op import UPSTREAM, Op, does, needs
+from quintet.schedule.op import UPSTREAM, Kind, Op, does, needs
 from quintet.schedule.table import Schedule
 
 
@@ -100,6 +100,8 @@ def _check_order_of_pairs(program: Program) -> None:
             for transfer in step.transfers if isinstance(step, Exchange) else ():
                 queues.setdefault((rank, transfer.peer), []).append(transfer)
     for (rank, peer), ours in queues.items():
+        if rank > peer and (peer, rank) in queues:
+            continue  # seen from the other end
         theirs = [_other_end(transfer, peer) for transfer in queues.get((peer, rank), [])]
         if ours != theirs:
             n = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
@@ -152,10 +154,10 @@ def _complete(rank: int, step: Exchange, open_: list[set[Transfer]], happened: l
         if other in open_[peer]:
             for here, end in ((rank, transfer), (peer, other)):
                 open_[here].remove(end)
-                made = Op("F" if end.what == "activation" else "I", end.stage, end.microbatch)
+                kind: Kind = "F" if end.what == "activation" else "I"
                 if end.action == "receive":
-                    happened[here].add(made._replace(stage=end.stage + UPSTREAM[made.kind]))
-                elif made not in happened[here]:
+                    happened[here].add(Op(kind, end.stage + UPSTREAM[kind], end.microbatch))
+                elif Op(kind, end.stage, end.microbatch) not in happened[here]:
                     raise SpecError(f"rank {here} has {end} before it was made")
             if not open_[peer]:
                 yield peer

@@ -15,7 +15,7 @@ from quintet.cost.memory import step_memory
 from quintet.errors import SpecError
 from quintet.plan.costs import DEEPSEEK_V3, Costs, Layer
 from quintet.plan.formulas import formula
-from quintet.plan.simulate import Simulation, held_by, simulate
+from quintet.plan.simulate import Simulation, held_by, kept_by, simulate
 from quintet.schedule import NAMES, build
 from quintet.schedule.held import peak
 from quintet.spec import parse
@@ -181,6 +181,8 @@ def test_where_layers_are_recomputed_putting_weights_off_keeps_what_recomputing_
     full = replace(run, train=replace(run.train, recompute="full"))
     held = held_by(build("zb1p", 4, 8), full, sequence_length=4096)
     assert held.put_off[1] > 5 * held.kept[1]
+    shares = [kept_by(Costs(), one, sequence_length=4096).kept_for_weight for one in (run, full)]
+    assert shares[1] > 5 * shares[0] > 5 * 0.5
 
 
 def test_a_schedule_whose_stages_no_layout_has_is_refused() -> None:
