@@ -29,7 +29,7 @@ def lower_bound(schedule: Schedule, costs: Costs, *, memory: float | None = None
         work = each * sum(d.forward[s] + d.backward[s] for s in mine)
         count = each * len(held)
         smallest = min(cut[s].activation_bytes for s in mine)
-        room = count if memory is None or smallest == 0 else min(count, int(memory / smallest + 1e-9))
+        room = count if memory is None or smallest == 0 else int(min(count, memory / smallest + 1e-9))
         saved = [min(window, min(n, room) * forward) + (count - n) * gain - max(0.0, tail - n * backward) for n in range(count)]
         # Without any pair, the last forward may lie before the first gradient, and its tail with it.
         saved.append(min(window, room * forward))

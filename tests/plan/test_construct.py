@@ -139,6 +139,11 @@ def test_put_off_weight_gradients_that_keep_more_stay_within_memory(memory: floa
     assert max(found.simulation.peak_activations) <= memory + 1e-9
 
 
+def test_memory_may_be_without_limit() -> None:
+    found = search(2, 4, Costs(pair=0.8), memory=float("inf"), seconds=0.1)
+    assert found.bound <= found.simulation.makespan + 1e-9
+
+
 def test_too_little_memory_is_refused() -> None:
     with pytest.raises(SpecError, match=r"memory \(0.5\) holds no schedule of 4 ranks; choose at least 1"):
         search(4, 8, Costs(), memory=0.5, seconds=0.1)
