@@ -14,6 +14,8 @@ from quintet.spec.run import Train
 
 PAIRED: tuple[PipelineName, ...] = ("dualpipev", "dualpipe")
 """Schedules with overlapped pairs."""
+PUTTING_OFF: tuple[PipelineName, ...] = ("zb1p", "interleaved-zb", "zbv")
+"""Schedules that put weight gradients off all along, and not only while they fill and drain."""
 
 
 def schedule_of(layout: Layout, num_microbatches: int) -> Schedule:
@@ -57,18 +59,19 @@ def fewest_sequences(layout: Layout, micro_batch: int) -> int:
 
 def at_odds(layout: Layout, train: Train) -> list[str]:
     """What a pipeline's schedule and recomputation take from each other, each in a sentence."""
-    if layout.pp == 1 or train.recompute != "full":
+    policy, name = train.recompute, layout.pipeline
+    if layout.pp == 1 or policy == "none":
         return []
-    told, name = [], layout.pipeline
-    if name in PAIRED and layout.ep > 1:
+    told = []
+    if name in PAIRED and layout.ep > 1 and policy == "full":
         told.append(
             f"pairs of {name} hide no all-to-all under train.recompute full, which computes whole blocks again inside of their backward; "
             "selective lets them"
         )
-    if name not in ("gpipe", "1f1b", "interleaved"):
+    if name in PUTTING_OFF or (name in PAIRED and policy == "full"):
         told.append(
-            f"{name} puts weight gradients off and keeps the inputs of their products until then, which train.recompute full frees; 1f1b "
-            "and interleaved put none off"
+            f"{name} puts weight gradients off and keeps the inputs of their products until then, which train.recompute {policy} frees; "
+            "1f1b and interleaved put none off"
         )
     return told
 
