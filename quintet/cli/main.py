@@ -6,6 +6,7 @@ Nothing heavy is imported before a command is known, so that `quintet --help` an
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 
@@ -43,6 +44,9 @@ OPTIONS = {
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: this process's own) and return the exit code; errors are told on stderr."""
     arguments = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")  # a letter that the terminal does not have is no reason to stop
     try:
         return dispatch(arguments)
     except QuintetError as error:

@@ -57,7 +57,8 @@ def together(run: Run, run_directory: Path, *, first: Callable[[], Run], resume:
     machine = device.prepare(run.train)
     about["kind of device"] = machine.type
     late = lambda text: warn([text])  # noqa: E731
-    with joined(run.layout, about=about, device=machine, seconds=run.train.rank_timeout, notice=late) as ranks:
+    seconds, arrival = run.train.rank_timeout, run.train.arrival_timeout
+    with joined(run.layout, about=about, device=machine, seconds=seconds, arrival=arrival, notice=late) as ranks:
         if ranks.store is None:
             return _on_this_rank(run, run_directory, ranks, resume=resume, phases=phases)
         try:

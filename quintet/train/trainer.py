@@ -185,7 +185,8 @@ class _Session:
 
     def loop(self, position: Position, *, first_step_done: Callable[[], None] | None = None) -> int:
         """Train from `position` to the end or to a signal."""
-        with _stop_signals() as stop, self.recorder.telling(), self._saves_finished():
+        notice = self.ranks.notice if self.ranks.is_lead else None
+        with _stop_signals() as stop, self.recorder.telling(notice), self._saves_finished():
             clock = _Clock(self.device, position.tokens)
             while position.step < self.num_steps:
                 if self.curves.is_over(position.phase_steps, position.phase_tokens):
