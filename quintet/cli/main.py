@@ -13,6 +13,7 @@ import sys
 import quintet
 from quintet.cli.tell import leave_the_word, speaks_for_all, tell
 from quintet.errors import KEYBOARD_INTERRUPT, QuintetError, UsageError, did_you_mean
+from quintet.monitor.interrupt import remembered
 
 COMMANDS = {
     "prepare": "turn the text of a recipe into token shards, once",
@@ -48,7 +49,8 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")  # a letter that the terminal does not have is no reason to stop
     try:
-        return dispatch(arguments)
+        with remembered():
+            return dispatch(arguments)
     except QuintetError as error:
         if speaks_for_all():
             tell(str(error))

@@ -21,7 +21,8 @@ from quintet.launch.room import RANKS_PER_CORE, require_room
 from quintet.monitor import machine
 from quintet.schedule import fewest_microbatches
 from quintet.spec.curriculum import Settings
-from quintet.spec.layout import Layout, fewer_ranks, without_effect
+from quintet.spec.layout import Layout, without_effect
+from quintet.spec.legal import fewer_ranks
 from quintet.spec.run import Run
 from quintet.spec.tiny import tiny
 

@@ -11,7 +11,8 @@ from typing import Literal
 
 from quintet.errors import SpecError, did_you_mean
 from quintet.spec.curve import Curve, Place
-from quintet.spec.layout import Layout, require_legal
+from quintet.spec.layout import Layout
+from quintet.spec.legal import require_legal
 from quintet.spec.model import Model
 from quintet.spec.quality import Dedup, Quality
 

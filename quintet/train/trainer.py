@@ -30,6 +30,7 @@ from quintet.data.prepare import Prepared, open_prepared
 from quintet.data.tokenizer import Tokenizer
 from quintet.errors import DONE, INTERRUPTED
 from quintet.model.generate import generate
+from quintet.monitor.interrupt import raise_if_heard
 from quintet.monitor.meter import Meter
 from quintet.monitor.metrics import Message, Record, Resumed, Saved, truncate_after
 from quintet.monitor.report import write_report
@@ -444,6 +445,7 @@ class _Stop:
 
 @contextmanager
 def _stop_signals() -> Iterator[_Stop]:
+    raise_if_heard()
     stop = _Stop()
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
