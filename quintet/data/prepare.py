@@ -470,7 +470,8 @@ def open_prepared(data: Data, vocab_size: int, *, recipe: Path | str = "RECIPE")
     """
     directory = data.folder
     if not (directory / "tokenizer.json").is_file():
-        raise DataError(f"{directory} holds no prepared data; run: quintet prepare {recipe}")
+        elsewhere = "" if directory.is_absolute() else f" (working folder {Path.cwd()}; a run's data is looked for from where it was begun)"
+        raise DataError(f"{directory} holds no prepared data{elsewhere}; run: quintet prepare {recipe}")
     tokenizer = Tokenizer.from_file(directory / "tokenizer.json")
     if data.tokenizer is not None and (asked := _given_tokenizer(data.tokenizer)).fingerprint != tokenizer.fingerprint:
         raise DataError(

@@ -20,7 +20,7 @@ from quintet.errors import DataError, UsageError
 from quintet.spec import parse
 from quintet.spec.run import Run
 
-RECIPE, TOKENIZER, CHECKPOINTS, METRICS = "recipe.toml", "tokenizer.json", "checkpoints", "metrics.jsonl"
+RECIPE, TOKENIZER, CHECKPOINTS, METRICS, LOCK = "recipe.toml", "tokenizer.json", "checkpoints", "metrics.jsonl", ".lock"
 """Names in a run's directory; the first two stand in each checkpoint too."""
 SHARED_SECONDS = 10.0
 """How long a network file system may hide a new directory from another node."""
@@ -115,12 +115,24 @@ def refuse_other_tokenizer(own: Tokenizer, prepared: Prepared, *, recipe: Path |
         )
 
 
+def is_held(directory: Path) -> bool:
+    """Whether a process trains in the run's directory, as far as its file system tells this machine."""
+    try:
+        with (directory / LOCK).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 @contextmanager
 def held(directory: Path) -> Iterator[None]:
     """Hold the run's directory; a second trainer on it gets UsageError. The lock ends with the process, however that ends."""
     if not (directory / RECIPE).is_file():
         raise UsageError(f"{directory} is not a run's directory: it has no {RECIPE}")
-    with (directory / ".lock").open("a+") as file:
+    with (directory / LOCK).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
