@@ -26,8 +26,8 @@ from quintet.checkpoint import codec as codecs
 from quintet.checkpoint.codec import Bytes
 from quintet.checkpoint.durable import FileWriter, open_regular
 from quintet.checkpoint.manifest import BLOCK, ITEM_SIZE, PLANES, ROW, Codec, File, Piece
-from quintet.checkpoint.pieces import Box, dtype_name
-from quintet.checkpoint.place import Place, Remote, RemoteWriter, hash_of, located
+from quintet.checkpoint.pieces import Box, cut, dtype_name, within
+from quintet.checkpoint.place import AT_ONCE, Place, Remote, RemoteWriter, hash_of, located
 from quintet.errors import DamagedError
 
 A = TypeVar("A")
@@ -39,8 +39,6 @@ CUT = 1 << 22
 """Elements of a piece at most, where later checkpoints may refer to it."""
 _SMALL = 4096
 """Elements of a piece below which coding gains nothing worth its lengths."""
-_WAITING = 8
-"""Requests to a store that one rank makes at a time."""
 _WORTH_ASKING = 1 << 16
 """Bytes of a block below which the system reads ahead enough by itself."""
 _ROW = np.dtype([("length", "<u8"), ("digest", "u1", 32)])
@@ -60,7 +58,7 @@ class Threads:
         cores = len(os.sched_getaffinity(0)) // (2 if beside_training else 1)
         self.count = min(max(cores // min(num_ranks, _RANKS_OF_A_NODE), 1), 16)
         if isinstance(reading, Remote):
-            self.count = max(self.count, _WAITING)
+            self.count = max(self.count, AT_ONCE)
         self._pool = ThreadPoolExecutor(self.count, thread_name_prefix="blocks")
 
     def __enter__(self) -> Threads:
@@ -111,10 +109,11 @@ def write_pieces(
 ) -> list[tuple[str, Piece]]:
     """Write boxes one behind the other -> the name of the tensor and the piece of each. Raises OSError.
 
-    With `known`, boxes are cut into pieces of at most `CUT` elements where their rows allow it, and what is known is not written again.
+    With `known`, boxes are cut into pieces of at most `CUT` elements, so that what does not change, as a frozen expert, has its own; and
+    what is known is not written again.
     """
     if known is not None:
-        sources = (part for source in sources for part in _cut(source))
+        sources = (Source(s.name, box, within(box, s.box[0], s.tensor)) for s in sources for box in cut(s.box, CUT))
 
     def form(source: Source) -> Codec:
         return codec if dtype_name(source.tensor.dtype) in PLANES and source.tensor.numel() >= _SMALL else "raw"
@@ -162,21 +161,6 @@ def write_pieces(
         )
         pieces.append((source.name, piece))
     return pieces
-
-
-def _cut(source: Source) -> Iterator[Source]:
-    """Parts of a box of at most `CUT` elements, along its first dims: so what does not change, as a frozen expert, has its own pieces."""
-    (offsets, sizes), tensor = source.box, source.tensor
-    dim = next((d for d, size in enumerate(sizes) if size > 1), None)
-    if dim is None or tensor.numel() <= CUT:
-        yield source
-        return
-    rows = max(CUT * sizes[dim] // tensor.numel(), 1)
-    for begin in range(0, sizes[dim], rows):
-        count = min(rows, sizes[dim] - begin)
-        box = (*offsets[:dim], offsets[dim] + begin, *offsets[dim + 1 :]), (*sizes[:dim], count, *sizes[dim + 1 :])
-        part = Source(source.name, box, tensor.narrow(dim, begin, count))
-        yield from _cut(part) if count == 1 else (part,)
 
 
 def is_rounding(of: Tensor, tensor: Tensor, threads: Threads) -> bool:
