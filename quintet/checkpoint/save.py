@@ -48,7 +48,7 @@ from quintet.checkpoint.manifest import (
 from quintet.checkpoint.pieces import Later, Pieces, boxes_here, cut, dtype_name, meet, tensors_of, values_of, within
 from quintet.checkpoint.place import AT_ONCE, ATTEMPT, FILE, Place, Remote, RemoteWriter, described, store
 from quintet.checkpoint.plan import Item, Plan, make_plan
-from quintet.checkpoint.store import Known, Source, Threads, drop_from_cache, is_rounding, write_pieces
+from quintet.checkpoint.store import Known, Source, Threads, drop_from_cache, write_pieces
 from quintet.errors import CheckpointError
 
 
@@ -180,7 +180,7 @@ def _divided(job: Job) -> Iterator[list[Item]]:
 
 def _write_file(path: Place, job: Job, items: Sequence[Item], threads: Threads) -> _Share:
     def write_all(writer: FileWriter | RemoteWriter) -> _Share:
-        pieces = write_pieces(writer, _sources(job, items, threads), job.codec, threads, job.known)
+        pieces = write_pieces(writer, _sources(job, items), job.codec, threads, job.known)
         return _Share([writer.file] if writer.size else [], pieces)
 
     if isinstance(path, Remote):
@@ -193,15 +193,11 @@ def _write_file(path: Place, job: Job, items: Sequence[Item], threads: Threads) 
     return share
 
 
-def _sources(job: Job, items: Iterable[Item], threads: Threads) -> Iterator[Source]:
-    """What items store: the twin of an item only where it is not its rounding."""
+def _sources(job: Job, items: Iterable[Item]) -> Iterator[Source]:
+    """What items store."""
     for item in items:
-        tensor = held(job.tensors[item.name], item)
-        yield Source(item.name, item.box, tensor)
-        if item.twin is not None:
-            twin = held(job.tensors[item.twin], item)
-            if not is_rounding(tensor, twin, threads):
-                yield Source(item.twin, item.box, twin)
+        twin = None if item.twin is None else (item.twin, held(job.tensors[item.twin], item))
+        yield Source(item.name, item.box, held(job.tensors[item.name], item), twin)
 
 
 def held(value: torch.Tensor | Pieces | Later, item: Item) -> torch.Tensor:

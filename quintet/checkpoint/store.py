@@ -89,6 +89,13 @@ class Source:
     name: str
     box: Box
     tensor: Tensor
+    twin: tuple[str, Tensor] | None = None
+    """The name and the same box of a bf16 tensor, which is written too unless it is the rounding of this one."""
+
+    def part(self, box: Box) -> Source:
+        """A box within."""
+        twin = self.twin and (self.twin[0], within(box, self.box[0], self.twin[1]))
+        return Source(self.name, box, within(box, self.box[0], self.tensor), twin)
 
 
 Known = Mapping[tuple[str, Box, Codec, str], Piece]
@@ -113,36 +120,40 @@ def write_pieces(
     what is known is not written again.
     """
     if known is not None:
-        sources = (Source(s.name, box, within(box, s.box[0], s.tensor)) for s in sources for box in cut(s.box, CUT))
+        sources = (source.part(box) for source in sources for box in cut(source.box, CUT))
 
     def form(source: Source) -> Codec:
         return codec if dtype_name(source.tensor.dtype) in PLANES and source.tensor.numel() >= _SMALL else "raw"
 
-    def blocks() -> Iterator[tuple[Source, Bytes]]:
+    def blocks() -> Iterator[tuple[Source, list[Bytes]]]:
         for source in sources:
-            data = np.frombuffer(bytes_of(source.tensor), np.uint8)
-            size = BLOCK * source.tensor.dtype.itemsize
-            yield from ((source, data[begin : begin + size]) for begin in range(0, data.size, size))
+            tensors = [source.tensor, *([source.twin[1]] if source.twin else [])]
+            sizes, data = [BLOCK * each.dtype.itemsize for each in tensors], [np.frombuffer(bytes_of(each), np.uint8) for each in tensors]
+            for i in range(-(-data[0].size // sizes[0])):
+                yield source, [each[i * size : (i + 1) * size] for each, size in zip(data, sizes, strict=True)]
 
-    def stored(job: tuple[Source, Bytes]) -> tuple[Source, list[Bytes], bytes]:
-        source, block = job
-        dtype = dtype_name(source.tensor.dtype)
-        parts = codecs.encode(block, dtype) if form(source) == "planes" else [block]
+    def stored(job: tuple[Source, list[Bytes]]) -> tuple[Source, list[Bytes], bytes, bool]:
+        source, (block, *twin) = job
+        parts = codecs.encode(block, dtype_name(source.tensor.dtype)) if form(source) == "planes" else [block]
         digest = blake3()  # One thread: a pool of threads would hang in a forked child.
         for part in parts:
             digest.update(part.data)
-        return source, parts, digest.digest()
+        return source, parts, digest.digest(), not twin or np.array_equal(codecs.rounded(block), twin[0])
 
     pieces: list[tuple[str, Piece]] = []
+    others: list[Source] = []
     for source, done in itertools.groupby(threads.in_order(stored, blocks()), key=lambda found: found[0]):
-        begin, rows, kept = writer.size, b"", list[Bytes]()
-        for _, parts, digest in done:
+        begin, rows, kept, is_rounded = writer.size, b"", list[Bytes](), True
+        for _, parts, digest, same in done:
+            is_rounded &= same
             rows += sum(part.size for part in parts).to_bytes(8, "little") + digest
             if known is not None:  # it may be there already
                 kept.extend(parts)
                 continue
             for part in parts:
                 writer.write(part.data)
+        if source.twin is not None and not is_rounded:
+            others.append(Source(source.twin[0], source.box, source.twin[1]))
         if known is not None:
             if there := known.get((source.name, source.box, form(source), blake3(rows).hexdigest())):
                 pieces.append((source.name, there))
@@ -160,19 +171,7 @@ def write_pieces(
             blake3=blake3(rows).hexdigest(),
         )
         pieces.append((source.name, piece))
-    return pieces
-
-
-def is_rounding(of: Tensor, tensor: Tensor, threads: Threads) -> bool:
-    """Whether every bf16 element of `tensor` has the bits of the fp32 one of `of` after rounding; both of one shape."""
-    wide, narrow = (np.frombuffer(bytes_of(each), np.uint8) for each in (of, tensor))
-    if dtype_name(of.dtype) != "float32" or dtype_name(tensor.dtype) != "bfloat16":
-        return False
-
-    def same(begin: int) -> bool:
-        return np.array_equal(codecs.rounded(wide[2 * begin : 2 * begin + 4 * BLOCK]), narrow[begin : begin + 2 * BLOCK])
-
-    return all(threads.in_order(same, range(0, narrow.size, 2 * BLOCK)))
+    return [*pieces, *write_pieces(writer, others, codec, threads, known)] if others else pieces
 
 
 @dataclass(frozen=True)
