@@ -24,8 +24,10 @@ _CHUNK = 1 << 20
 """Bytes that are hashed and written (or read and hashed) at once: what stays in the cache in between, a third of the time of 16 MiB."""
 _BUFFER = 8 << 20
 """Bytes that go to the disk at once."""
-_PAGE = 4096
+PAGE = 4096
 """What places, lengths and addresses are multiples of where nothing is cached."""
+PAST_CACHE = getattr(os, "O_DIRECT", 0)
+"""To open a file so."""
 _EARLY = 64 << 20
 """Bytes after which a file is synced already, where the system does cache it."""
 _REMEDY = {
@@ -97,7 +99,7 @@ class FileWriter:
                 if error.errno != errno.EINVAL or not self._is_direct:
                     raise
                 self._pass_cache(False)
-            if len(view) % _PAGE:
+            if len(view) % PAGE:
                 self._pass_cache(False)
         self._cached += 0 if self._is_direct else size
         if self._cached >= _EARLY:
@@ -109,7 +111,7 @@ class FileWriter:
         if self._is_direct != direct:
             flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
             with suppress(OSError):
-                fcntl.fcntl(self._fd, fcntl.F_SETFL, flags ^ getattr(os, "O_DIRECT", 0))
+                fcntl.fcntl(self._fd, fcntl.F_SETFL, flags ^ PAST_CACHE)
                 self._is_direct = direct
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -119,7 +121,7 @@ class FileWriter:
             if kind is None:
                 if self._writing is not None:
                     self._writing.result()
-                whole = self._filled - self._filled % _PAGE if self._is_direct else 0
+                whole = self._filled - self._filled % PAGE if self._is_direct else 0
                 self._put(self._buffers[0][:whole])
                 self._pass_cache(False)
                 self._put(self._buffers[0][whole : self._filled])
@@ -144,9 +146,9 @@ def write_file(path: Path, data: bytes) -> File:
     return writer.file
 
 
-def open_regular(path: Path) -> int:
+def open_regular(path: Path, flags: int = 0) -> int:
     """A descriptor to read a plain file; raises OSError for a symbolic link, a pipe or a device."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | flags)
     if not os.path.isfile(fd):
         os.close(fd)
         raise OSError(errno.EINVAL, "not a plain file", str(path))

@@ -20,7 +20,6 @@ import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -157,8 +156,7 @@ def _write_share(places: Iterator[Place], job: Job, threads: Threads, *, read_ba
     if read_back and own:
         if isinstance(first, Path):
             drop_from_cache(first)
-        with Threads(reading=first) if isinstance(first, Remote) else nullcontext(threads) as readers:
-            verify_data(first.parent, [piece for _, piece in share.pieces if piece.file in own], readers)
+        verify_data(first.parent, [piece for _, piece in share.pieces if piece.file in own], threads)
     return share
 
 
