@@ -166,8 +166,11 @@ class _Crew:
 
     def _pass_on(self, message: _Message, read: Future[None]) -> None:
         self._try(read.result)
-        ranks = message.extent.parts[0].ranks if self._company is not None else ()
-        self._use(message, [self._company.send(torch.from_numpy(message.bytes), to) for to in ranks if to != self._company.rank])
+        works = list[Any]()
+        if self._company is not None:
+            others = (rank for rank in message.extent.parts[0].ranks if rank != self._company.rank)
+            works = [self._company.send(torch.from_numpy(message.bytes), rank) for rank in others]
+        self._use(message, works)
 
     def _received(self, message: _Message, work: Any) -> None:
         work.wait()
