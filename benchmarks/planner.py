@@ -108,15 +108,15 @@ def in_use() -> dict[str, float]:
 
 
 def with_scalars(run: Published, scalars: Scalars) -> Published:
+    own, plain = run.setup.software, GENERATIONS["plain"]
     software = replace(
-        run.setup.software,
-        **{name: scalars[name] for name in SHARED},
+        own,  # what a generation has of its own is not fitted
+        **{name: scalars[name] for name in SHARED if getattr(own, name) == getattr(plain, name)},
         pace=scalars.get(f"pace {run.family}", run.setup.software.pace),
         low_pace=scalars.get(f"low pace {run.family}", run.setup.software.low_pace),
     )
-    if run.family == "deepseek":
-        software = replace(software, tp_hidden=run.setup.software.tp_hidden)
-    gpu = replace(run.cluster.gpu, sustained=scalars[device_of(run)])
+    known = next(CATALOGUE[c].gpu for c in CATALOGUE if CATALOGUE[c].gpu.name == run.cluster.gpu.name)
+    gpu = replace(run.cluster.gpu, sustained=scalars[device_of(run)] * run.cluster.gpu.sustained / known.sustained)
     return replace(run, setup=replace(run.setup, software=software), cluster=replace(run.cluster, gpu=gpu))
 
 

@@ -102,7 +102,7 @@ def block_time(a: Architecture, policy: Policy, cluster: Cluster, software: Soft
     plain = (*a.attention, *((*a.router, *a.shared) if moe else a.dense))
     products = _products(plain, tokens=tokens, tp=tp, policy=policy, cluster=cluster, software=software)
     grouped = _experts(a, policy, cluster, software) if moe else (0.0, 0.0, 0.0)
-    attention, attention_backward = _attention(a, policy, cluster)
+    attention, attention_backward = _attention(a, policy, cluster, software)
     moved, moved_backward = _moved(a, policy, cluster, software, moe=moe)
     scale = 1 / (software.pace * (1.0 if policy.precision in ("bf16", "fp32") else software.low_pace))
     tensor, ring = _tensor(a, policy, cluster, software, moe=moe), _ring(a, policy, cluster, attention, attention_backward)
@@ -222,14 +222,15 @@ def _experts(a: Architecture, policy: Policy, cluster: Cluster, software: Softwa
     return total[0], total[1], total[2]
 
 
-def _attention(a: Architecture, policy: Policy, cluster: Cluster) -> tuple[float, float]:
-    """A ring works on pairs of parts, of which causality leaves half; each part has two pieces of 1 / (2 cp) of the sequence."""
+def _attention(a: Architecture, policy: Policy, cluster: Cluster, software: Software) -> tuple[float, float]:
+    """A ring works on pairs of parts of 1 / cp of the sequence, of which causality leaves half of the keys, as of a whole sequence."""
     flops = policy.tokens * a.attention_flops(keys=policy.sequence_length / 2) / policy.tp
-    keys = policy.sequence_length / (policy.cp if policy.cp == 1 else 2 * policy.cp)
+    keys = policy.sequence_length / policy.cp
     width = min(1.0, (a.qk_head_dim / 128) ** 0.5) if a.qk_head_dim < 128 else 1.0  # narrow heads feed the tensor cores less well
+    reached = width * software.attention
     return (
-        attention_seconds(cluster.gpu, flops, keys=keys, backward=False) / width,
-        attention_seconds(cluster.gpu, 2.5 * flops, keys=keys, backward=True) / width,
+        attention_seconds(cluster.gpu, flops, keys=keys, backward=False) / reached,
+        attention_seconds(cluster.gpu, 2.5 * flops, keys=keys, backward=True) / reached,
     )
 
 

@@ -25,6 +25,9 @@ from quintet.spec.run import Recompute
 
 Row = Mapping[str, str]
 
+POWER = 0.4
+"""Exponent of the clock in the power that it takes: power goes with clock x voltage squared, voltage nearly with the clock; assumed."""
+
 SHAPES: tuple[tuple[str, Mapping[str, Any]], ...] = (
     (r"qwen3-next|mamba|hybrid|nemotron-h|nemotron-3", {}),
     (r"qwen3", {"qk_head_dim": 128, "v_head_dim": 128}),
@@ -149,6 +152,7 @@ def published(row: Row) -> Published:
         micro_batch=min(micro, max(1, int(batch) // layout.dp)),
         precision=precision,
         recompute=_recompute(row["recompute"].lower()),
+        recompute_share=0.5 if "selective ac" in row["recompute"].lower() else 1.0,
         mtp=_mtp(row, architecture, sequence),
         gradient_bytes=2 if re.search("NVIDIA", row["source"]) else 4,  # their recipes reduce gradients in bf16
         software=_traits(generation(name, device=cluster.gpu.name), notes),
@@ -310,8 +314,9 @@ def _layout(row: Row) -> Layout:
 
 
 def _recompute(text: str) -> Recompute:
-    """Experts that are computed again take their all-to-alls with them: nearly a whole layer."""
-    if text.startswith("full") or "moe" in text:
+    """Experts that are computed again take their all-to-alls with them: nearly a whole layer. torchtitan's selective checkpointing
+    keeps every second product."""
+    if text.startswith("full") or "moe" in text or "selective ac" in text:
         return "full"
     return "selective" if "mla" in text else "none"
 
@@ -329,7 +334,8 @@ def _cluster(row: Row) -> Cluster:
         raise NotDescribed(f"no device like {row['gpu']!r} in the catalogue")
     cluster = CATALOGUE[name]
     if "HBM2e" in row["gpu"]:  # torchtitan's H100 has 500 W and slower memory
-        gpu = replace(cluster.gpu, memory_bandwidth=2.4e12, memory_bytes=96e9, watts=500)
+        sustained = cluster.gpu.sustained * (500 / cluster.gpu.watts) ** POWER
+        gpu = replace(cluster.gpu, memory_bandwidth=2.4e12, memory_bytes=96e9, watts=500, sustained=sustained)
         cluster = replace(cluster, gpu=gpu)
     return replace(cluster, num_gpus=_whole(row, "num_gpus") or 1)
 

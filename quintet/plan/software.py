@@ -39,6 +39,8 @@ class Software:
     """Whether routing without dropped tokens makes the host wait for the device in every mixture of experts, so that launching shows."""
     kernels_per_expert: float = 6.0
     """Kernels that each local expert adds to a forward, and twice to a backward, where grouped products are not one kernel."""
+    attention: float = 1.0
+    """Share of the device's attention rates (`spec.cluster`) that the system's kernel reaches, by the papers of the kernels."""
     tp_hidden: float = 0.480
     """Share of tensor-parallel messages that runs beside products."""
     p2p_hidden: float = 0.864
@@ -78,12 +80,12 @@ GENERATIONS: dict[str, Software] = {
     for found in (
         _generation("plain", 1.0),
         _generation("eager", 1.0, launch=0.0, waits_for_host=False, tp_hidden=0.0, zero_hidden=0.0, p2p_hidden=0.0, straggle=0.0),
-        _generation("megatron 2021", 1.015),
-        _generation("megatron 2023", 1.021),
+        _generation("megatron 2021", 1.015, tp_hidden=0.0),
+        _generation("megatron 2023", 1.021, tp_hidden=0.0),
         _generation("megascale", 1.301),
         _generation("zero-bubble", 0.983),
-        _generation("llm-foundry a100", 1.043),
-        _generation("llm-foundry h100", 0.749, 0.512),
+        _generation("llm-foundry a100", 1.043, attention=0.5, zero_hidden=0.0),
+        _generation("llm-foundry h100", 0.749, 0.512, attention=0.29, zero_hidden=0.0),
         _generation("maxtext", 1.012, 1.088, waits_for_host=False),
         _generation("nemo 24", 0.977, 0.981, **_NVIDIA),
         _generation("nemo 25", 0.997, 1.055, **_NVIDIA),
@@ -92,8 +94,8 @@ GENERATIONS: dict[str, Software] = {
         _generation("bridge 25 blackwell", 1.000, 0.987, once_per_node=True, **_NVIDIA),
         _generation("bridge 26", 1.000, 1.040, once_per_node=True, **_NVIDIA),
         _generation("bridge 26 blackwell", 1.000, 1.063, once_per_node=True, **_NVIDIA),
-        _generation("megatron b200 blackwell", 0.812),
-        _generation("torchtitan", 0.517, 1.302),
+        _generation("megatron b200 blackwell", 0.812, tp_hidden=0.0),
+        _generation("torchtitan", 0.517, 1.302, attention=0.57),
         _generation("automodel", 0.809, once_per_node=True),
         _generation("primus", 1.036, 1.235),
         _generation(
