@@ -42,7 +42,13 @@ MANY = 64
 WORST = 15
 SHARED = ("moved", "ramp", "tp_hidden", "p2p_hidden")
 """Scalars of `plan.software` that all generations share."""
-DEVICES = {"hopper": ("H100", "H800", "H200"), "blackwell": ("B200", "GB200"), "ampere": ("A100", "A100 40GB"), "cdna": ("MI300X",)}
+DEVICES = {
+    "hopper": ("H100", "H800", "H200", "H20"),
+    "blackwell": ("GB200", "B200", "B300", "GB300"),
+    "ampere": ("A100", "A100 40GB", "A800"),
+    "cdna": ("MI300X", "MI325X", "MI355X"),
+}
+"""Devices whose sustained share goes with that of the first of them."""
 STEPS = {"moved": 0.3, "ramp": 150.0, "tp_hidden": 0.2, "p2p_hidden": 0.2, "hopper": 0.05, "blackwell": 0.05}
 START = {"moved": 1.5, "ramp": 500.0, "tp_hidden": 0.5, "p2p_hidden": 0.8, "hopper": 0.9, "blackwell": 0.75}
 ROUNDS = 16
@@ -97,9 +103,7 @@ def in_use() -> dict[str, float]:
     """Every fitted scalar, as the package holds it."""
     plain = GENERATIONS["plain"]
     values = {name: float(getattr(plain, name)) for name in SHARED}
-    values |= {
-        device: next(CATALOGUE[c].gpu.sustained for c in CATALOGUE if CATALOGUE[c].gpu.name in names) for device, names in DEVICES.items()
-    }
+    values |= {device: sustained(names[0]) for device, names in DEVICES.items()}
     for name, software in GENERATIONS.items():
         if name not in ("plain", "eager", "deepseek"):
             values[f"pace {name}"] = software.pace
@@ -115,9 +119,15 @@ def with_scalars(run: Published, scalars: Scalars) -> Published:
         pace=scalars.get(f"pace {run.family}", run.setup.software.pace),
         low_pace=scalars.get(f"low pace {run.family}", run.setup.software.low_pace),
     )
-    known = next(CATALOGUE[c].gpu for c in CATALOGUE if CATALOGUE[c].gpu.name == run.cluster.gpu.name)
-    gpu = replace(run.cluster.gpu, sustained=scalars[device_of(run)] * run.cluster.gpu.sustained / known.sustained)
+    device = device_of(run)
+    gpu = run.cluster.gpu
+    gpu = replace(gpu, sustained=gpu.sustained * scalars[device] / sustained(DEVICES[device][0]))
     return replace(run, setup=replace(run.setup, software=software), cluster=replace(run.cluster, gpu=gpu))
+
+
+def sustained(name: str) -> float:
+    """The share of a device of the catalogue."""
+    return next(cluster.gpu.sustained for cluster in CATALOGUE.values() if cluster.gpu.name == name)
 
 
 def device_of(run: Published) -> str:

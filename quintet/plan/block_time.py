@@ -226,8 +226,8 @@ def _attention(a: Architecture, policy: Policy, cluster: Cluster, software: Soft
     """A ring works on pairs of parts of 1 / cp of the sequence, of which causality leaves half of the keys, as of a whole sequence."""
     flops = policy.tokens * a.attention_flops(keys=policy.sequence_length / 2) / policy.tp
     keys = policy.sequence_length / policy.cp
-    width = min(1.0, (a.qk_head_dim / 128) ** 0.5) if a.qk_head_dim < 128 else 1.0  # narrow heads feed the tensor cores less well
-    reached = width * software.attention
+    narrow = min(1.0, a.qk_head_dim / 128) ** 0.5  # the fastest kernels are fed less well by narrow heads
+    reached = narrow if software.attention == 1.0 else software.attention
     return (
         attention_seconds(cluster.gpu, flops, keys=keys, backward=False) / reached,
         attention_seconds(cluster.gpu, 2.5 * flops, keys=keys, backward=True) / reached,
