@@ -40,7 +40,7 @@ HERE = Path(__file__).parent
 MANY = 64
 """Devices from which on the targets hold."""
 WORST = 15
-SHARED = ("moved", "ramp", "tp_hidden", "p2p_hidden")
+SHARED = ("moved", "tp_hidden", "p2p_hidden")
 """Scalars of `plan.software` that all generations share."""
 DEVICES = {
     "hopper": ("H100", "H800", "H200", "H20"),
@@ -49,8 +49,10 @@ DEVICES = {
     "cdna": ("MI300X", "MI325X", "MI355X"),
 }
 """Devices whose sustained share goes with that of the first of them."""
-STEPS = {"moved": 0.3, "ramp": 150.0, "tp_hidden": 0.2, "p2p_hidden": 0.2, "hopper": 0.05, "blackwell": 0.05}
-START = {"moved": 1.5, "ramp": 500.0, "tp_hidden": 0.5, "p2p_hidden": 0.8, "hopper": 0.9, "blackwell": 0.75}
+STEPS = {"moved": 0.3, "tp_hidden": 0.2, "p2p_hidden": 0.2, "hopper": 0.05, "blackwell": 0.05}
+MOVED = (1.0, 1.6, 2.4)
+"""Starts of `moved`: the loss hardly depends on it while the others follow, so that one descent would stop anywhere between."""
+START = {"moved": 1.5, "tp_hidden": 0.5, "p2p_hidden": 0.8, "hopper": 0.9, "blackwell": 0.75}
 ROUNDS = 16
 
 Scalars = Mapping[str, float]
@@ -165,7 +167,9 @@ def fit(chosen: Sequence[Published], start: Scalars, *, rounds: int = ROUNDS) ->
         if name.startswith(("pace", "low pace")):
             scalars[name] = 1.0
     recent = [r for r in chosen if re.match("nemo|bridge|maxtext", r.family)]
-    scalars = _descend(scalars, [r for r in recent if device_of(r) == "hopper"], (*SHARED, "hopper"), rounds)
+    hopper = [r for r in recent if device_of(r) == "hopper"]
+    starts = [{**scalars, "moved": moved} for moved in MOVED]
+    scalars = min((_descend(start, hopper, (*SHARED, "hopper"), rounds) for start in starts), key=lambda found: _loss(found, hopper))
     blackwell = [r for r in recent if device_of(r) == "blackwell"]
     scalars = _descend(scalars, [r for r in blackwell if r.setup.precision == "bf16"] or blackwell, ("blackwell",), rounds)
     for name in GENERATIONS:
@@ -177,20 +181,21 @@ def fit(chosen: Sequence[Published], start: Scalars, *, rounds: int = ROUNDS) ->
     return scalars
 
 
-def _descend(scalars: dict[str, float], runs: Sequence[Published], names: Iterable[str], rounds: int) -> dict[str, float]:
-    def loss(tried: Scalars) -> float:
-        return sum(abs(math.log(1 + error(with_scalars(run, tried)))) ** 1.5 for run in runs)
+def _loss(tried: Scalars, runs: Sequence[Published]) -> float:
+    return sum(abs(math.log(1 + error(with_scalars(run, tried)))) ** 1.5 for run in runs)
 
+
+def _descend(scalars: dict[str, float], runs: Sequence[Published], names: Iterable[str], rounds: int) -> dict[str, float]:
     if not runs:
         return scalars
-    steps, best = dict(STEPS), loss(scalars)
+    steps, best = dict(STEPS), _loss(scalars, runs)
     for _ in range(rounds):
         for name in names:
             for sign in (1, -1):
                 tried = {**scalars, name: scalars[name] + sign * steps[name]}
-                if not 0.01 <= tried[name] <= (1 if "hidden" in name else 5000):
+                if not 0.01 <= tried[name] <= (1 if "hidden" in name else 5):
                     continue
-                if (found := loss(tried)) < best:
+                if (found := _loss(tried, runs)) < best:
                     best, scalars = found, tried
                     break
             else:

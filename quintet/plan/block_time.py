@@ -112,9 +112,9 @@ def block_time(a: Architecture, policy: Policy, cluster: Cluster, software: Soft
     moved, moved_backward = moved + kernels[0] * LEAST_SECONDS, moved_backward + kernels[1] * LEAST_SECONDS
     forward = (products[0] + grouped[0] + attention + moved) * scale
     backward = (sum(products[1:]) + sum(grouped[1:]) + attention_backward + moved_backward) * scale
-    waits = moe and software.waits_for_host
-    launch, launch_backward = (n * software.launch - (0.0 if waits else own) for n, own in zip(kernels, (forward, backward), strict=True))
-    launch, launch_backward = max(0.0, launch), max(0.0, launch_backward)
+    host = software.launch_moe if moe else software.launch
+    launch, launch_backward = (max(0.0, n * host - own) for n, own in zip(kernels, (forward, backward), strict=True))
+    launch += software.wait if moe else 0.0
     again, dispatch_again = 0.0, 0.0
     if policy.recompute == "full":
         share = policy.recompute_share

@@ -149,11 +149,11 @@ def _fitting(setup: Setup, cluster: Cluster, *, some_layers: bool, always_select
 def _traits(software: Software, notes: str) -> Software:
     """What a row tells of its software: CUDA graphs, and all-to-alls that send a token once per node."""
     if "full-iteration cuda graph" in notes:
-        software = replace(software, launch=0.0)
+        software = replace(software, launch=0.0, launch_moe=0.0, wait=0.0)
     elif "cuda graph" in notes:  # of attention and router only
-        software = replace(software, launch=software.launch / 2)
+        software = replace(software, launch=software.launch / 2, launch_moe=software.launch_moe / 2)
     if "token-drop" in notes or "maxtext" in notes:
-        software = replace(software, waits_for_host=False)
+        software = replace(software, wait=0.0)
     # DeepEP came into NVIDIA's recipes for V3-like models in the middle of 2025.
     if re.search(r"hybridep|deepep|dgxc-benchmarking v25\.(0[7-9]|1)", notes):
         software = replace(software, once_per_node=True)

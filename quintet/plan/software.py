@@ -29,21 +29,25 @@ class Software:
     """Share of a single product's rate that a grouped product of the same shapes reaches, beyond what its tiles explain."""
     memory: float = 0.80
     """Share of the memory's bandwidth that element-wise kernels reach."""
-    moved: float = 1.294
+    moved: float = 2.299
     """Bytes that element-wise kernels move, as a factor on those of fully fused ones."""
-    ramp: float = 1190
-    """Bytes of a row or column that a core loads before it multiplies at full rate: an inner length of 128 in bf16, of 256 in fp8."""
+    ramp: float = 650
+    """Bytes of a row or column that a core loads before it multiplies at full rate: DeepGEMM's products with inner lengths of 512, 1,536 and
+    2,048 in fp8 reach 590, 990 and 1,025 TFLOP/s on an H800, of 7,168 and 16,384 1,304 and 1,358 (its README)."""
     launch: float = 8e-6
     """Seconds of the host per kernel; what launching a layer takes longer than running it shows. 0 with CUDA graphs."""
-    waits_for_host: bool = True
-    """Whether routing without dropped tokens makes the host wait for the device in every mixture of experts, so that launching shows."""
+    launch_moe: float = 20e-6
+    """The same in a mixture of experts, where more Python lies between kernels; assumed."""
+    wait: float = 4e-4
+    """Seconds that each forward of a mixture of experts loses where the host waits for the counts of rows, until it is ahead of the device
+    again; assumed. 0 where tokens are dropped or counts stay on the device."""
     kernels_per_expert: float = 6.0
     """Kernels that each local expert adds to a forward, and twice to a backward, where grouped products are not one kernel."""
     attention: float = 1.0
     """Share of the device's attention rates (`spec.cluster`) that the system's kernel reaches, by the papers of the kernels."""
-    tp_hidden: float = 0.480
+    tp_hidden: float = 0.355
     """Share of tensor-parallel messages that runs beside products."""
-    p2p_hidden: float = 0.864
+    p2p_hidden: float = 0.601
     """Share of an interleaved pipeline's messages that runs beside computation while it is full."""
     ep_hidden: float = 0.0
     """Share of all-to-alls that runs beside computation outside of DualPipe, whose overlap is simulated."""
@@ -79,25 +83,25 @@ GENERATIONS: dict[str, Software] = {
     found.name: found
     for found in (
         _generation("plain", 1.0),
-        _generation("eager", 1.0, launch=0.0, waits_for_host=False, tp_hidden=0.0, zero_hidden=0.0, p2p_hidden=0.0, straggle=0.0),
-        _generation("megatron 2021", 1.015, tp_hidden=0.0),
-        _generation("megatron 2023", 1.021, tp_hidden=0.0),
-        _generation("megascale", 1.301),
-        _generation("zero-bubble", 0.983),
-        _generation("llm-foundry a100", 1.043, attention=0.5, zero_hidden=0.0),
-        _generation("llm-foundry h100", 0.749, 0.512, attention=0.29, zero_hidden=0.0),
-        _generation("maxtext", 1.012, 1.088, waits_for_host=False),
-        _generation("nemo 24", 0.977, 0.981, **_NVIDIA),
-        _generation("nemo 25", 0.997, 1.055, **_NVIDIA),
-        _generation("nemo 25 blackwell", 1.000, 0.892, **_NVIDIA),
-        _generation("bridge 25", 1.000, 0.948, once_per_node=True, **_NVIDIA),
-        _generation("bridge 25 blackwell", 1.000, 0.987, once_per_node=True, **_NVIDIA),
-        _generation("bridge 26", 1.000, 1.040, once_per_node=True, **_NVIDIA),
-        _generation("bridge 26 blackwell", 1.000, 1.063, once_per_node=True, **_NVIDIA),
-        _generation("megatron b200 blackwell", 0.812, tp_hidden=0.0),
-        _generation("torchtitan", 0.517, 1.302, attention=0.57),
-        _generation("automodel", 0.809, once_per_node=True),
-        _generation("primus", 1.036, 1.235),
+        _generation("eager", 1.0, launch=0.0, launch_moe=0.0, wait=0.0, tp_hidden=0.0, zero_hidden=0.0, p2p_hidden=0.0, straggle=0.0),
+        _generation("megatron 2021", 0.953, tp_hidden=0.0),
+        _generation("megatron 2023", 0.960, tp_hidden=0.0),
+        _generation("megascale", 1.171),
+        _generation("zero-bubble", 0.896),
+        _generation("llm-foundry a100", 1.096, attention=0.5, zero_hidden=0.0),
+        _generation("llm-foundry h100", 1.042, 0.968, attention=0.29, zero_hidden=0.0),
+        _generation("maxtext", 1.024, 1.098, wait=0.0),
+        _generation("nemo 24", 0.972, 0.991, **_NVIDIA),
+        _generation("nemo 25", 0.989, 1.082, **_NVIDIA),
+        _generation("nemo 25 blackwell", 1.000, 0.878, **_NVIDIA),
+        _generation("bridge 25", 1.000, 0.978, once_per_node=True, **_NVIDIA),
+        _generation("bridge 25 blackwell", 1.000, 0.979, once_per_node=True, **_NVIDIA),
+        _generation("bridge 26", 1.000, 1.046, once_per_node=True, **_NVIDIA),
+        _generation("bridge 26 blackwell", 1.000, 1.085, once_per_node=True, **_NVIDIA),
+        _generation("megatron b200 blackwell", 0.808, tp_hidden=0.0),
+        _generation("torchtitan", 0.760, 1.146, attention=0.57),
+        _generation("automodel", 0.791, once_per_node=True),
+        _generation("primus", 1.036, 1.242),
         _generation(
             "deepseek",
             0.964,
@@ -106,7 +110,8 @@ GENERATIONS: dict[str, Software] = {
             pair_waits=1.08,
             tp_hidden=0.0,  # its communication cores are busy with all-to-alls
             launch=0.0,
-            waits_for_host=False,
+            launch_moe=0.0,
+            wait=0.0,
             once_per_node=True,
             low_dispatch=True,
         ),

@@ -346,7 +346,7 @@ _H100 = _gpu(
     terabytes_per_second=3.35,
     cores=132,
     attention=HOPPER,
-    sustained=0.945,
+    sustained=0.957,
     watts=700,
     dollars=2.5,
 )
@@ -361,7 +361,7 @@ _B200 = _gpu(
     terabytes_per_second=7.7,
     cores=148,
     attention=BLACKWELL,
-    sustained=0.758,
+    sustained=0.755,
     watts=1000,
     dollars=4.5,
 )
@@ -376,7 +376,7 @@ _GB200 = _gpu(
     terabytes_per_second=8.0,
     cores=152,
     attention=BLACKWELL,
-    sustained=0.758,
+    sustained=0.755,
     watts=1200,
     dollars=5.0,
 )
