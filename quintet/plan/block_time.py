@@ -202,7 +202,7 @@ def _products(
 def _experts(a: Architecture, policy: Policy, cluster: Cluster, software: Software) -> tuple[float, float, float]:
     """The routed experts of this rank, each with its mean share of rows."""
     sharing = policy.expert_tp
-    rows = policy.tokens * sharing / policy.tp * a.experts_per_token
+    rows = policy.tokens * sharing / policy.tp * a.experts_per_token * _uneven(policy, software)
     local = max(1, a.num_experts // policy.ep)
     total = [0.0, 0.0, 0.0]
     for p in a.expert:
@@ -220,6 +220,10 @@ def _experts(a: Architecture, policy: Policy, cluster: Cluster, software: Softwa
         )
         total = [x + y for x, y in zip(total, found, strict=True)]
     return total[0], total[1], total[2]
+
+
+def _uneven(policy: Policy, software: Software) -> float:
+    return 1 + software.imbalance if policy.ep > 1 else 1.0
 
 
 def _attention(a: Architecture, policy: Policy, cluster: Cluster, software: Software) -> tuple[float, float]:
@@ -304,7 +308,7 @@ def all_to_alls(a: Architecture, policy: Policy, cluster: Cluster, software: Sof
         return 0.0, 0.0
     near_ranks = within(cluster, ranks=policy.ep, stride=policy.expert_stride)
     domains = math.ceil(policy.ep / near_ranks)
-    tokens = policy.tokens / policy.tp * (1 if policy.gather_rows else policy.expert_tp)
+    tokens = policy.tokens / policy.tp * (1 if policy.gather_rows else policy.expert_tp) * _uneven(policy, software)
     chosen = a.experts_per_token
     far = chosen * (domains - 1) / domains
     if software.once_per_node and domains > 1:

@@ -43,9 +43,9 @@ class Blocks:
     head: BlockTime
 
 
-def blocks(setup: Setup, cluster: Cluster) -> Blocks:
-    """Of one micro-batch."""
-    a, policy, software = setup.architecture, policy_of(setup), setup.software
+def blocks(setup: Setup, cluster: Cluster, *, paired: bool = False) -> Blocks:
+    """Of one micro-batch, on its own or `paired` with another whose messages run beside it."""
+    a, policy, software = setup.architecture, policy_of(setup), setup.software if paired else setup.software.alone
     block, end = (block_time, _end) if cluster.eager is None else (eager_block, eager_end)
     return Blocks(
         dense=block(a, policy, cluster, software, moe=False) if a.num_layers > a.num_moe_layers else BlockTime(),
