@@ -39,9 +39,9 @@ class Software:
     """Seconds of the host per kernel; what launching a layer takes longer than running it shows. 0 with CUDA graphs."""
     launch_moe: float = 20e-6
     """The same in a mixture of experts, where more Python lies between kernels; assumed."""
-    wait: float = 4e-4
+    wait: float = 8e-4
     """Seconds that each forward of a mixture of experts loses where the host waits for the counts of rows, until it is ahead of the device
-    again; assumed. 0 where tokens are dropped or counts stay on the device."""
+    again: about 40 kernels' launches; assumed. 0 where tokens are dropped or counts stay on the device."""
     kernels_per_expert: float = 6.0
     """Kernels that each local expert adds to a forward, and twice to a backward, where grouped products are not one kernel."""
     attention: float = 1.0
