@@ -136,7 +136,7 @@ def plan(given: Arguments, run: Run, cluster: Cluster) -> Planned:
     found = Found() if given.alone else search(base, cluster, model=run.model, top=given.top, goal=given.goal)
     nearest = []
     if (own and not own.fits) or (not given.alone and not found.best):
-        nearest = nearest_possible(base, cluster, model=run.model)
+        nearest = nearest_possible(base, cluster, model=run.model, searched=None if given.alone else found)
     return Planned(cluster=cluster, own=own, found=found, nearest=nearest, notes=notes)
 
 
