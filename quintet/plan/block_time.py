@@ -13,6 +13,8 @@ from quintet.plan.rates import attention_seconds, exchange_seconds, gather_secon
 from quintet.plan.setup import SIZE, Precision
 from quintet.plan.software import Software
 from quintet.spec.cluster import Cluster
+from quintet.spec.layout import Layout
+from quintet.spec.model import Model
 
 KERNELS = {"dense": (26, 44), "moe": (70, 110)}
 """Kernels of a block, forward and backward, that a host launches one by one: counted in traces of Megatron-style blocks, assumed alike."""
@@ -36,6 +38,8 @@ class Policy:
     expert_tp: int
     expert_stride: int
     """How far apart neighbours of an ep group lie."""
+    own: tuple[Model, Layout] | None = None
+    """On a CPU, where messages are those of Quintet's runtime (`cost`): its model and layout."""
     gather_rows: bool
     """Whether rows are gathered over tp behind the all-to-all, or tokens before it."""
     precision: Precision
