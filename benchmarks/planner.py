@@ -116,9 +116,10 @@ def in_use() -> dict[str, float]:
 
 def with_scalars(run: Published, scalars: Scalars) -> Published:
     own, plain = run.setup.software, GENERATIONS["plain"]
+    shared: dict[str, Any] = {name: scalars[name] for name in SHARED if getattr(own, name) == getattr(plain, name)}
     software = replace(
         own,  # what a generation has of its own is not fitted
-        **{name: scalars[name] for name in SHARED if getattr(own, name) == getattr(plain, name)},
+        **shared,
         pace=scalars.get(f"pace {run.family}", run.setup.software.pace),
         low_pace=scalars.get(f"low pace {run.family}", run.setup.software.low_pace),
     )

@@ -215,8 +215,8 @@ def allowed(setup: Setup) -> bool:
 def _first_that_fits(
     setup: Setup, cluster: Cluster, space: Space, found: Found, too_large: set[tuple[str, int, str]], *, limit: float
 ) -> Estimate | None:
-    """`too_large` holds the schedules and policies of the layout that smaller micro-batches do not fit with either: half as many micro-batches
-    in flight of twice the size keep no less."""
+    """`too_large` holds the schedules and policies of the layout that smaller micro-batches did not fit with: fewer in flight of twice the
+    size keep no less."""
     for recompute in space.recompute:
         if (setup.schedule, setup.chunks, recompute) in too_large:
             continue

@@ -22,8 +22,8 @@ class Software:
     low_pace: float = 1.0
     """The same on top for fp8 and nvfp4 steps: what casting and scaling cost. (Casts counted by their bytes did not improve the fit.)"""
     cores: float = 1.0
-    """Share of the device's cores that is left to the computation of an overlapped pair, while kernels move tokens: 112 of 132 in DeepSeek's
-    trace."""
+    """Share of the device's cores that is left to the computation of an overlapped pair, while kernels move tokens: 112 of 132 in
+    DeepSeek's trace."""
     all_to_all: float = 1.0
     """Share of the links' long-message rate that all-to-alls reach beside that computation."""
     grouped: float = 1.0
@@ -33,8 +33,8 @@ class Software:
     moved: float = 2.299
     """Bytes that element-wise kernels move, as a factor on those of fully fused ones."""
     ramp: float = 650
-    """Bytes of a row or column that a core loads before it multiplies at full rate: DeepGEMM's products with inner lengths of 512, 1,536 and
-    2,048 in fp8 reach 590, 990 and 1,025 TFLOP/s on an H800, of 7,168 and 16,384 1,304 and 1,358 (its README)."""
+    """Bytes of a row or column that a core loads before it multiplies at full rate: DeepGEMM's products with inner lengths of 512, 1,536
+    and 2,048 in fp8 reach 590, 990 and 1,025 TFLOP/s on an H800, of 7,168 and 16,384 1,304 and 1,358 (its README)."""
     launch: float = 8e-6
     """Seconds of the host per kernel; what launching a layer takes longer than running it shows. 0 with CUDA graphs."""
     launch_moe: float = 20e-6
@@ -63,8 +63,8 @@ class Software:
     low_dispatch: bool = False
     """Whether dispatch sends fp8."""
     imbalance: float = 0.0
-    """How many more rows than the mean the busiest rank of an ep group has: its experts and messages take so much longer. Benchmarks balance
-    routing by force; of real routing, balanced by bias, the same 10 % are assumed as in memory."""
+    """How many more rows than the mean the busiest rank of an ep group has: its experts and messages take so much longer. Benchmarks
+    balance routing by force; of real routing, balanced by bias, the same 10 % are assumed as in memory."""
     straggle: float = 0.003
     """Share by which a step gets longer whenever devices double beyond one domain of fast links."""
 

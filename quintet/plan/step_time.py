@@ -69,7 +69,7 @@ def step_time(setup: Setup, cluster: Cluster) -> Timed:
     found = blocks(setup, cluster)
     layout, a = setup.layout, setup.architecture
     cut = parts(setup, found)
-    stages, paired = _stage_times(setup, cut, found), ()
+    stages = paired = _stage_times(setup, cut, found)
     if setup.schedule.startswith("dualpipe") and setup.software.alone != setup.software:
         paired = _stage_times(setup, cut, blocks(setup, cluster, paired=True))
     stride = layout.num_ranks // layout.pp

@@ -494,7 +494,14 @@ CATALOGUE: dict[str, Cluster] = {
     ),
     "mi300x": Cluster(gpu=_MI300X, link=Link(bandwidth=448 * GIGA, share=0.7, latency=10e-6), network=_NIC_400),
     "mi325x": Cluster(
-        gpu=replace(_MI300X, name="MI325X", memory_bytes=275 * GIGA, memory_bandwidth=6 * TERA, sustained=_under_power(_MI300X, 1000), watts=1000),
+        gpu=replace(
+            _MI300X,
+            name="MI325X",
+            memory_bytes=275 * GIGA,
+            memory_bandwidth=6 * TERA,
+            sustained=_under_power(_MI300X, 1000),
+            watts=1000,
+        ),
         link=Link(bandwidth=448 * GIGA, share=0.7, latency=10e-6),
         network=_NIC_400,
     ),

@@ -19,8 +19,8 @@ from quintet.plan.explain import FORMULAS, compare, explain
 from quintet.plan.page import Scaling, _in_flight, page
 from quintet.plan.rehearse import rehearse
 from quintet.plan.setup import Setup, of_run
-from quintet.plan.stages import blocks
 from quintet.plan.software import GENERATIONS, generation
+from quintet.plan.stages import blocks
 from quintet.spec import parse
 from quintet.spec.cluster import Cluster, named
 from quintet.spec.layout import Layout
