@@ -240,7 +240,7 @@ def nearest_possible(
     wanted: Setup, cluster: Cluster, *, model: Model, space: Space | None = None, searched: Found | None = None
 ) -> list[tuple[str, Estimate]]:
     """What would fit, each changing one thing more than the last: the wanted layout with more recomputation, smaller micro-batches or more
-    ZeRO; another layout on the same devices, of those already `searched` if they were; the same on more devices."""
+    ZeRO; another layout on the same devices, of those already `searched` if they were; on fewer, rounder numbers of devices; on more."""
     found: list[tuple[str, Estimate]] = []
     layout = wanted.layout
     for what, change in (
@@ -256,14 +256,16 @@ def nearest_possible(
     searched = searched or search(wanted, cluster, model=model, space=space, top=1)
     if searched.best:
         found.append(("another layout", searched.best[0]))
-    for factor in (2, 4, 8, 16, 32):
-        larger = replace(cluster, num_gpus=cluster.num_gpus * factor)
-        if found and found[-1][0] == "another layout":
-            break
-        batch = max(wanted.batch_sequences, 1)
-        if best := search(replace(wanted, batch_sequences=batch), larger, model=model, space=space, top=1).best:
-            found.append((f"{factor} x the devices", best[0]))
-            break
+        return found
+    n = cluster.num_gpus
+    rounder = {n - n % (cluster.domain * times): f"{n % (cluster.domain * times)} devices fewer" for times in (1, 8, 32)}
+    more = {n * factor: f"{factor} x the devices" for factor in (2, 4, 8, 16, 32)}
+    for sizes in (rounder, more):
+        for size, what in sizes.items():
+            other = replace(cluster, num_gpus=size) if 0 < size != n else cluster
+            if other is not cluster and (best := search(wanted, other, model=model, space=space, top=1).best):
+                found.append((what, best[0]))
+                break
     return found
 
 
