@@ -299,7 +299,7 @@ class Judge:
 
     def _cleaned(self, documents: Sequence[Document]) -> tuple[list[Document], list[bytes]]:
         kept = [self._edited(document) for document in documents] if self.edits else list(documents)
-        self._read_bytes += sum(len(document.raw) for document in kept)
+        self._read_bytes += sum([len(document.raw) for document in kept])
         if self.edits:
             full = [document for document in kept if document.raw.strip()]
             self._emptied += len(kept) - len(full)
@@ -313,7 +313,7 @@ class Judge:
         if text == document.text:
             return document
         self._changed += 1
-        return document._replace(text=text, raw=text.encode())
+        return msgspec.structs.replace(document, text=text, raw=text.encode())
 
     def _judged(self, documents: Sequence[Document], raws: Sequence[bytes]) -> NDArray[np.bool_]:
         texts = Texts(raws)

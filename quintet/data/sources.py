@@ -24,9 +24,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple, Protocol, get_args
+from typing import IO, Any, Literal, Protocol, get_args
 
 import fsspec
+import msgspec
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -121,8 +122,8 @@ class Listing:
         return sum(file.num_bytes for file in self.files)
 
 
-class Document(NamedTuple):
-    """One piece of text."""
+class Document(msgspec.Struct, frozen=True, gc=False):
+    """One piece of text; a Struct, because there are very many."""
 
     text: str
     """Not empty, and without NUL."""
