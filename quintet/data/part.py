@@ -215,10 +215,7 @@ def _columns(data: Data, documents: Sequence[Document], raws: Sequence[bytes]) -
         "sizes": np.array([len(raw) for raw in raws], np.uint32),
     }
     if dedup := data.dedup:
-        found = [
-            minhash.bands(Texts(group), ngram=dedup.ngram, bands=dedup.bands, rows=dedup.rows)
-            for group in grouped(raws, GROUP_BYTES)
-        ]
+        found = [minhash.bands(Texts(group), ngram=dedup.ngram, bands=dedup.bands, rows=dedup.rows) for group in grouped(raws, GROUP_BYTES)]
         columns["exact"] = minhash.exact(raws)
         columns["bands"] = np.concatenate([np.empty((0, dedup.bands), np.uint64), *found]).T
     return columns

@@ -144,9 +144,7 @@ def test_held_out_rows_are_the_same_each_time_however_they_are_batched_and_never
 
     shard, fim = mixed[0].sources["code"].held_out, mixed[0].tokenizer.fim
     everything = read(7, 10_000)
-    assert equal(everything, read(3, 10_000)) and equal(
-        read(2, 5), [b.rows(slice(5)) for b in everything[:1]]
-    )
+    assert equal(everything, read(3, 10_000)) and equal(read(2, 5), [b.rows(slice(5)) for b in everything[:1]])
     assert [len(batch.inputs) for batch in read(2, 5)] == [2, 2, 1]
     assert fim is not None and not any((batch.inputs == fim.begin).any() for batch in everything)
     real = torch.cat([batch.inputs[batch.document_ids >= 0] for batch in everything])

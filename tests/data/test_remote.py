@@ -87,7 +87,9 @@ def test_a_source_on_google_storage_or_the_hub_is_prepared_and_read_again_where_
     with serving(kind, files) as endpoint:
         monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": endpoint})
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", endpoint)
-        assert [file.path for file in list_files(source(url)).files] == [f"{url}/{name}" for name in ("a.jsonl", "d.jsonl.gz", "deep/b.txt")]
+        assert [file.path for file in list_files(source(url)).files] == [
+            f"{url}/{name}" for name in ("a.jsonl", "d.jsonl.gz", "deep/b.txt")
+        ]
         assert len(list_files(source(f"{url}/deep/*.txt")).files) == 1
         statistics = prepare(data, vocab_size=400, seed=0).sources["code"].statistics
         assert statistics.read == 3 and statistics.skipped == {"not_text": 1, "corrupt_file": 1}
