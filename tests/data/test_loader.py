@@ -56,6 +56,13 @@ def test_shapes_types_and_labels_shifted_by_one(mixed: Mixed) -> None:
     assert (batch.labels[:, :-1][~inside] == IGNORED).all()
 
 
+def test_some_rows_of_a_batch_are_a_batch(mixed: Mixed) -> None:
+    batch = loader(mixed).next_batch(7)
+    some = batch.rows(slice(1, None, 3))
+    for name in ("inputs", "labels", "document_ids"):
+        assert torch.equal(getattr(some, name), getattr(batch, name)[1::3])
+
+
 def test_padding_has_no_loss(mixed: Mixed) -> None:
     batches = [loader(mixed, sequence_length=500).next_batch(40)]
     padding = batches[0].document_ids < 0

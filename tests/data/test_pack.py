@@ -53,6 +53,11 @@ def test_the_permutation_is_one_and_any_part_of_it_can_be_computed(size: int, ke
     assert Permutation(size, key=key)(np.arange(size // 2, size)).tolist() == whole[size // 2 :].tolist()
 
 
+def test_the_permutation_is_that_of_the_runs_that_were_begun_before() -> None:
+    assert Permutation(12, key=2**63 + 9)(np.arange(12)).tolist() == [6, 4, 3, 11, 10, 8, 5, 7, 9, 2, 0, 1]
+    assert Permutation(3 * 10**9 + 7, key=5)(np.array([0, 1, 10**9])).tolist() == [2842576462, 1075468109, 890093383]
+
+
 def test_the_permutation_mixes_well_and_differs_by_key() -> None:
     orders = np.stack([Permutation(5000, key=key)(np.arange(5000)) for key in range(40)])
     # Spread of a uniform variable over 5000 values: its mean has standard error 228 in 40 draws, neighbours are uncorrelated.
