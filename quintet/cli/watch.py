@@ -18,10 +18,12 @@ from quintet.monitor.sinks import Plain
 from quintet.monitor.status import Status, read_status
 from quintet.monitor.units import duration
 from quintet.spec import parse
-from quintet.train.directory import METRICS, RECIPE
+from quintet.train.directory import METRICS, RECIPE, is_held
 
 LOOK_EVERY = 0.5
 """Seconds between two looks at the files."""
+GONE_SECONDS = 15.0
+"""Without news, after which it is asked whether the run's process still holds its directory."""
 PICTURE_WIDTH = 110
 """Characters in a line of the picture."""
 
@@ -74,13 +76,19 @@ class View:
         else:
             for event in events:
                 self.live.write(event)
-        if self.status is None:
-            self.live.note = "not begun yet"
-        else:
-            ago = f"{duration(time.time() - self.status.updated)} ago"
+        if self.status is not None:
             self.live.began = self.status.started
-            self.live.note = f"last news {ago}" if self.status.exit_code is None else f"{self.status.verdict}, {ago}"
+        self.live.note = self._note()
         return self.live
+
+    def _note(self) -> str:
+        if self.status is None:
+            return "not begun yet"
+        seconds = time.time() - self.status.updated
+        if self.status.exit_code is not None:
+            return f"{self.status.verdict}, {duration(seconds)} ago"
+        gone = seconds > GONE_SECONDS and not is_held(self._directory)
+        return f"last news {duration(seconds)} ago" + ("; no process here trains it" if gone else "")
 
     def _now(self) -> float:
         return time.time() if self.status is None or self.status.exit_code is None else self.status.updated

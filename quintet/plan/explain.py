@@ -39,7 +39,8 @@ FORMULAS = {
     "block.attention": "2 x S/2 x H x (q + v) operations per token / (bf16 peak x {attention:.3g} x S / (S + {attention_half:.0f}))",
     "block.moved": "bytes of norms, residuals, rotary embedding, activations and routing of {tokens} tokens, x {moved} for what is not "
     "fused, / {memory_rate:.4g} B/s",
-    "block.launch": "kernels x {launch:.2g} s of the host: where experts wait for counts all of it shows, elsewhere what exceeds the work",
+    "block.launch": "what kernels x {launch:.2g} s of the host exceed the work; in mixtures of experts {launch_moe:.2g} s, and forward a "
+    "wait of {wait:.2g} s",
     "block.again": "recompute {recompute}: what backward computes again",
     "block.tensor": "gathers and scatters of {tokens} tokens over tp = {tp}, {tp_shown:.0%} of them shown",
     "block.ring": "what a ring step's message takes longer than its attention, x (cp - 1), cp = {cp}",
@@ -127,6 +128,8 @@ def _context(found: Estimate) -> dict[str, object]:
         "tokens": setup.tokens,
         "moved": software.moved,
         "launch": software.launch,
+        "launch_moe": software.launch_moe,
+        "wait": software.wait,
         "tp": layout.tp,
         "tp_shown": 1 - software.tp_hidden,
         "cp": layout.cp,

@@ -11,7 +11,7 @@ from quintet.plan.costs import Costs, Stage, durations, stages
 from quintet.schedule.clock import Timeline, walk
 from quintet.schedule.held import peak
 from quintet.schedule.table import Schedule
-from quintet.spec.layout import require_legal
+from quintet.spec.legal import require_legal
 from quintet.spec.run import Run
 
 

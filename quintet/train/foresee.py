@@ -30,8 +30,18 @@ def refusals(run: Run) -> list[str]:
 
 def doubts(run: Run) -> list[str]:
     """What `train` would try here although it bodes ill: more memory than there is, more threads than cores, options without effect."""
-    told = (_memory(run), _threads(run.train), *without_effect(run.layout), *at_odds(run.layout, run.train))
+    told = (_memory(run), _threads(run.train), _adaptive(run), *without_effect(run.layout), *at_odds(run.layout, run.train))
     return [message for message in told if message]
+
+
+def _adaptive(run: Run) -> str | None:
+    if not run.train.adaptive:
+        return None
+    if run.layout.pp == 1:
+        return "train.adaptive has no effect: it evens out the stages of a pipeline, and layout.pp is 1"
+    if run.checkpoint.every is None:
+        return "train.adaptive has no effect: it acts at checkpoints amid the run, and checkpoint.every is absent"
+    return None
 
 
 def require_schedule(run: Run) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -13,7 +15,8 @@ from quintet.cli.main import main
 from quintet.cli.watch import follow, past
 from quintet.monitor.metrics import Event, Message
 from quintet.monitor.sinks import JsonLines
-from quintet.monitor.status import StatusFile
+from quintet.monitor.status import StatusFile, read_status, write_status
+from quintet.train.directory import held
 from tests.monitor.events import evaluated, record, saved
 
 
@@ -72,6 +75,18 @@ def test_a_look_shows_the_panel_and_how_the_run_ended(directory: Path, capsys: p
     assert main(["watch", str(directory), "--once"]) == 0
     text = capsys.readouterr().out
     assert "step 9/10" in text and "stdlib 4.2500" in text and "failed, " in text
+
+
+def test_a_run_whose_process_was_killed_is_told_from_one_that_is_slow(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(directory, record(1))
+    status = read_status(directory)
+    assert status is not None
+    write_status(directory, replace(status, updated=time.time() - 60))
+    with held(directory):
+        assert main(["watch", str(directory), "--once"]) == 0
+    assert "last news 1m 00s ago ─" in capsys.readouterr().out
+    assert main(["watch", str(directory), "--once"]) == 0
+    assert "last news 1m 00s ago; no process here trains it ─" in capsys.readouterr().out
 
 
 def test_a_run_without_a_step_is_waited_for(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:

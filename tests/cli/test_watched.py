@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quintet.cli.generate import pieces, refuse_broken_text
+from quintet.cli.generate import pieces
 from quintet.cli.main import main
+from quintet.cli.options import refuse_broken_text
 from quintet.cli.watched import watched
 from quintet.errors import CheckpointError, NumericsError, UsageError
 from quintet.monitor.metrics import read_events
@@ -91,10 +92,10 @@ def test_a_character_is_printed_with_its_last_byte_and_what_is_no_text_does_not_
 
 @given(st.text())
 def test_a_prompt_of_any_text_passes(text: str) -> None:
-    refuse_broken_text(text)
+    refuse_broken_text("--prompt", text)
 
 
 def test_a_prompt_that_is_not_utf_8_is_a_usage_error_with_the_byte() -> None:
     prompt = b"caf\xe9".decode(errors="surrogateescape")  # as Python hands over the bytes of a command line
     with pytest.raises(UsageError, match=r"--prompt is not UTF-8 text: b'\\xe9' after 'caf'"):
-        refuse_broken_text(prompt)
+        refuse_broken_text("--prompt", prompt)
