@@ -7,8 +7,10 @@ import statistics
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from quintet.errors import UsageError
+from quintet.errors import SpecError, UsageError
 from quintet.plan.estimate import estimate
 from quintet.plan.published import NotDescribed, published, read
 
@@ -104,11 +106,26 @@ def test_recomputation_that_is_not_told_is_as_much_as_memory_asks_for() -> None:
         ({"gpu": "TPU v5p"}, "no device like 'TPU v5p' in the catalogue"),
         ({"tokens_per_s_per_gpu": "", "mfu_pct": "50"}, "no speed whose convention is known"),
         ({"overlap_notes": "ZB-2p; 24 microbatches"}, "a schedule that Quintet does not have"),
+        ({"layers": "1e9"}, r"an absurd layers \(1e\+09\)"),
+        ({"vpp": "400"}, "more stages than layers"),
+        ({"heads": "10000"}, "no shape"),
     ],
 )
 def test_a_row_that_says_too_little_is_left_out_with_the_reason(changes: dict[str, str], reason: str) -> None:
     with pytest.raises(NotDescribed, match=reason):
         published(row(**changes))
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_spoilt_row_is_described_or_left_out_with_a_reason(data: st.DataObject) -> None:
+    values = st.sampled_from(("", "0", "3", "abc", "-1", "1e9", "0.5", "nan", "inf", "GB300", "NVFP4", "full", "MLA", "Mixtral-8x7B", None))
+    spoilt = data.draw(st.dictionaries(st.sampled_from(sorted(row())), values, max_size=4))
+    try:
+        found = published({**row(), **spoilt})  # type: ignore[arg-type, dict-item]
+    except (NotDescribed, SpecError):
+        return
+    assert estimate(found.setup, found.cluster).seconds > 0
 
 
 def test_a_file_that_is_no_table_is_refused(tmp_path: Path) -> None:
