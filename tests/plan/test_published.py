@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from quintet.errors import SpecError, UsageError
 from quintet.plan.estimate import estimate
 from quintet.plan.published import NotDescribed, published, read
+from quintet.spec.cluster import CATALOGUE
 
 TABLE = Path(__file__).parents[2] / "benchmarks" / "published_runs.csv"
 LLAMA = {
@@ -43,6 +45,22 @@ def row(**changes: str) -> dict[str, str]:
     with TABLE.open(newline="") as file:
         names = next(csv.reader(file))
     return {name: "" for name in names} | LLAMA | changes
+
+
+def test_an_older_kernel_and_a_lower_power_limit_take_longer() -> None:
+    """The first FlashAttention in Triton, and torchtitan's devices of 500 W, whose selective checkpointing computes half again."""
+    mpt = published(row(source="MosaicML llm-foundry MPT benchmarks (FSDP)", overlap_notes="FSDP FULL_SHARD", tp="", pp="", vpp="", cp=""))
+    block = estimate(mpt.setup, mpt.cluster).timed.blocks.dense
+    newer = replace(mpt.setup, software=replace(mpt.setup.software, attention=1.0))
+    assert block.attention == pytest.approx(estimate(newer, mpt.cluster).timed.blocks.dense.attention / 0.29)
+    titan = published(row(source="torchtitan benchmarks", gpu="H100 96GB HBM2e 500W", recompute="selective AC", pp="1", vpp=""))
+    assert titan.cluster.gpu.sustained == pytest.approx(CATALOGUE["h100"].gpu.sustained * (500 / 700) ** 0.4)
+    assert (titan.setup.recompute, titan.setup.recompute_share) == ("full", 0.5)
+
+
+def test_software_that_nobody_named_is_that_of_the_devices_day() -> None:
+    assert published(row(source="some paper")).family == "plain"
+    assert published(row(source="some paper", gpu="A100")).family == "megatron 2021"
 
 
 def test_a_row_becomes_a_setup() -> None:
