@@ -28,7 +28,8 @@ from quintet.spec import parse
 from quintet.spec.cluster import Cluster, as_tree, dumps, named
 from quintet.spec.curriculum import curriculum
 from quintet.spec.curve import Curve
-from quintet.spec.layout import Layout, require_legal
+from quintet.spec.layout import Layout
+from quintet.spec.legal import require_legal
 from quintet.spec.run import Run
 
 GIGA = 1e9

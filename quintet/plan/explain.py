@@ -54,7 +54,8 @@ FORMULAS = {
     "memory.gathered": "ZeRO 3: whole weights and gradients of two layers",
     "memory.activations": "{in_flight:.3g} micro-batches of the rank's share in flight, counted in the schedule "
     "{schedule}, x {layers} layers x "
-    "{layer_bytes:.4g} bytes that a layer keeps under recompute {recompute} (plan/memory.py, cost/activations.py), and what losses keep",
+    "{layer_bytes:.4g} bytes that a layer keeps under recompute {recompute} (plan/memory.py, cost/activations.py), or "
+    "keeps for weight gradients that are put off, and what losses keep",
     "memory.recomputation": "what one layer holds besides while backward computes it again",
     "memory.logits": "logits in bf16 and fp32 and their gradient, of the tokens of a loss chunk, vocabulary / tp",
     "memory.messages": "the largest message and its copy, and two of the pipeline",
@@ -139,7 +140,7 @@ def _context(found: Estimate) -> dict[str, object]:
         "all_to_all": software.all_to_all,
         "weights": common + experts,
         "shard3": ", divided by its replicas" if layout.zero == 3 else "",
-        "in_flight": peaks[fullest] / per_rank,
+        "in_flight": max(kept + put_off for kept, put_off in peaks[fullest]) / per_rank,
         "layers": found.timed.parts[fullest].num_blocks * per_rank,
         "layer_bytes": block_bytes(setup, policy_of(setup), moe=bool(a.num_moe_layers)),
         "imbalance": IMBALANCE,
