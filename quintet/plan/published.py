@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,6 +44,13 @@ GPUS = (
     (r"mi3|instinct", "mi300x"),
 )
 """Pattern of a device's name -> its name in the catalogue."""
+
+
+MOST = {
+    **dict.fromkeys(("hidden", "heads", "ffn", "moe_ffn", "vocab", "seq", "num_gpus", "global_batch", "micro_batch"), 10_000_000),
+    **dict.fromkeys(("layers", "experts", "topk", "tp", "pp", "vpp", "cp", "ep", "etp"), 10_000),
+}
+"""Column -> what is no typing error yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +100,15 @@ def read(path: Path) -> tuple[list[Published], list[tuple[Row, str]]]:
 
 def published(row: Row) -> Published:
     """One row. Raises NotDescribed, or SpecError where it breaks a rule."""
+    row = defaultdict(str, {column: value or "" for column, value in row.items()})
+    row |= filled(row)
+    for column, most in MOST.items():
+        if (value := _number(row, column)) is not None and not 0 <= value <= most:
+            raise NotDescribed(f"an absurd {column} ({value:g})")
     architecture, cluster, name = _architecture(row), _cluster(row), family(row)
     layout = _layout(row)
+    if layout.num_stages > architecture.num_layers + 2:
+        raise NotDescribed("more stages than layers")
     sequence = _whole(row, "seq")
     batch = _number(row, "global_batch") or (_number(row, "micro_batch") or 0) * layout.dp
     if layout.pp > 1 and not _number(row, "global_batch"):
@@ -186,7 +201,7 @@ def family(row: Row) -> str:
     """The generation of the software that ran."""
     text = f"{row['source']} {row['overlap_notes'] if 'MaxText' in row['overlap_notes'] else ''}|{row['overlap_notes']}|{row['gpu']}"
     if "llm-foundry" in text:
-        return f"llm-foundry {row['gpu'].split()[0].lower()}"
+        return "llm-foundry a100" if row["gpu"].startswith("A") else "llm-foundry h100"
     unknown = "megatron 2021" if row["gpu"].startswith("A") else "plain"
     return next((name for pattern, name in FAMILIES if re.search(pattern, text)), unknown)
 
@@ -195,9 +210,9 @@ def _architecture(row: Row) -> Architecture:
     name = row["model"].lower()
     if re.search(UNKNOWN, name):
         raise NotDescribed("hybrid models are not modelled")
-    row, known = filled(row), beside(name)
+    known = beside(name)
     hidden, layers, heads = _whole(row, "hidden"), _whole(row, "layers"), _whole(row, "heads")
-    if not hidden or not layers or not heads:
+    if not hidden or not layers or not heads or heads > hidden:
         raise NotDescribed("no shape")
     experts = _whole(row, "experts") or 0
     kv = row["kv_heads_or_mla"]

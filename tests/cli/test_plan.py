@@ -112,6 +112,7 @@ def test_a_claimed_layout_is_held_against_its_claims(capsys: pytest.CaptureFixtu
         (("--gpus", "99999999999"), "num_gpus (99,999,999,999) must be at most 1,048,576"),
         (("--what-if", "lnk=2x"), "--what-if knows no 'lnk' (did you mean 'link'?)"),
         (("--what-if", "link"), "must be a name, '=' and a factor"),
+        (("--what-if", "link=2x", "link=3x"), "--what-if names link more than once"),
         (("--layout.schedule", "dualpip"), "dualpipe"),
         (("--software", "deepsek"), "no software 'deepsek' (did you mean 'deepseek'?)"),
         (("--preset", "4x5"), "(did you mean '4x4'?)"),

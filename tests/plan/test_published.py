@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import csv
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from quintet.errors import UsageError
+from quintet.errors import SpecError, UsageError
 from quintet.plan.estimate import estimate
 from quintet.plan.published import NotDescribed, published, read
+from quintet.spec.cluster import CATALOGUE
 
 TABLE = Path(__file__).parents[2] / "benchmarks" / "published_runs.csv"
 LLAMA = {
@@ -41,6 +45,22 @@ def row(**changes: str) -> dict[str, str]:
     with TABLE.open(newline="") as file:
         names = next(csv.reader(file))
     return {name: "" for name in names} | LLAMA | changes
+
+
+def test_an_older_kernel_and_a_lower_power_limit_take_longer() -> None:
+    """The first FlashAttention in Triton, and torchtitan's devices of 500 W, whose selective checkpointing computes half again."""
+    mpt = published(row(source="MosaicML llm-foundry MPT benchmarks (FSDP)", overlap_notes="FSDP FULL_SHARD", tp="", pp="", vpp="", cp=""))
+    block = estimate(mpt.setup, mpt.cluster).timed.blocks.dense
+    newer = replace(mpt.setup, software=replace(mpt.setup.software, attention=1.0))
+    assert block.attention == pytest.approx(estimate(newer, mpt.cluster).timed.blocks.dense.attention / 0.29)
+    titan = published(row(source="torchtitan benchmarks", gpu="H100 96GB HBM2e 500W", recompute="selective AC", pp="1", vpp=""))
+    assert titan.cluster.gpu.sustained == pytest.approx(CATALOGUE["h100"].gpu.sustained * (500 / 700) ** 0.4)
+    assert (titan.setup.recompute, titan.setup.recompute_share) == ("full", 0.5)
+
+
+def test_software_that_nobody_named_is_that_of_the_devices_day() -> None:
+    assert published(row(source="some paper")).family == "plain"
+    assert published(row(source="some paper", gpu="A100")).family == "megatron 2021"
 
 
 def test_a_row_becomes_a_setup() -> None:
@@ -104,11 +124,26 @@ def test_recomputation_that_is_not_told_is_as_much_as_memory_asks_for() -> None:
         ({"gpu": "TPU v5p"}, "no device like 'TPU v5p' in the catalogue"),
         ({"tokens_per_s_per_gpu": "", "mfu_pct": "50"}, "no speed whose convention is known"),
         ({"overlap_notes": "ZB-2p; 24 microbatches"}, "a schedule that Quintet does not have"),
+        ({"layers": "1e9"}, r"an absurd layers \(1e\+09\)"),
+        ({"vpp": "400"}, "more stages than layers"),
+        ({"heads": "10000"}, "no shape"),
     ],
 )
 def test_a_row_that_says_too_little_is_left_out_with_the_reason(changes: dict[str, str], reason: str) -> None:
     with pytest.raises(NotDescribed, match=reason):
         published(row(**changes))
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_spoilt_row_is_described_or_left_out_with_a_reason(data: st.DataObject) -> None:
+    values = st.sampled_from(("", "0", "3", "abc", "-1", "1e9", "0.5", "nan", "inf", "GB300", "NVFP4", "full", "MLA", "Mixtral-8x7B", None))
+    spoilt = data.draw(st.dictionaries(st.sampled_from(sorted(row())), values, max_size=4))
+    try:
+        found = published({**row(), **spoilt})  # type: ignore[arg-type, dict-item]
+    except (NotDescribed, SpecError):
+        return
+    assert estimate(found.setup, found.cluster).seconds > 0
 
 
 def test_a_file_that_is_no_table_is_refused(tmp_path: Path) -> None:

@@ -129,3 +129,9 @@ def test_the_arithmetic_of_claims_is_told() -> None:
     assert "= 8,192 devices, not 2,048" in presets.arithmetic(presets.preset("tp8-pp16-dp64"))[0]
     with pytest.raises(UsageError, match="did you mean '4x4'"):
         presets.preset("4x5")
+
+
+def test_an_odd_number_of_devices_is_answered_by_a_rounder_one_below() -> None:
+    cluster = named("h800", num_gpus=1031)
+    near = dict(nearest_possible(base(LARGE, batch=15360, precision="fp8"), cluster, model=LARGE.model))
+    assert near["7 devices fewer"].setup.layout.num_ranks == 1024 and near["7 devices fewer"].fits
