@@ -35,7 +35,10 @@ _REMEDY = {
     errno.EDQUOT: "the disk quota is used up; free some space, or keep fewer checkpoints (checkpoint.keep_last)",
     errno.EIO: "the device reports an input/output error; check the disk, or use another one",
     errno.EROFS: "the file system is read-only; use another directory",
-    errno.EREMOTEIO: "check the URL, the credentials and the network",
+    **dict.fromkeys(
+        (errno.EREMOTEIO, errno.ECONNREFUSED, errno.ECONNRESET, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH),
+        "check the URL, the credentials and the network",
+    ),
     errno.EACCES: "permission is missing; use another directory or correct its permissions",
 }
 

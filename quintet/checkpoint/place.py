@@ -182,17 +182,16 @@ class Remote:
         return self._steady(attempt)
 
     def _steady(self, work: Callable[[Any, str], T]) -> T:
-        system, path = self.system()
         for left in reversed(range(_TRIES)):
             try:
-                return work(system, path)
+                return work(*self.system())
             except _FINAL as error:
                 if isinstance(error, OSError):
                     code = error.errno or _CODES[next(kind for kind in _CODES if isinstance(error, kind))]
                     raise OSError(code, error.strerror or str(error) or os.strerror(code), self.url) from error
                 raise
             except NotImplementedError as error:
-                raise OSError(errno.ENOTSUP, f"what serves {system.protocol} cannot do that {error}".rstrip(), self.url) from error
+                raise OSError(errno.ENOTSUP, f"what serves such URLs cannot do that {error}".rstrip(), self.url) from error
             except Exception as error:  # every store has errors of its own
                 tried, reason = _TRIES - left, str(error) or type(error).__name__
                 if not left or _stays(error):
