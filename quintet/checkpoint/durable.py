@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import itertools
-import mmap
 import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
 from blake3 import blake3
+from numpy.typing import NDArray
 
 from quintet.checkpoint.manifest import File
 from quintet.errors import CheckpointError
@@ -56,7 +57,7 @@ class FileWriter:
         self.path = path
         self.size = 0
         self._hash = blake3() if hashed else None  # One thread: a pool of threads would hang in a forked child.
-        self._buffers = [_aligned_buffer()]
+        self._buffers = [aligned(_BUFFER)]
         self._filled = 0
         self._cached = 0
         self._thread: ThreadPoolExecutor | None = None
@@ -72,7 +73,7 @@ class FileWriter:
         view = memoryview(data)
         while len(view):
             part = view[: min(_CHUNK, _BUFFER - self._filled)]
-            self._buffers[0][self._filled : self._filled + len(part)] = part
+            np.copyto(self._buffers[0][self._filled : self._filled + len(part)], np.frombuffer(part, np.uint8))  # lets go of Python's lock
             if self._hash is not None:
                 self._hash.update(part)
             self.size += len(part)
@@ -85,11 +86,11 @@ class FileWriter:
         """Let the thread write the full buffer, once it is through with the other one."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="disk")
-            self._buffers.append(_aligned_buffer())
+            self._buffers.append(aligned(_BUFFER))
             self._pass_cache(True)
         if self._writing is not None:
             self._writing.result()
-        self._writing = self._thread.submit(self._put, self._buffers[0])
+        self._writing = self._thread.submit(self._put, self._buffers[0].data)
         self._buffers.reverse()
         self._filled = 0
 
@@ -125,9 +126,9 @@ class FileWriter:
                 if self._writing is not None:
                     self._writing.result()
                 whole = self._filled - self._filled % PAGE if self._is_direct else 0
-                self._put(self._buffers[0][:whole])
+                self._put(self._buffers[0].data[:whole])
                 self._pass_cache(False)
-                self._put(self._buffers[0][whole : self._filled])
+                self._put(self._buffers[0].data[whole : self._filled])
                 os.fsync(self._fd)
         finally:
             os.close(self._fd)
@@ -138,8 +139,11 @@ class FileWriter:
         return File(path=self.path.name, size=self.size, blake3=self._hash.hexdigest() if self._hash else None)
 
 
-def _aligned_buffer() -> memoryview:
-    return memoryview(mmap.mmap(-1, _BUFFER, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+def aligned(length: int) -> NDArray[np.uint8]:
+    """Memory that begins where a page does."""
+    memory = np.empty(length + PAGE, np.uint8)
+    begin = -memory.ctypes.data % PAGE
+    return memory[begin : begin + length]
 
 
 def write_file(path: Path, data: bytes) -> File:

@@ -205,13 +205,6 @@ class Spent:
                 self.seconds[kind] = self.seconds.get(kind, 0.0) + time.perf_counter() - begin
 
 
-def aligned(length: int) -> Bytes:
-    """Memory that begins where a page does."""
-    memory = np.empty(length + PAGE, np.uint8)
-    begin = -memory.ctypes.data % PAGE
-    return memory[begin : begin + length]
-
-
 class DataFiles:
     """The files of a checkpoint, open for reading; what is read is verified. Raises DamagedError, OSError."""
 
