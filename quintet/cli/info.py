@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+import shlex
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +22,7 @@ from quintet.errors import UsageError
 from quintet.monitor.metrics import Evaluated, Record, read_events
 from quintet.monitor.status import read_status
 from quintet.spec import parse
-from quintet.train.directory import RECIPE, checkpoints
+from quintet.train.directory import RECIPE, checkpoints, is_held
 from quintet.train.foresee import doubts
 
 
@@ -90,6 +91,10 @@ def hub_figures(path: Path) -> dict[str, Any]:
 def progress(run_directory: Path) -> dict[str, Any]:
     """Where a run stands: its status, last record, last evaluation and checkpoints."""
     status = read_status(run_directory)
+    if status and status.verdict == "running" and not is_held(run_directory):
+        remedy = f"quintet resume {shlex.quote(str(run_directory))}"
+        told = "no process here trains it: it was ended before it could say how, or runs on another machine"
+        status = replace(status, message=told, remedy=remedy)
     metrics = run_directory / "metrics.jsonl"
     events = read_events(metrics) if metrics.exists() else []
     record = next((event for event in reversed(events) if isinstance(event, Record)), None)

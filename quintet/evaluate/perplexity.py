@@ -10,7 +10,7 @@ from quintet.checkpoint.huggingface import OnProgress
 from quintet.checkpoint.place import Place
 from quintet.data.prepare import open_prepared
 from quintet.monitor.metrics import Evaluated
-from quintet.train.directory import RECIPE, of, refuse_other_tokenizer
+from quintet.train.directory import RECIPE, refuse_other_tokenizer
 from quintet.train.held_out import held_out_loss
 from quintet.train.trained import open_trained
 
@@ -22,7 +22,7 @@ def evaluate(path: Place, *, on_progress: OnProgress = lambda done, total: None)
     prepared data is gone or of another tokenizer.
     """
     trained = open_trained(path)
-    recipe = (path if isinstance(path, Path) else of(trained.run)) / RECIPE  # of a run or, among its files, of a checkpoint
+    recipe = (path if isinstance(path, Path) else trained.run.folder) / RECIPE  # of a run or, among its files, of a checkpoint
     prepared = open_prepared(trained.run.data, trained.run.model.vocab_size, recipe=recipe)
     refuse_other_tokenizer(trained.tokenizer, prepared, recipe=recipe)
     length = trained.phase.sequence_length
