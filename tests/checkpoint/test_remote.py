@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +19,7 @@ from quintet.checkpoint import place as places
 from quintet.checkpoint import retention
 from quintet.checkpoint.background import Failed, Saver, Written
 from quintet.checkpoint.contents import convert, differences
-from quintet.checkpoint.load import candidates, latest, list_checkpoints, load, verify
+from quintet.checkpoint.load import candidates, latest, list_checkpoints, load, read_extra, verify
 from quintet.checkpoint.pieces import Pieces
 from quintet.checkpoint.place import Remote, place
 from quintet.checkpoint.save import save
@@ -290,3 +291,12 @@ def test_a_run_whose_checkpoints_are_in_a_store_resumes_from_there_bit_for_bit(
     assert described["parameters"] == told("info", str(runs.where(plain)))["parameters"]
     assert told("evaluate", root.url)["losses"] == told("evaluate", str(runs.where(plain)))["losses"]
     assert told("evaluate", f"{root}/step-00000004")["step"] == 4
+    # The run's directory is lost: what a new one needs is in the store.
+    shutil.rmtree(runs.where(run))
+    assert main(["resume", root.url]) == 11
+    assert "put recipe.toml and tokenizer.json of its newest checkpoint into a directory" in " ".join(capsys.readouterr().err.split())
+    runs.where(run).mkdir()
+    for name in ("recipe.toml", "tokenizer.json"):
+        (runs.where(run) / name).write_text(read_extra(root / "step-00000006", name).replace("steps = 6", "steps = 8"))
+    assert runs.resume(run) == 0
+    assert [found.step for found in list_checkpoints(root)] == [6, 8]
