@@ -6,6 +6,7 @@ import errno
 import fcntl
 import itertools
 import os
+import resource
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -34,6 +35,7 @@ _EARLY = 64 << 20
 _REMEDY = {
     errno.ENOSPC: "the disk is full; free some space, or keep fewer checkpoints (checkpoint.keep_last)",
     errno.EDQUOT: "the disk quota is used up; free some space, or keep fewer checkpoints (checkpoint.keep_last)",
+    errno.EMFILE: "the limit of open files is too low for a checkpoint of so many ranks; raise it (ulimit -Hn)",
     errno.EIO: "the device reports an input/output error; check the disk, or use another one",
     errno.EROFS: "the file system is read-only; use another directory",
     **dict.fromkeys(
@@ -160,6 +162,15 @@ def open_regular(path: Path, flags: int = 0) -> int:
         os.close(fd)
         raise OSError(errno.EINVAL, "not a plain file", str(path))
     return fd
+
+
+def allow_open_files(more: int) -> None:
+    """Raise this process's limit of open files by so many, as far as it may: a checkpoint has a file for each rank that wrote it."""
+    there = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 256
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = there + more + 64  # for all else
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
 def hash_file(path: Path) -> str:

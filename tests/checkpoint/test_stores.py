@@ -6,6 +6,7 @@ import errno
 import itertools
 import logging
 import os
+import resource
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -231,3 +232,24 @@ def test_a_checkpoint_is_not_written_into_another(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"step-00000001 has the name of a checkpoint; name the folder"):
         convert(path, path, codec="raw")
     verify(path)
+
+
+def test_a_checkpoint_of_more_files_than_may_be_open_is_read_and_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saving, "FILE", 400)
+    full = torch.arange(16000.0)
+    save({"w": full}, Remote(f"shelf://{tmp_path}"), step=1)
+    path = tmp_path / "step-00000001"
+    assert len(list(path.iterdir())) > 150
+
+    def work(rank: int) -> bool:
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+        target = {"w": torch.zeros_like(full)}
+        load(target, path)
+        verify(path)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+        with pytest.raises(CheckpointError, match=r"Too many open files.*raise it"):
+            load(target, path)
+        return torch.equal(target["w"], full)
+
+    assert on_ranks(1, work) == [True]
