@@ -248,7 +248,11 @@ def test_a_checkpoint_moves_between_a_folder_and_a_store(bucket: Remote, tmp_pat
 
 @pytest.mark.parametrize(
     ("url", "says"),
-    [("s3://", "names no folder"), ("nosuch://bucket/x", "a protocol that fsspec knows"), ("gs://bucket/x", r"needs a package")],
+    [
+        ("s3://", "names no folder"),
+        ("nosuch://bucket/x", "a protocol that fsspec knows"),
+        ("gs://bucket/x", r"install it: .*quintet\[gs\]"),
+    ],
 )
 def test_a_url_that_cannot_be_used_is_refused_at_once(url: str, says: str) -> None:
     with pytest.raises(UsageError, match=says):
