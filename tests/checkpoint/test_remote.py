@@ -139,6 +139,26 @@ def test_a_request_that_fails_is_made_again_and_one_that_always_fails_ends_the_s
     assert (bucket / "step-00000003").entries() == {}
 
 
+def test_a_connection_lost_at_any_request_of_an_upload_in_parts_is_made_up_for(bucket: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "PART", 5 << 20)
+    state = {"w": torch.randn(2_000_000)}
+    with monkeypatch.context() as patch:
+        seen = Requests(patch, lambda method, number: None)
+        save(state, bucket / "count", step=1, codec="raw")
+    assert seen.kinds.count("upload_part") == 2
+    for at in range(1, len(seen.kinds) + 1):
+
+        def lose(method: str, number: int, at: int = at) -> None:
+            if number == at:
+                raise ConnectionResetError("cut off")
+
+        with monkeypatch.context() as patch:
+            Requests(patch, lose)
+            path = save(state, bucket / str(at), step=1, codec="raw")
+        verify(path)
+        assert len(path.entries()) == 2 and uploads(bucket) == []
+
+
 def test_kill_9_at_any_request_leaves_the_old_or_the_new_checkpoint_whole(bucket: Remote) -> None:
     with pytest.MonkeyPatch.context() as patch:
         seen = Requests(patch, lambda method, number: None)
@@ -250,7 +270,7 @@ def test_a_checkpoint_moves_between_a_folder_and_a_store(bucket: Remote, tmp_pat
     ("url", "says"),
     [
         ("s3://", "names no folder"),
-        ("nosuch://bucket/x", "a protocol that fsspec knows"),
+        ("nosuch://bucket/x", "that fsspec knows"),
         ("gs://bucket/x", r"install it: .*quintet\[gs\]"),
     ],
 )
