@@ -165,7 +165,10 @@ def plain_bytes(tensors: Sequence[torch.Tensor]) -> memoryview:
 def write_plainly(path: Path, view: memoryview, *, flags: int = 0) -> None:
     """The bytes into a new file, then fsync."""
     path.unlink(missing_ok=True)
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | flags, 0o644)
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | flags, 0o644)
+    except OSError:  # this file system does not know the flag
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
     while len(view):
         view = view[os.write(fd, view[:CHUNK]) :]
     os.fsync(fd)

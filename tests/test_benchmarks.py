@@ -120,7 +120,7 @@ def test_checkpoint_measures_size_rates_stall_and_the_index(tmp_path: Path) -> N
     assert {row["kind"]: row["stored_in_checkpoint"] for row in result["size"]}["model (bfloat16)"] == 0
     assert all(0.5 < row["share"] < 1 for row in result["size"])
     assert [row["ranks"] for row in result["rates"]] == [1, 2]
-    assert {"plain write", "save raw", "save planes", "plain read", "load raw", "load planes"} < result["rates"][1].keys()
+    assert all(result["rates"][1][name]["of_disk"] > 0 for name in ("save raw", "save planes", "load raw", "load planes"))
     assert {"synchronous", "background", "dcp.save", "dcp.async_save"} < result["stall"].keys()
     assert result["index"]["ranks"] == 4 and result["index"]["pieces"] > 0
 

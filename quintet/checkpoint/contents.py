@@ -10,12 +10,13 @@ import torch
 
 from quintet.checkpoint.agreement import Company
 from quintet.checkpoint.load import OnProgress, Stored, read_extra
-from quintet.checkpoint.manifest import ITEM_SIZE, Codec, Manifest, Tensor
+from quintet.checkpoint.manifest import ITEM_SIZE, Codec, Manifest, Tensor, step_of
 from quintet.checkpoint.pieces import Box, Later
 from quintet.checkpoint.place import Place
 from quintet.checkpoint.plan import Item, Plan, Whole
 from quintet.checkpoint.save import Job, write
 from quintet.checkpoint.store import Threads
+from quintet.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +101,10 @@ def _difference(one: torch.Tensor, two: torch.Tensor) -> str | None:
 def convert(source: Place, root: Place, *, codec: Codec, on_progress: OnProgress = lambda done, total: None) -> Place:
     """Write a checkpoint anew under another root, piece by piece, in one data file, with another codec; returns it.
 
-    Raises CheckpointError as `load` and `save` do.
+    Raises UsageError for the name of a checkpoint in the place of the root, CheckpointError as `load` and `save` do.
     """
+    if step_of(root.name) is not None:
+        raise UsageError(f"{root} has the name of a checkpoint; name the folder to write it under, such as {root.parent}")
     stored = Stored(source)
     manifest = stored.manifest
     twins = {tensor.rounded_from: name for name, tensor in manifest.tensors.items() if tensor.rounded_from is not None}

@@ -5,15 +5,17 @@ from __future__ import annotations
 import errno
 import fcntl
 import itertools
-import mmap
 import os
+import resource
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
 from blake3 import blake3
+from numpy.typing import NDArray
 
 from quintet.checkpoint.manifest import File
 from quintet.errors import CheckpointError
@@ -33,9 +35,13 @@ _EARLY = 64 << 20
 _REMEDY = {
     errno.ENOSPC: "the disk is full; free some space, or keep fewer checkpoints (checkpoint.keep_last)",
     errno.EDQUOT: "the disk quota is used up; free some space, or keep fewer checkpoints (checkpoint.keep_last)",
+    errno.EMFILE: "the limit of open files is too low for a checkpoint of so many ranks; raise it (ulimit -Hn)",
     errno.EIO: "the device reports an input/output error; check the disk, or use another one",
     errno.EROFS: "the file system is read-only; use another directory",
-    errno.EREMOTEIO: "check the URL, the credentials and the network",
+    **dict.fromkeys(
+        (errno.EREMOTEIO, errno.ECONNREFUSED, errno.ECONNRESET, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH),
+        "check the URL, the credentials and the network",
+    ),
     errno.EACCES: "permission is missing; use another directory or correct its permissions",
 }
 
@@ -53,7 +59,7 @@ class FileWriter:
         self.path = path
         self.size = 0
         self._hash = blake3() if hashed else None  # One thread: a pool of threads would hang in a forked child.
-        self._buffers = [_aligned_buffer()]
+        self._buffers = [aligned(_BUFFER)]
         self._filled = 0
         self._cached = 0
         self._thread: ThreadPoolExecutor | None = None
@@ -69,7 +75,7 @@ class FileWriter:
         view = memoryview(data)
         while len(view):
             part = view[: min(_CHUNK, _BUFFER - self._filled)]
-            self._buffers[0][self._filled : self._filled + len(part)] = part
+            np.copyto(self._buffers[0][self._filled : self._filled + len(part)], np.frombuffer(part, np.uint8))  # lets go of Python's lock
             if self._hash is not None:
                 self._hash.update(part)
             self.size += len(part)
@@ -82,11 +88,11 @@ class FileWriter:
         """Let the thread write the full buffer, once it is through with the other one."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="disk")
-            self._buffers.append(_aligned_buffer())
+            self._buffers.append(aligned(_BUFFER))
             self._pass_cache(True)
         if self._writing is not None:
             self._writing.result()
-        self._writing = self._thread.submit(self._put, self._buffers[0])
+        self._writing = self._thread.submit(self._put, self._buffers[0].data)
         self._buffers.reverse()
         self._filled = 0
 
@@ -122,9 +128,9 @@ class FileWriter:
                 if self._writing is not None:
                     self._writing.result()
                 whole = self._filled - self._filled % PAGE if self._is_direct else 0
-                self._put(self._buffers[0][:whole])
+                self._put(self._buffers[0].data[:whole])
                 self._pass_cache(False)
-                self._put(self._buffers[0][whole : self._filled])
+                self._put(self._buffers[0].data[whole : self._filled])
                 os.fsync(self._fd)
         finally:
             os.close(self._fd)
@@ -135,8 +141,11 @@ class FileWriter:
         return File(path=self.path.name, size=self.size, blake3=self._hash.hexdigest() if self._hash else None)
 
 
-def _aligned_buffer() -> memoryview:
-    return memoryview(mmap.mmap(-1, _BUFFER, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+def aligned(length: int) -> NDArray[np.uint8]:
+    """Memory that begins where a page does."""
+    memory = np.empty(length + PAGE, np.uint8)
+    begin = -memory.ctypes.data % PAGE
+    return memory[begin : begin + length]
 
 
 def write_file(path: Path, data: bytes) -> File:
@@ -153,6 +162,15 @@ def open_regular(path: Path, flags: int = 0) -> int:
         os.close(fd)
         raise OSError(errno.EINVAL, "not a plain file", str(path))
     return fd
+
+
+def allow_open_files(more: int) -> None:
+    """Raise this process's limit of open files by so many, as far as it may: a checkpoint has a file for each rank that wrote it."""
+    there = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 256
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = there + more + 64  # for all else
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
 def hash_file(path: Path) -> str:

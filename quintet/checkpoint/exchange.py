@@ -18,10 +18,10 @@ import torch
 
 from quintet.checkpoint.agreement import Company
 from quintet.checkpoint.codec import Bytes
-from quintet.checkpoint.durable import PAGE
+from quintet.checkpoint.durable import PAGE, aligned
 from quintet.checkpoint.manifest import ROW, Piece
 from quintet.checkpoint.place import Place
-from quintet.checkpoint.store import Block, DataFiles, Threads, aligned
+from quintet.checkpoint.store import Block, DataFiles, Threads
 
 _EXTENT = 4 << 20
 """Most bytes of an extent of several parts."""

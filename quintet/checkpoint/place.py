@@ -41,6 +41,7 @@ ATTEMPT = re.compile(r"(data-\d+)-[0-9a-f]{8}(\.bin)")
 _TRIES = 6
 _FIRST_WAIT = 0.5
 """Seconds before the second try; they double, and vary, so that ranks do not come back all at once."""
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "hf": "hf"}
 _CODES = {
     FileNotFoundError: errno.ENOENT,
     FileExistsError: errno.EEXIST,
@@ -89,7 +90,8 @@ class Remote:
         try:
             system, path = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
         except ImportError as error:
-            remedy = "for s3:// install it: pip install -c constraints.txt 'quintet[s3]'"
+            extra = _EXTRAS.get(self.url.partition("://")[0])
+            remedy = f"install it: pip install -c constraints.txt 'quintet[{extra}]'" if extra else "install what it names"
             raise UsageError(f"{self.url} needs a package that is missing ({error}); {remedy}") from None
         except ValueError as error:
             raise UsageError(f"{self.url}: {error}; use a protocol that fsspec knows, such as s3, gs, abfs or sftp") from None
@@ -182,17 +184,16 @@ class Remote:
         return self._steady(attempt)
 
     def _steady(self, work: Callable[[Any, str], T]) -> T:
-        system, path = self.system()
         for left in reversed(range(_TRIES)):
             try:
-                return work(system, path)
+                return work(*self.system())
             except _FINAL as error:
                 if isinstance(error, OSError):
                     code = error.errno or _CODES[next(kind for kind in _CODES if isinstance(error, kind))]
                     raise OSError(code, error.strerror or str(error) or os.strerror(code), self.url) from error
                 raise
             except NotImplementedError as error:
-                raise OSError(errno.ENOTSUP, f"what serves {system.protocol} cannot do that {error}".rstrip(), self.url) from error
+                raise OSError(errno.ENOTSUP, f"what serves such URLs cannot do that {error}".rstrip(), self.url) from error
             except Exception as error:  # every store has errors of its own
                 tried, reason = _TRIES - left, str(error) or type(error).__name__
                 if not left or _stays(error):

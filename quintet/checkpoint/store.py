@@ -25,7 +25,7 @@ from torch import Tensor
 
 from quintet.checkpoint import codec as codecs
 from quintet.checkpoint.codec import Bytes
-from quintet.checkpoint.durable import PAGE, PAST_CACHE, FileWriter, open_regular
+from quintet.checkpoint.durable import PAGE, PAST_CACHE, FileWriter, allow_open_files, open_regular
 from quintet.checkpoint.manifest import BLOCK, ITEM_SIZE, PLANES, ROW, Codec, File, Piece
 from quintet.checkpoint.pieces import Box, cut, dtype_name, within
 from quintet.checkpoint.place import AT_ONCE, Place, Remote, RemoteWriter, hash_of, located
@@ -205,13 +205,6 @@ class Spent:
                 self.seconds[kind] = self.seconds.get(kind, 0.0) + time.perf_counter() - begin
 
 
-def aligned(length: int) -> Bytes:
-    """Memory that begins where a page does."""
-    memory = np.empty(length + PAGE, np.uint8)
-    begin = -memory.ctypes.data % PAGE
-    return memory[begin : begin + length]
-
-
 class DataFiles:
     """The files of a checkpoint, open for reading; what is read is verified. Raises DamagedError, OSError."""
 
@@ -230,12 +223,13 @@ class DataFiles:
 
     def open(self, names: Iterable[str]) -> None:
         """Open files, which the other methods then may read from any thread."""
-        for name in names:
-            path = located(self.directory, name)
-            if name not in self._fds and isinstance(path, Path):
-                self._fds[name] = open_regular(path)
-                with suppress(OSError):  # not every file system can do that
-                    self._past_cache[name] = open_regular(path, PAST_CACHE)
+        paths = {name: path for name in names if name not in self._fds and isinstance(path := located(self.directory, name), Path)}
+        allow_open_files(2 * len(paths))
+        for name, path in paths.items():
+            self._fds[name] = open_regular(path)
+        for name, path in paths.items():
+            with suppress(OSError):  # not every file system can do that
+                self._past_cache[name] = open_regular(path, PAST_CACHE)
 
     @property
     def is_remote(self) -> bool:

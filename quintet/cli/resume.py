@@ -32,6 +32,11 @@ def main(arguments: list[str]) -> int:
         run_directory = given.run.parent.parent
         raise UsageError(f"{given.run} is a checkpoint; name its run, which goes on from its newest one: quintet resume {run_directory}")
     recipe = given.run / "recipe.toml"
+    if not recipe.is_file() and (url := next((word for word in arguments if "://" in word), None)):
+        raise CheckpointError(
+            f"{url} is not a run's directory: put recipe.toml and tokenizer.json of its newest checkpoint into a directory of the run's "
+            "name, and resume that"
+        )
     if not recipe.is_file():
         raise CheckpointError(f"{given.run} is not a run: it has no recipe.toml; name a directory that `quintet train` made")
     from quintet.cli.together import together

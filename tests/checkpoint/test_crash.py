@@ -131,6 +131,21 @@ def test_a_refusal_of_any_part_of_a_long_file_is_one_clear_error(tmp_path: Path,
     verify(save(LONG, tmp_path, step=2, codec="raw"))
 
 
+def test_kill_9_in_the_middle_of_a_long_file_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(durable, "_BUFFER", 16384)
+    older = save(LONG, tmp_path, step=1, codec="raw")
+    for at in (1, 2, 5, 8):
+        child = os.fork()
+        if child == 0:
+            Fault(pytest.MonkeyPatch(), "write", at=at, act=_die)
+            save(LONG, tmp_path, step=2, codec="raw")
+            os._exit(0)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+        assert latest(tmp_path, verify_content=True) == older
+    verify(save(LONG, tmp_path, step=2, codec="raw"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
+
+
 @pytest.mark.parametrize("portion", ["third", "pages", "cannot", "refuses"])
 def test_short_writes_and_disks_that_are_always_cached_make_no_difference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, portion: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +19,7 @@ from quintet.checkpoint import place as places
 from quintet.checkpoint import retention
 from quintet.checkpoint.background import Failed, Saver, Written
 from quintet.checkpoint.contents import convert, differences
-from quintet.checkpoint.load import candidates, latest, list_checkpoints, load, verify
+from quintet.checkpoint.load import candidates, latest, list_checkpoints, load, read_extra, verify
 from quintet.checkpoint.pieces import Pieces
 from quintet.checkpoint.place import Remote, place
 from quintet.checkpoint.save import save
@@ -138,6 +139,26 @@ def test_a_request_that_fails_is_made_again_and_one_that_always_fails_ends_the_s
     assert (bucket / "step-00000003").entries() == {}
 
 
+def test_a_connection_lost_at_any_request_of_an_upload_in_parts_is_made_up_for(bucket: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "PART", 5 << 20)
+    state = {"w": torch.randn(2_000_000)}
+    with monkeypatch.context() as patch:
+        seen = Requests(patch, lambda method, number: None)
+        save(state, bucket / "count", step=1, codec="raw")
+    assert seen.kinds.count("upload_part") == 2
+    for at in range(1, len(seen.kinds) + 1):
+
+        def lose(method: str, number: int, at: int = at) -> None:
+            if number == at:
+                raise ConnectionResetError("cut off")
+
+        with monkeypatch.context() as patch:
+            Requests(patch, lose)
+            path = save(state, bucket / str(at), step=1, codec="raw")
+        verify(path)
+        assert len(path.entries()) == 2 and uploads(bucket) == []
+
+
 def test_kill_9_at_any_request_leaves_the_old_or_the_new_checkpoint_whole(bucket: Remote) -> None:
     with pytest.MonkeyPatch.context() as patch:
         seen = Requests(patch, lambda method, number: None)
@@ -247,7 +268,11 @@ def test_a_checkpoint_moves_between_a_folder_and_a_store(bucket: Remote, tmp_pat
 
 @pytest.mark.parametrize(
     ("url", "says"),
-    [("s3://", "names no folder"), ("nosuch://bucket/x", "a protocol that fsspec knows"), ("gs://bucket/x", r"needs a package")],
+    [
+        ("s3://", "names no folder"),
+        ("nosuch://bucket/x", "that fsspec knows"),
+        ("gs://bucket/x", r"install it: .*quintet\[gs\]"),
+    ],
 )
 def test_a_url_that_cannot_be_used_is_refused_at_once(url: str, says: str) -> None:
     with pytest.raises(UsageError, match=says):
@@ -290,3 +315,12 @@ def test_a_run_whose_checkpoints_are_in_a_store_resumes_from_there_bit_for_bit(
     assert described["parameters"] == told("info", str(runs.where(plain)))["parameters"]
     assert told("evaluate", root.url)["losses"] == told("evaluate", str(runs.where(plain)))["losses"]
     assert told("evaluate", f"{root}/step-00000004")["step"] == 4
+    # The run's directory is lost: what a new one needs is in the store.
+    shutil.rmtree(runs.where(run))
+    assert main(["resume", root.url]) == 11
+    assert "put recipe.toml and tokenizer.json of its newest checkpoint into a directory" in " ".join(capsys.readouterr().err.split())
+    runs.where(run).mkdir()
+    for name in ("recipe.toml", "tokenizer.json"):
+        (runs.where(run) / name).write_text(read_extra(root / "step-00000006", name).replace("steps = 6", "steps = 8"))
+    assert runs.resume(run) == 0
+    assert [found.step for found in list_checkpoints(root)] == [6, 8]

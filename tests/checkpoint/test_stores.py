@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import os
+import resource
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +27,7 @@ from quintet.checkpoint.load import latest, list_checkpoints, load, verify
 from quintet.checkpoint.pieces import Pieces
 from quintet.checkpoint.place import Place, Remote, RemoteWriter
 from quintet.checkpoint.save import save
-from quintet.errors import CheckpointError
+from quintet.errors import CheckpointError, UsageError
 from quintet.spec.run import Checkpoint
 from tests.checkpoint.states import blank, small_state
 from tests.ranks import on_ranks
@@ -204,3 +206,50 @@ def test_what_a_rank_saves_goes_up_in_several_files_at_a_time_and_only_one_that_
     files = sorted(file.path.split("-")[1] for file in verify(path).files)
     assert files == ["00000", "00001", "00002", "00003"] and next(begun) == len(files) + 1
     assert save(state, store, step=1, codec="raw") == path and len(path.entries()) == len(files) + 1
+
+
+class Unreachable(Shelf):
+    """A server that nobody answers for."""
+
+    protocol = "unreachable"
+    tried = 0
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        type(self).tried += 1
+        raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+
+
+def test_a_server_that_does_not_answer_is_asked_again_and_then_told_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.register_implementation("unreachable", Unreachable, clobber=True)
+    monkeypatch.setattr(places, "_FIRST_WAIT", 0.0)
+    with pytest.raises(CheckpointError, match=r"Connection refused \(6 tries\).*check the URL, the credentials and the network"):
+        list_checkpoints(Remote("unreachable://host/runs"))
+    assert Unreachable.tried == 6
+
+
+def test_a_checkpoint_is_not_written_into_another(tmp_path: Path) -> None:
+    path = save(small_state(), tmp_path, step=1)
+    with pytest.raises(UsageError, match=r"step-00000001 has the name of a checkpoint; name the folder"):
+        convert(path, path, codec="raw")
+    verify(path)
+
+
+def test_a_checkpoint_of_more_files_than_may_be_open_is_read_and_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saving, "FILE", 400)
+    full = torch.arange(16000.0)
+    save({"w": full}, Remote(f"shelf://{tmp_path}"), step=1)
+    path = tmp_path / "step-00000001"
+    assert len(list(path.iterdir())) > 150
+
+    def work(rank: int) -> bool:
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+        target = {"w": torch.zeros_like(full)}
+        load(target, path)
+        verify(path)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+        with pytest.raises(CheckpointError, match=r"Too many open files.*raise it"):
+            load(target, path)
+        return torch.equal(target["w"], full)
+
+    assert on_ranks(1, work) == [True]
