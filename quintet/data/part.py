@@ -206,9 +206,9 @@ def _write(job: Job, folder: Path, tokenizer: Tokenizer, progress: Progress) -> 
 
 
 def columns_digest(folder: Path) -> str:
-    """blake3, hexadecimal, of what a part holds for each document beside its tokens."""
+    """blake3, hexadecimal, of what a part holds about documents beside their tokens."""
     total = blake3()
-    for path in (*sorted(folder.glob("*.npy")), folder / "origins.zst"):
+    for path in (*sorted(folder.glob("*.npy")), folder / "origins.zst", folder / "quarantine.jsonl"):
         total.update(path.name.encode()).update(path.read_bytes())
     return total.hexdigest()
 

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from quintet.data import cut, dedup, minhash
 from quintet.data.dedup import Duplicates, Fingerprints
 from quintet.data.digest import hash_of
-from quintet.data.engine import Engine, Local
+from quintet.data.engine import Engine, Local, wait_for_space
 from quintet.data.origin import Origin, origin_of, parts_of, provenance_of, shape_of, spec_of
 from quintet.data.part import (
     Job,
@@ -46,7 +46,7 @@ from quintet.data.part import (
     keep,
     ranks_of,
 )
-from quintet.data.shards import Selection, Shard, committed_folder, disk_errors, write_file, write_selection
+from quintet.data.shards import DiskFull, Selection, Shard, committed_folder, disk_errors, write_file, write_selection
 from quintet.data.sources import File, Listing, Reader, list_files
 from quintet.data.statistics import NO_DUPLICATES, Statistics, gather
 from quintet.data.tokenizer import Tokenizer, check_trainable, train_bpe
@@ -211,8 +211,14 @@ def _make(
     for _ in engine.run(jobs, progress, on_message):
         pass
     reused = {name: bool(good) for name, good in done.items()}
-    if not all(reused.values()):
-        _select(data, plan, directory, tokenizer, targets, reused)
+    while not all(reused.values()):
+        try:
+            _select(data, plan, directory, tokenizer, targets, reused)
+            break
+        except DiskFull:
+            if not engine.patient:
+                raise
+            wait_for_space(directory, on_message)
     if not (directory / _COMPLETE).exists():
         write_file(directory / _COMPLETE, b"")
     prepared = _open(data, directory, tokenizer, recipe="RECIPE")
