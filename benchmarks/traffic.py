@@ -43,7 +43,8 @@ from quintet.parallel.expert import AllToAllDispatch, Route
 from quintet.parallel.mesh import make_mesh
 from quintet.spec import parse
 from quintet.spec.curriculum import Settings
-from quintet.spec.layout import Layout, require_legal
+from quintet.spec.layout import Layout
+from quintet.spec.legal import require_legal
 from quintet.spec.run import Run
 from quintet.train.build import Built, build
 from quintet.train.step import accumulate, update

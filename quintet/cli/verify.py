@@ -21,7 +21,8 @@ from quintet.launch.room import RANKS_PER_CORE, require_room
 from quintet.monitor import machine
 from quintet.schedule import fewest_microbatches
 from quintet.spec.curriculum import Settings
-from quintet.spec.layout import Layout, fewer_ranks, without_effect
+from quintet.spec.layout import Layout, without_effect
+from quintet.spec.legal import fewer_ranks
 from quintet.spec.run import Run
 from quintet.spec.tiny import tiny
 
@@ -103,7 +104,8 @@ def _require_room(run: Run, given: Arguments) -> None:
     whatever = f"allow it all the same with --max-ranks {run.layout.num_ranks}"
     what = "one device, with which the layout is compared,"
     require_room(1, tensor_bytes=held(Layout()), most=given.max_ranks, what=what, remedy=", or ".join([*small, whatever]))
-    fewer = fewer_ranks(run.layout, run.model, [run.phases[0].sequence_length], most=RANKS_PER_CORE * machine.num_cores() // 2)
+    most = min(given.max_ranks or run.layout.num_ranks - 1, run.layout.num_ranks - 1, RANKS_PER_CORE * machine.num_cores() // 2)
+    fewer = fewer_ranks(run.layout, run.model, [run.phases[0].sequence_length], most=most)
     divided = [f"verify what divides the same dimensions on {fewer.num_ranks}, with {fewer.options}"] if fewer else []
     remedy = ", or ".join([*small, *divided, whatever])
     what = f"the layout ({run.layout})"

@@ -12,6 +12,7 @@ sees them, and what panics inside a library arrives as DataError.
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -118,7 +119,7 @@ class Tokenizer:
 
         Raises DataError if it is missing or too large, with `remedy`, or not a byte-level BPE.
         """
-        path = Path(path).expanduser()
+        path = Path(os.path.expanduser(path))
         path = path / "tokenizer.json" if path.is_dir() else path
         try:
             if (size := path.stat().st_size) > _MAX_JSON_BYTES:
