@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
 import msgspec
@@ -34,6 +35,10 @@ _MORE_SPACE = 16 << 20
 
 class Engine(Protocol):
     """Makes parts."""
+
+    @property
+    def patient(self) -> bool:
+        """Whether a full disk is waited for."""
 
     def run(self, jobs: Sequence[Job], progress: Progress, on_message: OnMessage) -> Iterator[Job]:
         """Make every job's part, in any order, and yield each when it is there. Raises DataError as `part.make`."""
@@ -92,14 +97,13 @@ class Local:
         except DiskFull:
             if not self.patient:
                 raise
-            _wait_for_space(job, on_message)
+            wait_for_space(job.target.parent, on_message)
             return False
         return True
 
 
-def _wait_for_space(job: Job, on_message: OnMessage) -> None:
-    """Return when the disk has more room than when a part found too little, so that it is worth another try."""
-    folder = job.target.parent
+def wait_for_space(folder: Path, on_message: OnMessage) -> None:
+    """Return when the disk of `folder` has more room than when there was too little, so that it is worth another try."""
     on_message(
         f"the disk of {folder} is full: going on when {_MORE_SPACE / 1e6:,.0f} MB more are free; Ctrl-C stops, and what is done stays"
     )
@@ -114,6 +118,8 @@ def _with_threads(count: int) -> None:
 
 class Daft:
     """A Daft dataframe with a row per part; its native runner, or its Ray runner."""
+
+    patient = True
 
     def __init__(self, runner: Literal["native", "ray"], workers: int | None = None, address: str | None = None) -> None:
         """`workers`: parts at a time, as many as there are cores if absent; `address`: of the Ray cluster, a local one if absent.
@@ -151,7 +157,7 @@ class Daft:
                     progress.advance(job.source.name, 0, job.num_bytes)
                     yield job
             if without_space:
-                _wait_for_space(without_space[0], on_message)
+                wait_for_space(without_space[0].target.parent, on_message)
             left = without_space
 
     def _outcomes(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Outcome]]:

@@ -29,6 +29,7 @@ import msgspec
 import numpy as np
 import orjson
 import zstandard
+from blake3 import blake3
 from numpy.typing import NDArray
 
 from quintet.data import clean, contamination, language, minhash, rules
@@ -112,6 +113,8 @@ class PartStatistics:
     """Some dropped documents of each rule, and, under the empty name, some that were kept."""
     seconds: float
     """Time of the work."""
+    columns: str = ""
+    """`columns_digest` of the part; empty in one that was made before there was any."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,8 +201,16 @@ def _write(job: Job, folder: Path, tokenizer: Tokenizer, progress: Progress) -> 
         bad = ({"origin": origin, "reason": reason, "detail": detail} for origin, reason, detail in reader.skips.quarantine)
         (folder / "quarantine.jsonl").write_bytes(b"".join(orjson.dumps(entry) + b"\n" for entry in bad))
         writer.finish(tokenizer=tokenizer.fingerprint)
-        statistics = judge.statistics(reader, seconds=time.perf_counter() - began)
+        statistics = judge.statistics(reader, seconds=time.perf_counter() - began, columns=columns_digest(folder))
         (folder / "part.json").write_bytes(msgspec.json.format(msgspec.json.encode(statistics)))
+
+
+def columns_digest(folder: Path) -> str:
+    """blake3, hexadecimal, of what a part holds about documents beside their tokens."""
+    total = blake3()
+    for path in (*sorted(folder.glob("*.npy")), folder / "origins.zst", folder / "quarantine.jsonl"):
+        total.update(path.name.encode()).update(path.read_bytes())
+    return total.hexdigest()
 
 
 def _lines(texts: Sequence[str]) -> str:
@@ -278,7 +289,7 @@ class Judge:
         chosen = np.flatnonzero(kept).tolist()
         return [documents[i] for i in chosen], [raws[i] for i in chosen], [encoded[i] for i in chosen]
 
-    def statistics(self, reader: Reader, *, seconds: float) -> PartStatistics:
+    def statistics(self, reader: Reader, *, seconds: float, columns: str) -> PartStatistics:
         """What became of all documents so far."""
         skips = reader.skips
         return PartStatistics(
@@ -292,6 +303,7 @@ class Judge:
             failed=dict(self._failed),
             samples={name: tuple(samples) for name, samples in self._samples.items()},
             seconds=seconds,
+            columns=columns,
         )
 
     def _cleaned(self, documents: Sequence[Document]) -> tuple[list[Document], list[bytes]]:

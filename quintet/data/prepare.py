@@ -31,10 +31,22 @@ from numpy.typing import NDArray
 from quintet.data import cut, dedup, minhash
 from quintet.data.dedup import Duplicates, Fingerprints
 from quintet.data.digest import hash_of
-from quintet.data.engine import Engine, Local
+from quintet.data.engine import Engine, Local, wait_for_space
 from quintet.data.origin import Origin, origin_of, parts_of, provenance_of, shape_of, spec_of
-from quintet.data.part import Job, Judge, NoProgress, PartStatistics, Progress, batches, first_bytes, is_held_out, keep, ranks_of
-from quintet.data.shards import Selection, Shard, committed_folder, disk_errors, write_file, write_selection
+from quintet.data.part import (
+    Job,
+    Judge,
+    NoProgress,
+    PartStatistics,
+    Progress,
+    batches,
+    columns_digest,
+    first_bytes,
+    is_held_out,
+    keep,
+    ranks_of,
+)
+from quintet.data.shards import DiskFull, Selection, Shard, committed_folder, disk_errors, write_file, write_selection
 from quintet.data.sources import File, Listing, Reader, list_files
 from quintet.data.statistics import NO_DUPLICATES, Statistics, gather
 from quintet.data.tokenizer import Tokenizer, check_trainable, train_bpe
@@ -199,8 +211,14 @@ def _make(
     for _ in engine.run(jobs, progress, on_message):
         pass
     reused = {name: bool(good) for name, good in done.items()}
-    if not all(reused.values()):
-        _select(data, plan, directory, tokenizer, targets, reused)
+    while not all(reused.values()):
+        try:
+            _select(data, plan, directory, tokenizer, targets, reused)
+            break
+        except DiskFull:
+            if not engine.patient:
+                raise
+            wait_for_space(directory, on_message)
     if not (directory / _COMPLETE).exists():
         write_file(directory / _COMPLETE, b"")
     prepared = _open(data, directory, tokenizer, recipe="RECIPE")
@@ -237,7 +255,10 @@ def _still_good(
     try:
         for split in SPLITS:
             # Both name the same shards, so that their bytes are looked at once.
-            Selection(folder / split, root=directory, tokenizer=tokenizer.fingerprint, verify=split == "train")
+            once = split == "train"
+            Selection(folder / split, root=directory, tokenizer=tokenizer.fingerprint, verify=True, verify_shards=once)
+        if not all(_has_whole_columns(target) for target in targets):
+            return False
     except DataError:
         return False
     on_read(size)
@@ -298,8 +319,16 @@ def _first_texts(data: Data, source: Source, files: tuple[File, ...]) -> list[st
 def _is_whole_part(target: Path, tokenizer: Tokenizer, *, strict: bool) -> bool:
     try:
         Shard(target, tokenizer=tokenizer.fingerprint, verify=True)
-        return not (strict and _has_bad(_read_part(target).skipped))
+        return _has_whole_columns(target) and not (strict and _has_bad(_read_part(target).skipped))
     except DataError:
+        return False
+
+
+def _has_whole_columns(target: Path) -> bool:
+    """Whether a part's other files are as they were written. Raises DataError where part.json is damaged."""
+    try:
+        return _read_part(target).columns in ("", columns_digest(target))
+    except OSError:
         return False
 
 

@@ -321,8 +321,13 @@ def write_selection(
 class Selection:
     """Chosen documents of several shards, opened for reading."""
 
-    def __init__(self, directory: Path, *, root: Path, tokenizer: str | None = None, verify: bool = False) -> None:
-        """Open `directory`, whose shards are named relative to `root`; checks and raises as `Shard`, for the shards too."""
+    def __init__(
+        self, directory: Path, *, root: Path, tokenizer: str | None = None, verify: bool = False, verify_shards: bool = False
+    ) -> None:
+        """Open `directory`, whose shards are named relative to `root`; checks and raises as `Shard`, for the shards too.
+
+        `verify` looks at every byte of the selection itself, `verify_shards` at its shards'.
+        """
         self.directory = directory
         self.meta = meta = _read_meta(directory, SelectionMeta, tokenizer=tokenizer)
         _check_files(
@@ -330,7 +335,7 @@ class Selection:
             {"begins.bin": meta.num_documents * 8, "lengths.bin": meta.num_documents * 4},
             content=meta.index if verify else None,
         )
-        self._shards = shards = [Shard(root / name, tokenizer=tokenizer, verify=verify) for name in meta.shards]
+        self._shards = shards = [Shard(root / name, tokenizer=tokenizer, verify=verify_shards) for name in meta.shards]
         if [shard.meta.content for shard in shards] != list(meta.contents):
             raise _damaged(directory, "names shards that are no longer the same")
         self._runs = [shard.tokens for shard in shards]

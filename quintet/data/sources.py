@@ -415,7 +415,8 @@ class Reader:
         if not isinstance(record, dict):
             self.skips.add("corrupt_json", origin, f"a {type(record).__name__}, not an object")
         elif record.get(self.text_key) is None:
-            self.skips.add("missing_text", origin, f"no {self.text_key!r}{did_you_mean(self.text_key, record)}")
+            found = "null" if self.text_key in record else f"no {self.text_key!r}{did_you_mean(self.text_key, record)}"
+            self.skips.add("missing_text", origin, found)
         elif not isinstance(text := record[self.text_key], str):
             self.skips.add("not_a_string", origin, f"{self.text_key!r} is of type {type(text).__name__}")
         else:
@@ -475,7 +476,7 @@ class Reader:
                     continue
                 raw, ended = _read(record.content_stream(), self.max_document_bytes + 1)
                 if ended and record.raw_stream.limit > 0:
-                    raise _Broken("truncated", f"record {number} ends early")
+                    continue  # to find that nothing comes behind it
                 if document := self._accept(f"{shown}:record {number}", raw):
                     yield document
         finally:
@@ -564,11 +565,11 @@ def _warc_records(chunks: Iterator[bytes]) -> Iterator[Any]:
     except ImportError as error:
         raise DataError(f"WARC files need warcio ({error}); install it: pip install -c constraints.txt 'quintet[warc]'") from None
     records = ArchiveIterator(_Stream(chunks))
-    number = 0
+    record, number = None, 0
     while True:
         try:
             with redirect_stderr(io.StringIO()):  # what is wrong is told below
-                record = next(records, None)
+                last, record = record, next(records, None)
         except _Broken:
             raise
         except Exception as error:  # on bad records it raises what it happens to meet
@@ -576,6 +577,8 @@ def _warc_records(chunks: Iterator[bytes]) -> Iterator[Any]:
         if records.err_count:
             raise _Broken("corrupt_file", f"after {number} records: a record is not as long as it says")
         if record is None:
+            if last is not None and last.raw_stream.limit > 0:
+                raise _Broken("truncated", f"record {number} ends early")
             return
         number += 1
         yield record

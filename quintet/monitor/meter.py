@@ -11,24 +11,17 @@ import statistics
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True, kw_only=True)
-class Meter:
-    """What one token costs and what the machine could do at most."""
+def throughput(tokens: int, seconds: float) -> float:
+    """Tokens per second; 0 for no time."""
+    return tokens / seconds if seconds > 0 else 0.0
 
-    flops_per_token: float
-    """FLOPs of training on one token."""
-    peak_flops: float | None
-    """FLOP/s of all devices together; absent: MFU is not told."""
 
-    def tokens_per_second(self, tokens: int, seconds: float) -> float:
-        """Throughput over `seconds`; 0 for no time."""
-        return tokens / seconds if seconds > 0 else 0.0
-
-    def mfu(self, tokens: int, seconds: float) -> float | None:
-        """Model FLOPs utilization over `seconds`, 0 to 1; None without a peak."""
-        if not self.peak_flops:
-            return None
-        return self.tokens_per_second(tokens, seconds) * self.flops_per_token / self.peak_flops
+def mfu(flops: float, seconds: float, *, peak_flops: float | None) -> float | None:
+    """Model FLOPs utilization, 0 to 1, of `flops` that the model needed in `seconds`, where all devices together could do `peak_flops` in
+    one; None without a peak."""
+    if not peak_flops:
+        return None
+    return flops / seconds / peak_flops if seconds > 0 else 0.0
 
 
 @dataclass(frozen=True)

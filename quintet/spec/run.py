@@ -63,8 +63,9 @@ class Source:
     def __post_init__(self) -> None:
         if not self.name or not all(c.isalnum() or c in "-_" for c in self.name):
             raise SpecError(f"source name {self.name!r} may hold only letters, digits, '-' and '_'")
-        if not self.paths:
-            raise SpecError(f"source {self.name!r} has no paths; name at least one file, folder or glob")
+        if not self.paths or not all(self.paths):
+            what = "an empty path" if self.paths else "no paths"
+            raise SpecError(f"source {self.name!r} has {what}; name at least one file, folder or glob ('.' is the working folder)")
         _positive(self, "weight")
         if self.epochs is not None:
             _positive(self, "epochs")

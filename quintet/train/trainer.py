@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from types import FrameType
@@ -31,7 +32,7 @@ from quintet.data.tokenizer import Tokenizer
 from quintet.errors import DONE, INTERRUPTED
 from quintet.model.generate import generate
 from quintet.monitor.interrupt import raise_if_heard
-from quintet.monitor.meter import Meter
+from quintet.monitor.meter import mfu, throughput
 from quintet.monitor.metrics import Message, Record, Resumed, Saved, truncate_after
 from quintet.monitor.report import write_report
 from quintet.monitor.sinks import Sink
@@ -42,6 +43,7 @@ from quintet.parallel.rendezvous import Ranks
 from quintet.spec import parse
 from quintet.spec.curriculum import PhaseCurves, Settings, Stretch, curriculum
 from quintet.spec.layout import Layout
+from quintet.spec.model import Model
 from quintet.spec.run import Run
 from quintet.train import device as machine
 from quintet.train import directory, state
@@ -156,6 +158,7 @@ class _Session:
         self.stretches = curriculum(run)
         self.num_steps = sum(stretch.num_steps for stretch in self.stretches)
         self.peak_flops = machine.measured_peak(device, run.train.precision) * run.layout.num_ranks
+        self.flops = 0.0  # of the steps since the last record
         for name, part in prepared.sources.items():
             if not part.held_out.num_documents:
                 sinks.write(Message(text=f"source {name!r} has no held-out document and is not evaluated; raise data.held_out or add text"))
@@ -180,9 +183,6 @@ class _Session:
         length = here.sequence_length
         self.built.model.rotate_like(self.run.model_in(here))
         self.loader = Loader(self.prepared, self.run.data, sequence_length=length, seed=self.run.seed, mixture=here.weights)
-        # Without and with MTP, which does not run while its weight is 0.
-        flops = (flops_per_token(self.run.model, sequence_length=length, mtp=mtp).total for mtp in (False, True))
-        self.meters = tuple(Meter(flops_per_token=count, peak_flops=self.peak_flops) for count in flops)
 
     def loop(self, position: Position, *, first_step_done: Callable[[], None] | None = None) -> int:
         """Train from `position` to the end or to a signal."""
@@ -241,6 +241,8 @@ class _Session:
                 stop=lambda: bool(stop),
                 before_update=self.saver.settle,
             )
+        num_rows, length = settings.batch_sequences * batch.rows_per_sequence, batch.inputs.shape[1]
+        self.flops += num_rows * length * _flops_per_token(self.run.model, length, settings.mtp_weight > 0)
         return position.after_step(settings.batch_sequences * self.stretch.phase.sequence_length), result, settings
 
     def _due(self, step: int) -> _Due:
@@ -252,7 +254,7 @@ class _Session:
         )
 
     def _record(self, position: Position, result: StepResult, settings: Settings, tokens: int, seconds: float) -> None:
-        meter = self.meters[settings.mtp_weight > 0]
+        flops, self.flops = self.flops, 0.0
         self.sinks.write(
             Record(
                 step=position.step,
@@ -267,8 +269,8 @@ class _Session:
                 grad_norm=result.gradient_norm,
                 batch_sequences=settings.batch_sequences,
                 seconds=seconds,
-                tokens_per_second=meter.tokens_per_second(tokens, seconds),
-                mfu=meter.mfu(tokens, seconds),
+                tokens_per_second=throughput(tokens, seconds),
+                mfu=mfu(flops, seconds, peak_flops=self.peak_flops),
                 expert_load=_shares(result.load),
                 peak_memory_bytes=peak_memory(self.device),
                 dropped=None if self.run.model.capacity_factor is None else result.num_dropped / max(int(result.load.sum()), 1),
@@ -413,6 +415,12 @@ class _Clock:
         stopped = time.perf_counter()
         yield
         self.begin += time.perf_counter() - stopped
+
+
+@cache
+def _flops_per_token(model: Model, length: int, mtp: bool) -> float:
+    """Of rows of `length` tokens; MTP modules do not run while their weight is 0."""
+    return flops_per_token(model, sequence_length=length, mtp=mtp).total
 
 
 def _shares(load: Tensor) -> tuple[tuple[float, ...], ...]:

@@ -322,7 +322,7 @@ def test_neighbours_in_the_stream_are_strangers_in_the_files(tmp_path: Path) -> 
     """Of shuffled documents, two that follow each other lie a third of the source apart on average, and every tenth holds a tenth."""
     folder = write_texts(tmp_path / "texts", [f"document number {i:05}\n" for i in range(3000)])
     prepared = prepare(Data(sources=(source(folder),), directory=str(tmp_path / "p"), held_out=0.0), vocab_size=400, seed=0)
-    stream = loader((prepared, Data(sources=(source(folder),), directory="", fim_rate=0.0)), sequence_length=16)
+    stream = loader((prepared, Data(sources=(source(folder),), directory=str(tmp_path / "p"), fim_rate=0.0)), sequence_length=16)
     seen: list[int] = []
     while stream.state()["code.epoch"] == 0:
         batch = stream.next_batch(1)

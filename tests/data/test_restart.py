@@ -148,22 +148,28 @@ def test_a_changed_rule_redoes_the_sources_that_it_judges_and_a_changed_share_no
     assert sorted(made) == ["a", "b"]
 
 
-def test_a_full_disk_pauses_with_a_message_and_goes_on(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", ["in a part", "behind the parts"])
+def test_a_full_disk_pauses_with_a_message_and_goes_on(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
     data = recipe(tmp_path, tokenizer)
-    expected = prepare(replace(data, directory=str(tmp_path / "whole")), vocab_size=400, seed=0).fingerprint
-    fsync, calls, told = os.fsync, [0], list[str]()
+    fsync, calls, fails, told = os.fsync, [0], [0], list[str]()
 
     def full(descriptor: int) -> None:
         calls[0] += 1
-        if calls[0] == 3:
+        if calls[0] == fails[0]:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
+    expected = prepare(replace(data, directory=str(tmp_path / "whole")), vocab_size=400, seed=0).fingerprint
+    fails[0] = 3 if place == "in a part" else calls[0] - 6
+    calls[0] = 0
     monkeypatch.setattr(engine_module, "free_again", lambda path, wanted: told.append(f"asked for {wanted}"))
     prepared = prepare(data, vocab_size=400, seed=0, on_message=told.append, engine=Local(workers=1, patient=True))
     assert prepared.fingerprint == expected
     assert "is full" in told[0] and "MB more are free" in told[0] and told[1].startswith("asked for")
+    assert (".parts is full" in told[0]) == (place == "in a part")
     calls[0] = 0
     with pytest.raises(DataError, match="No space left"):
         prepare(replace(data, directory=str(tmp_path / "third")), vocab_size=400, seed=0, engine=Local(workers=1))

@@ -315,6 +315,7 @@ def test_plain_text_of_warc_files_is_read_and_pages_are_counted(tmp_path: Path, 
     (lambda raw: raw[:-10], "truncated"),
     (lambda raw: raw.replace(b"Content-Length: 2000", b"Content-Length: 1000"), "corrupt_file"),
     (lambda raw: b"no archive at all", "corrupt_file"),
+    (lambda raw: b"WARC/1.0\r\nWARC-Type: warcinfo\r\nContent-Length: 99\r\n\r\nabc", "truncated"),
 ])  # fmt: skip
 def test_a_damaged_warc_file_counts_once_and_keeps_what_was_before(tmp_path: Path, broken: Callable[[bytes], bytes], reason: str) -> None:
     (tmp_path / "x.warc").write_bytes(broken(warc(*RECORDS)))

@@ -8,19 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quintet.monitor.meter import Meter, Pace, smoothed
+from quintet.monitor.meter import Pace, mfu, smoothed, throughput
 from quintet.monitor.units import count, duration, num_bytes, sparkline
 
 
 def test_mfu_is_the_share_of_the_peak_that_the_model_needed() -> None:
-    meter = Meter(flops_per_token=2e9, peak_flops=1e12)
-    assert meter.tokens_per_second(1000, 5.0) == 200
-    assert meter.mfu(1000, 5.0) == pytest.approx(0.4)
+    assert throughput(1000, 5.0) == 200
+    assert mfu(2e9 * 1000, 5.0, peak_flops=1e12) == pytest.approx(0.4)
 
 
 def test_without_a_peak_there_is_no_mfu_and_without_time_no_throughput() -> None:
-    assert Meter(flops_per_token=2e9, peak_flops=None).mfu(1000, 5.0) is None
-    assert Meter(flops_per_token=2e9, peak_flops=1e12).tokens_per_second(1000, 0.0) == 0
+    assert mfu(2e12, 5.0, peak_flops=None) is None
+    assert throughput(1000, 0.0) == mfu(2e12, 0.0, peak_flops=1e12) == 0
 
 
 def test_a_slow_first_step_does_not_spoil_the_eta() -> None:

@@ -59,6 +59,7 @@ RUN = Run(name="tiny", model=MODEL, data=DATA, phases=(PHASE,))
         (RUN, {"layout": Layout(dp=7, ep=7)}, "must be divisible by layout.ep (7); choose layout.ep from"),
         (SOURCE, {"name": "a b"}, "source name 'a b' may hold only letters, digits, '-' and '_'"),
         (SOURCE, {"paths": ()}, "source 'text' has no paths; name at least one file, folder or glob"),
+        (SOURCE, {"paths": ("",)}, "source 'text' has an empty path; name at least one file, folder or glob"),
         (SOURCE, {"weight": 0.0}, "weight (0.0) must be larger than 0"),
         (DATA, {"sources": ()}, "data.sources is empty; add a [[data.sources]] table"),
         (DATA, {"sources": (SOURCE, SOURCE)}, "source names must differ, got ['text', 'text']"),
