@@ -45,7 +45,7 @@ from quintet.spec.layout import Layout
 from quintet.spec.run import Run
 from quintet.train import device as machine
 from quintet.train import directory, state
-from quintet.train.build import Built, build
+from quintet.train.build import Built, build, compiling_named
 from quintet.train.foresee import require_schedule
 from quintet.train.held_out import held_out_loss
 from quintet.train.resuming import Phases
@@ -230,7 +230,7 @@ class _Session:
     def _step(self, position: Position, stop: _Stop) -> tuple[Position, StepResult, Settings]:
         settings, mesh = self.curves.settings(position.phase_steps, position.phase_tokens), self.ranks.mesh
         batch = self.loader.next_batch(settings.batch_sequences, part=mesh.at.dp, num_parts=mesh.layout.dp)
-        with self.recorder.during(f"step {position.step + 1}"):
+        with self.recorder.during(f"step {position.step + 1}"), compiling_named():
             result = run_step(
                 self.built,
                 batch,
