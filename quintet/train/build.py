@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,8 +79,8 @@ def compiling_named() -> Iterator[None]:
         lines = str(error).splitlines()
         reason = next((line for line in lines if "error: " in line and "#include" not in line), lines[0] if lines else repr(error))
         raise QuintetError(
-            f"a fused function could not be compiled: {reason.strip()}; make room in {tempfile.gettempdir()} or correct the compiler, or "
-            "train without: train.compile = false in the recipe, a little more slowly"
+            f"a fused function could not be compiled: {reason.strip()}; make room where temporary files lie (TMPDIR) or correct the "
+            "compiler, or train without: train.compile = false in the recipe, a little more slowly"
         ) from error
 
 

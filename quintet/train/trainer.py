@@ -429,7 +429,8 @@ def peak_memory(device: torch.device) -> int:
 
 
 class _Stop:
-    """Set by SIGTERM and SIGINT; the loop looks at it between steps, so a step and a save are never cut in two."""
+    """Set by SIGTERM, SIGINT and SIGHUP (the terminal was closed); the loop looks between steps, so neither a step nor a save is cut
+    in two."""
 
     def __init__(self) -> None:
         self.num_signals = 0
@@ -438,7 +439,7 @@ class _Stop:
         return self.num_signals > 0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.num_signals += 1
+        self.num_signals += number != signal.SIGHUP or not self.num_signals  # of which kernel and shell send several
         if self.num_signals >= 3:  # somebody insists: leave at once, the last complete checkpoint stays
             os._exit(128 + number)
 
@@ -447,7 +448,11 @@ class _Stop:
 def _stop_signals() -> Iterator[_Stop]:
     raise_if_heard()
     stop = _Stop()
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    if before[signal.SIGHUP] is signal.SIG_IGN:  # nohup: the run outlives its terminal
+        del before[signal.SIGHUP]
+    for number in before:
+        signal.signal(number, stop)
     try:
         yield stop
     finally:
