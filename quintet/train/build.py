@@ -69,13 +69,16 @@ def build(
 
 
 @contextmanager
-def compiling_named() -> Iterator[None]:
-    """Raise QuintetError with the compiler's own words where a function cannot be compiled within."""
+def compiling_named(stop: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Raise QuintetError with the compiler's own words where a function cannot be compiled within; KeyboardInterrupt where a `stop` was
+    asked for, since Ctrl-C in a terminal ends the compiler, too."""
     try:
         yield
     except RuntimeError as error:
         if type(error).__module__ not in ("torch._dynamo.exc", "torch._inductor.exc"):  # which take a second to import
             raise
+        if stop():
+            raise KeyboardInterrupt from None
         lines = str(error).splitlines()
         reason = next((line for line in lines if "error: " in line and "#include" not in line), lines[0] if lines else repr(error))
         raise QuintetError(

@@ -8,7 +8,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -52,6 +52,7 @@ from quintet.train.resuming import Phases
 from quintet.train.state import Position
 from quintet.train.step import StepResult, run_step
 
+_STOPPING = b"\nstopping after this step and its checkpoint; a third signal ends the run at once\n"
 _TOLD_RANKS = 64
 """As many ranks tell all others where they are in a pipeline."""
 _LAST_SAVE_SECONDS = 60.0
@@ -186,8 +187,9 @@ class _Session:
 
     def loop(self, position: Position, *, first_step_done: Callable[[], None] | None = None) -> int:
         """Train from `position` to the end or to a signal."""
-        notice = self.ranks.notice if self.ranks.is_lead else None
-        with _stop_signals() as stop, self.recorder.telling(notice), self._saves_finished():
+        lead, alone = self.ranks.is_lead, self.ranks.store is None
+        telling = self.recorder.telling(self.ranks.notice if lead else None)
+        with _stop_signals(tell=lead, alone=alone) as stop, telling, self._saves_finished():
             clock = _Clock(self.device, position.tokens)
             while position.step < self.num_steps:
                 if self.curves.is_over(position.phase_steps, position.phase_tokens):
@@ -195,6 +197,7 @@ class _Session:
                     self.enter(position.phase)
                     self.loader.restore(data)
                 position, result, settings = self._step(position, stop)
+                stop.at_once = False
                 if first_step_done is not None:
                     first_step_done()
                     first_step_done = None
@@ -230,7 +233,7 @@ class _Session:
     def _step(self, position: Position, stop: _Stop) -> tuple[Position, StepResult, Settings]:
         settings, mesh = self.curves.settings(position.phase_steps, position.phase_tokens), self.ranks.mesh
         batch = self.loader.next_batch(settings.batch_sequences, part=mesh.at.dp, num_parts=mesh.layout.dp)
-        with self.recorder.during(f"step {position.step + 1}"), compiling_named():
+        with self.recorder.during(f"step {position.step + 1}"), compiling_named(lambda: bool(stop)):
             result = run_step(
                 self.built,
                 batch,
@@ -432,22 +435,28 @@ class _Stop:
     """Set by SIGTERM, SIGINT and SIGHUP (the terminal was closed); the loop looks between steps, so neither a step nor a save is cut
     in two."""
 
-    def __init__(self) -> None:
-        self.num_signals = 0
+    def __init__(self, *, tell: bool, alone: bool) -> None:
+        """at_once: while the first step runs, which may compile for a minute, Ctrl-C loses nothing; other ranks would be left behind."""
+        self.num_signals, self.tell, self.at_once = 0, tell, alone
 
     def __bool__(self) -> bool:
         return self.num_signals > 0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.num_signals += number != signal.SIGHUP or not self.num_signals  # of which kernel and shell send several
+        if self.at_once and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.num_signals == 1 and self.tell:
+            with suppress(OSError):  # not by way of the console, which may just be at work
+                os.write(2, _STOPPING)
         if self.num_signals >= 3:  # somebody insists: leave at once, the last complete checkpoint stays
             os._exit(128 + number)
 
 
 @contextmanager
-def _stop_signals() -> Iterator[_Stop]:
+def _stop_signals(*, tell: bool, alone: bool) -> Iterator[_Stop]:
     raise_if_heard()
-    stop = _Stop()
+    stop = _Stop(tell=tell, alone=alone)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     if before[signal.SIGHUP] is signal.SIG_IGN:  # nohup: the run outlives its terminal
         del before[signal.SIGHUP]

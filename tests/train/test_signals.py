@@ -19,6 +19,8 @@ from quintet.monitor.interrupt import remembered
 from quintet.monitor.metrics import Evaluated, read_events
 from quintet.monitor.status import Status, read_status
 from quintet.spec.run import Checkpoint, Run
+from quintet.train import trainer
+from quintet.train.step import StepResult
 from tests.train.runs import At, assert_same, records, resume, send, train, where, write_recipe
 
 COMMAND = "import sys; from quintet.cli.main import main; sys.exit(main())"
@@ -160,3 +162,26 @@ def test_nobody_who_reads_along_is_no_reason_to_end_a_run(closed: str, run: Run,
     os.close(writer)
     assert done.returncode == DONE
     assert len(records(run)) == 10
+
+
+@pytest.mark.usefixtures("quick")
+def test_ctrl_c_in_the_first_step_of_a_process_ends_it_at_once_and_a_resume_does_the_step(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object, **named: object) -> StepResult:
+        send(signal.SIGINT)
+        raise AssertionError("the step went on")
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer, "run_step", interrupted)
+        train(run)
+    assert train_to(run, 3) == INTERRUPTED
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer, "run_step", interrupted)
+        resume(run)
+    assert resume(run) == DONE and len(records(run)) == 10
+
+
+def train_to(run: Run, step: int) -> int:
+    """Resume until a signal at a step."""
+    return resume(run, At(step, lambda: send(signal.SIGTERM)))
