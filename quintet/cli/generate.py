@@ -15,7 +15,7 @@ class Arguments:
     """Continue a prompt with a trained model; the text goes to stdout as it is drawn."""
 
     model: ModelPath
-    """A run's directory (its newest checkpoint), or a checkpoint's; one in a store by its URL."""
+    """A run's directory (its newest checkpoint), or a checkpoint's; in a store, the URL of the folder of a run's checkpoints, or of one."""
     prompt: str
     """The text to continue."""
     tokens: int = 120

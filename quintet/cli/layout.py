@@ -18,6 +18,7 @@ from rich.text import Text
 from quintet.cli.describe import warn
 from quintet.cli.options import Overrides, Recipe, Switch, read_with_recipe
 from quintet.cost.memory import step_memory
+from quintet.cost.pipeline import at_odds
 from quintet.errors import UsageError
 from quintet.monitor.units import count, num_bytes
 from quintet.spec.curriculum import curriculum, main_stretch
@@ -83,7 +84,7 @@ def main(arguments: list[str]) -> int:
     else:
         out = Console()
         out.width = out.width if out.is_terminal else max(out.width, 140)
-        warn(without_effect(layout))
+        warn([*without_effect(layout), *at_odds(layout, given.run.train)])
         out.print(page(told, holding, in_full=given.rank is not None))
     return 0
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "data": "say which quality rules a document passes, and why",
     "train": "train a model as a recipe says",
     "resume": "continue a run from its newest checkpoint",
+    "watch": "show where a run stands, live, from another terminal",
     "generate": "continue a prompt with a trained model",
     "evaluate": "measure the loss on held-out documents",
     "checkpoint": "list, inspect, compare, verify, keep and rewrite checkpoints",

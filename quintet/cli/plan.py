@@ -137,7 +137,7 @@ def plan(given: Arguments, run: Run, cluster: Cluster) -> Planned:
     found = Found() if given.alone else search(base, cluster, model=run.model, top=given.top, goal=given.goal)
     nearest = []
     if (own and not own.fits) or (not given.alone and not found.best):
-        nearest = nearest_possible(base, cluster, model=run.model)
+        nearest = nearest_possible(base, cluster, model=run.model, searched=None if given.alone else found)
     return Planned(cluster=cluster, own=own, found=found, nearest=nearest, notes=notes)
 
 
@@ -149,7 +149,11 @@ def _cluster(given: Arguments, run: Run) -> Cluster:
     num = given.gpus if given.gpus is not None else run.layout.num_ranks
     if num < 1:
         raise UsageError(f"--gpus ({num}) must be at least 1")
-    return named(given.gpu, num_gpus=num).scaled(dict(_factor(word) for word in given.what_if))
+    factors = [_factor(word) for word in given.what_if]
+    names = [name for name, _ in factors]
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise UsageError(f"--what-if names {', '.join(twice)} more than once; give each factor once")
+    return named(given.gpu, num_gpus=num).scaled(dict(factors))
 
 
 def _factor(word: str) -> tuple[str, float]:

@@ -76,7 +76,7 @@ def together(run: Run, run_directory: Path, *, first: Callable[[], Run], resume:
 
 
 def _on_this_rank(run: Run, run_directory: Path, ranks: Ranks, *, resume: bool, phases: Phases) -> int:
-    from quintet.cli.watch import watched
+    from quintet.cli.watched import watched
     from quintet.train import trainer
 
     def train(sinks: Fanout) -> int:

@@ -198,6 +198,7 @@ def _random_batches(run: Run, sequences: int, steps: int) -> list[Batch]:
         border, end = (torch.randint(1, length + 1, (sequences, 1), generator=generator) for _ in range(2))
         places = torch.arange(length)[None]
         labels = tokens[:, 1:].masked_fill((places >= end) & (torch.arange(sequences)[:, None] % 3 == 1), IGNORED)
-        batches.append(Batch(inputs=tokens[:, :-1].contiguous(), labels=labels, document_ids=(places >= border).int()))
+        sizes = [(first, length + 1 - first, 0) for first in border[:, 0].tolist()]
+        batches.append(Batch(inputs=tokens[:, :-1], labels=labels, sizes=sizes))
     return batches
 

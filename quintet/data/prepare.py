@@ -317,7 +317,8 @@ def _select(
     decision = None
     if data.dedup:
         parts = [(name, Fingerprints(target)) for name, found in targets.items() for target in found]
-        decision = dedup.decide(data.dedup, parts, [known for path in data.dedup.against for known in _known(path, data)])
+        known = [fingerprints for path in data.dedup.against for fingerprints in _known(path, data)]
+        decision = dedup.decide(data.dedup, parts, known, scratch=directory)
     begin = 0
     for source in data.sources:
         found = targets[source.name]

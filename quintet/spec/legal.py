@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from quintet.errors import SpecError
 from quintet.spec.layout import Degree, Layout, broken_rules
@@ -59,7 +60,8 @@ def _degrees(axis: Degree, layout: Layout, model: Model, lengths: Sequence[int])
 
     def legal(degree: int) -> bool:
         replicas = degree if axis == "ep" else 1  # experts are split over replicas
-        return not broken_rules(replace(alone, **{"dp": replicas, axis: degree}), model, lengths)
+        changes: dict[str, Any] = {"dp": replicas, axis: degree}
+        return not broken_rules(replace(alone, **changes), model, lengths)
 
     near = sorted({1, now, *_around(now), *range(1, min(2 * now, _TRIED) + 1)}, key=lambda degree: abs(math.log2(degree / now)))
     return [1, *itertools.islice((degree for degree in near if degree > 1 and legal(degree)), _NEAREST)]
