@@ -35,7 +35,9 @@ class _Forgiving:
             work()
         except OSError as error:
             if error.errno in (errno.EPIPE, errno.EIO):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())
+                os.close(nowhere)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 import resource
-import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from types import FrameType
 
 import torch
 from torch import Tensor
@@ -30,7 +27,6 @@ from quintet.data.prepare import Prepared, open_prepared
 from quintet.data.tokenizer import Tokenizer
 from quintet.errors import DONE, INTERRUPTED
 from quintet.model.generate import generate
-from quintet.monitor.interrupt import raise_if_heard
 from quintet.monitor.meter import Meter
 from quintet.monitor.metrics import Message, Record, Resumed, Saved, truncate_after
 from quintet.monitor.report import write_report
@@ -49,10 +45,10 @@ from quintet.train.build import Built, build, compiling_named
 from quintet.train.foresee import require_schedule
 from quintet.train.held_out import held_out_loss
 from quintet.train.resuming import Phases
+from quintet.train.signals import Stop, stop_signals
 from quintet.train.state import Position
 from quintet.train.step import StepResult, run_step
 
-_STOPPING = b"\nstopping after this step and its checkpoint; a third signal ends the run at once\n"
 _TOLD_RANKS = 64
 """As many ranks tell all others where they are in a pipeline."""
 _LAST_SAVE_SECONDS = 60.0
@@ -189,7 +185,7 @@ class _Session:
         """Train from `position` to the end or to a signal."""
         lead, alone = self.ranks.is_lead, self.ranks.store is None
         telling = self.recorder.telling(self.ranks.notice if lead else None)
-        with _stop_signals(tell=lead, alone=alone) as stop, telling, self._saves_finished():
+        with stop_signals(tell=lead, alone=alone) as stop, telling, self._saves_finished():
             clock = _Clock(self.device, position.tokens)
             while position.step < self.num_steps:
                 if self.curves.is_over(position.phase_steps, position.phase_tokens):
@@ -230,7 +226,7 @@ class _Session:
             self.saver.finish(_LAST_SAVE_SECONDS if self.ranks.store else None)
             self._tell_of_saves()
 
-    def _step(self, position: Position, stop: _Stop) -> tuple[Position, StepResult, Settings]:
+    def _step(self, position: Position, stop: Stop) -> tuple[Position, StepResult, Settings]:
         settings, mesh = self.curves.settings(position.phase_steps, position.phase_tokens), self.ranks.mesh
         batch = self.loader.next_batch(settings.batch_sequences, part=mesh.at.dp, num_parts=mesh.layout.dp)
         with self.recorder.during(f"step {position.step + 1}"), compiling_named(lambda: bool(stop)):
@@ -429,41 +425,3 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-class _Stop:
-    """Set by SIGTERM, SIGINT and SIGHUP (the terminal was closed); the loop looks between steps, so neither a step nor a save is cut
-    in two."""
-
-    def __init__(self, *, tell: bool, alone: bool) -> None:
-        """at_once: while the first step runs, which may compile for a minute, Ctrl-C loses nothing; other ranks would be left behind."""
-        self.num_signals, self.tell, self.at_once = 0, tell, alone
-
-    def __bool__(self) -> bool:
-        return self.num_signals > 0
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.num_signals += number != signal.SIGHUP or not self.num_signals  # of which kernel and shell send several
-        if self.at_once and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        if self.num_signals == 1 and self.tell:
-            with suppress(OSError):  # not by way of the console, which may just be at work
-                os.write(2, _STOPPING)
-        if self.num_signals >= 3:  # somebody insists: leave at once, the last complete checkpoint stays
-            os._exit(128 + number)
-
-
-@contextmanager
-def _stop_signals(*, tell: bool, alone: bool) -> Iterator[_Stop]:
-    raise_if_heard()
-    stop = _Stop(tell=tell, alone=alone)
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-    if before[signal.SIGHUP] is signal.SIG_IGN:  # nohup: the run outlives its terminal
-        del before[signal.SIGHUP]
-    for number in before:
-        signal.signal(number, stop)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
