@@ -7,12 +7,14 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from quintet.cli.console import stderr
+
 
 class Bar:
     """Pulses until it is called with how much of what total is done; from then on it fills, with the time left."""
 
     def __init__(self, description: str, console: Console | None = None) -> None:
-        console = console or Console(stderr=True)
+        console = console or stderr()
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
         self._progress = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
         self._task = self._progress.add_task(description, total=None)

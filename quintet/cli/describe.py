@@ -11,6 +11,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from quintet.cli.console import stderr
 from quintet.cost.flops import flops_per_token, parameters
 from quintet.cost.memory import Memory, largest_rank
 from quintet.monitor.units import count, num_bytes
@@ -172,6 +173,6 @@ def foreseen(run: Run) -> list[str]:
 
 def warn(texts: Iterable[str]) -> None:
     """Tell warnings on stderr."""
-    console = Console(stderr=True)
+    console = stderr()
     for text in texts:
         console.print(Text.assemble(("warning: ", "bold yellow"), text), soft_wrap=True)

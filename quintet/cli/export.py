@@ -6,9 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from rich.console import Console
-
 from quintet.cli.bar import Bar
+from quintet.cli.console import stderr
 from quintet.cli.options import Directory, ModelPath, read
 from quintet.errors import UsageError
 
@@ -53,5 +52,5 @@ def main(arguments: list[str]) -> int:
             max_shard_bytes=round(given.max_shard_gb * 1e9),
             on_progress=bar,
         )
-    Console(stderr=True).print(f"wrote {given.directory}", markup=False, highlight=False, soft_wrap=True)
+    stderr().print(f"wrote {given.directory}", markup=False, highlight=False, soft_wrap=True)
     return 0

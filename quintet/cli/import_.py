@@ -5,9 +5,8 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 
-from rich.console import Console
-
 from quintet.cli.bar import Bar
+from quintet.cli.console import stderr
 from quintet.cli.options import Directory, RunPath, read
 
 
@@ -26,7 +25,7 @@ def main(arguments: list[str]) -> int:
     given = read(Arguments, arguments, command="import")
     from quintet.train.trained import import_run
 
-    console = Console(stderr=True)
+    console = stderr()
 
     def tell(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 from rich.table import Table
 from rich.text import Text
 
+from quintet.cli.console import stderr
 from quintet.cli.options import Overrides, Recipe, Switch, read_with_recipe
 from quintet.data import prepare as data
 from quintet.data.engine import Engine, EngineName, engine_of
@@ -46,7 +47,7 @@ def main(arguments: list[str]) -> int:
     """Run the command and return its exit code."""
     given = read_with_recipe(Arguments, arguments, command="prepare")
     engine = engine_of(given.engine, workers=given.workers, address=given.address)
-    console = Console(stderr=True)
+    console = stderr()
     prepared = prepare(given.run, console, recipe=given.recipe, on_other="replace" if given.replace else "refuse", engine=engine)
     report = write_report(prepared)
     if given.json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from quintet.checkpoint.manifest import step_of
@@ -11,6 +11,7 @@ from quintet.cli.options import RunPath, read, unset
 from quintet.errors import CheckpointError, UsageError
 from quintet.spec import parse
 from quintet.spec.layout import Layout
+from quintet.spec.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,7 @@ class Arguments:
 def main(arguments: list[str]) -> int:
     """Run the command and return its exit code."""
     known = _recipe(arguments)
+    _refuse_values(arguments, known)
     default = None if known is None else replace(unset(Arguments), layout=parse.read(known).layout)
     given = read(Arguments, arguments, command="resume", default=default)
     if step_of(given.run.resolve().name) is not None:
@@ -54,3 +56,15 @@ def _recipe(arguments: Sequence[str]) -> Path | None:
     """The recipe of the first run among the words."""
     found = (Path(word) / "recipe.toml" for word in arguments if not word.startswith("-"))
     return next((path for path in found if path.is_file()), None)
+
+
+def _refuse_values(arguments: Sequence[str], recipe: Path | None) -> None:
+    """Raise UsageError for an option that is a value of the recipe: a run goes on with its own."""
+    sections = {field.name for field in fields(Run)} - {"layout"}
+    for word in arguments:
+        name = word.removeprefix("--").partition("=")[0]
+        if word.startswith("--") and name.partition(".")[0].replace("-", "_") in sections:
+            raise UsageError(
+                f"{word.partition('=')[0]} is a value of the recipe, with which a run goes on; edit {recipe or 'its recipe.toml'}, then "
+                "resume; only --layout.* may be given here"
+            )

@@ -22,9 +22,10 @@ def leave_the_word() -> None:
 
 def tell(message: str) -> None:
     """Print an error on stderr, with the rank where there are several."""
-    from rich.console import Console
     from rich.text import Text
+
+    from quintet.cli.console import stderr
 
     rank = os.environ.get("RANK")
     who = "error: " if rank is None else f"rank {rank}: error: "
-    Console(stderr=True).print(Text.assemble((who, "bold red"), message), soft_wrap=True)
+    stderr().print(Text.assemble((who, "bold red"), message), soft_wrap=True)

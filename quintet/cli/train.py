@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from quintet.cli.console import stderr
 from quintet.cli.describe import foreseen, run_figures, run_tables, warn
 from quintet.cli.options import Overrides, Recipe, Switch, read_with_recipe
 from quintet.cli.tell import speaks_for_all
@@ -53,7 +54,7 @@ def train(run: Run, *, recipe: Path) -> int:
     def first() -> Run:
         directory.refuse_existing(run)
         warn(doubts(run))
-        prepared = prepare(run, Console(stderr=True), recipe=recipe, on_other="beside")
+        prepared = prepare(run, stderr(), recipe=recipe, on_other="beside")
         if prepared.directory == run.data.folder:
             return run
         return replace(run, data=replace(run.data, directory=str(prepared.directory)))

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from quintet.cli.console import stderr
 from quintet.cli.describe import warn
 from quintet.cli.options import Overrides, Recipe, Switch, read_with_recipe
 from quintet.cost.memory import largest_rank
@@ -78,7 +79,7 @@ def main(arguments: list[str]) -> int:
         raise UsageError("the layout is one device, which is what others are compared with; name one, for example: --layout.dp 2")
     _require_room(run, given)
     warn(without_effect(run.layout))
-    console = Console(stderr=True)
+    console = stderr()
     batches = _random_batches(run, sequences, given.steps) if given.tiny else _batches(run, given.recipe, sequences, given.steps, console)
     mtp = 0.3 if run.model.num_mtp_modules else 0.0
     settings = Settings(batch_sequences=sequences, learning_rate=1e-3, mtp_weight=mtp, bias_speed=1e-3)

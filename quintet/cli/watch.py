@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from quintet.cli.console import stderr
 from quintet.cli.options import RunPath, Switch, read
 from quintet.errors import KEYBOARD_INTERRUPT, UsageError
 from quintet.monitor.live import Live
@@ -53,7 +54,7 @@ def main(arguments: list[str]) -> int:
         try:
             return follow(given.run, Console())
         except KeyboardInterrupt:
-            Console(stderr=True).print("no longer watching; the run goes on", highlight=False)
+            stderr().print("no longer watching; the run goes on", highlight=False)
             return KEYBOARD_INTERRUPT
     return 0
 

@@ -6,8 +6,7 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
-
+from quintet.cli.console import stderr
 from quintet.errors import DONE, INTERRUPTED
 from quintet.monitor.sinks import Fanout, open_sinks
 from quintet.monitor.status import StatusFile
@@ -18,7 +17,7 @@ _OUTCOMES = {DONE: "trained to the end", INTERRUPTED: "stopped by a signal, afte
 
 def watched(run: Run, run_directory: Path, call: Callable[[Fanout], int], *, resumed: bool = False) -> int:
     """Call `call` with the run's sinks and return its exit code, which status.json then holds too, as it does an error's."""
-    console = Console(stderr=True)
+    console = stderr()
     with StatusFile(run_directory, resumed=resumed) as status:
         with open_sinks(run.monitor, run_directory, console=console, title=run.name, others=[status]) as sinks:
             exit_code = call(sinks)

@@ -21,8 +21,8 @@ CORE = (
 """Packages that every installation has."""
 
 OPTIONAL = {"transformers": "dev", "pytest": "dev", "hypothesis": "dev", "ruff": "dev", "mypy": "dev"}
-OPTIONAL |= {"py3langid": "language", "warcio": "warc", "daft": "data", "ray": "ray", "s3fs": "s3", "gcsfs": "gs"}
-OPTIONAL |= {"huggingface_hub": "hf", "moto": "dev"}
+OPTIONAL |= {"py3langid": "language", "warcio": "warc", "daft": "data", "ray": "ray", "moto": "dev"}
+OPTIONAL |= {"s3fs": "s3", "gcsfs": "gs", "huggingface_hub": "hf"}
 """Optional packages and the extra that installs each."""
 
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "sve", "bf16")

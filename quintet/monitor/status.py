@@ -159,7 +159,7 @@ class StatusFile:
         if isinstance(error, QuintetError):
             self.finish(error.exit_code, str(error))
         elif isinstance(error, KeyboardInterrupt):
-            self.finish(KEYBOARD_INTERRUPT, "interrupted before training began")
+            self.finish(KEYBOARD_INTERRUPT, "interrupted before a step was done")
         elif error is not None:
             self.finish(1, f"{type(error).__name__}: {error}")
 

@@ -242,8 +242,7 @@ def _missing(store: Store, count: int, layout: Layout, arrival: float, notice: N
         if now - since > arrival:
             return "missing", (
                 f"{who} did not arrive{name} within {arrival:.0f} s; look at what they said, and whether as many processes were started "
-                "on each node as it has devices; where they only need longer, raise "
-                f"train.{'rank' if name else 'arrival'}_timeout"
+                f"on each node as it has devices; where they only need longer, raise train.{'rank' if name else 'arrival'}_timeout"
             )
         if now - since > NOTICE_SECONDS and not noticed:
             noticed = True

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from quintet.errors import QuintetError
 from quintet.model.transformer import Transformer, initial_values
 from quintet.ops.pointwise import REFERENCE, Kernels, can_compile, fused
 from quintet.parallel.bucket import Piece
@@ -64,6 +66,25 @@ def build(
             parameters.fill(values)
     pipeline = ModelPipeline(model, parameters, recorder) if mesh.layout.pp > 1 else None
     return Built(model, parameters, AdamW(parameters, run.optimizer), pipeline)
+
+
+@contextmanager
+def compiling_named(stop: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Raise QuintetError with the compiler's own words where a function cannot be compiled within; KeyboardInterrupt where a `stop` was
+    asked for, since Ctrl-C in a terminal ends the compiler, too."""
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error).__module__ not in ("torch._dynamo.exc", "torch._inductor.exc"):  # which take a second to import
+            raise
+        if stop():
+            raise KeyboardInterrupt from None
+        lines = str(error).splitlines()
+        reason = next((line for line in lines if "error: " in line and "#include" not in line), lines[0] if lines else repr(error))
+        raise QuintetError(
+            f"a fused function could not be compiled: {reason.strip()}; make room where temporary files lie (TMPDIR) or correct the "
+            "compiler, or train without: train.compile = false in the recipe, a little more slowly"
+        ) from error
 
 
 def kernels(run: Run, device: torch.device, *, on_message: Callable[[str], None]) -> Kernels:

@@ -105,6 +105,7 @@ def _policy(sequences: int, length: int, *, ep: int) -> Policy:
         ep=ep,
         expert_tp=1,
         expert_stride=1,
+        own=(MODEL, Layout(dp=ep, ep=ep)),
         gather_rows=False,
         precision="bf16",
         recompute="none",

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 import resource
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,7 +11,6 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from statistics import fmean
-from types import FrameType
 
 import torch
 from torch import Tensor
@@ -31,7 +28,6 @@ from quintet.data.prepare import Prepared, open_prepared
 from quintet.data.tokenizer import Tokenizer
 from quintet.errors import DONE, INTERRUPTED
 from quintet.model.generate import generate
-from quintet.monitor.interrupt import raise_if_heard
 from quintet.monitor.meter import mfu, throughput
 from quintet.monitor.metrics import Message, Record, Resumed, Saved, truncate_after
 from quintet.monitor.report import write_report
@@ -47,10 +43,11 @@ from quintet.spec.model import Model
 from quintet.spec.run import Run
 from quintet.train import device as machine
 from quintet.train import directory, state
-from quintet.train.build import Built, build
+from quintet.train.build import Built, build, compiling_named
 from quintet.train.foresee import require_schedule
 from quintet.train.held_out import held_out_loss
 from quintet.train.resuming import Phases
+from quintet.train.signals import Stop, stop_signals
 from quintet.train.state import Position
 from quintet.train.step import StepResult, run_step
 
@@ -186,8 +183,9 @@ class _Session:
 
     def loop(self, position: Position, *, first_step_done: Callable[[], None] | None = None) -> int:
         """Train from `position` to the end or to a signal."""
-        notice = self.ranks.notice if self.ranks.is_lead else None
-        with _stop_signals() as stop, self.recorder.telling(notice), self._saves_finished():
+        lead, alone = self.ranks.is_lead, self.ranks.store is None
+        telling = self.recorder.telling(self.ranks.notice if lead else None)
+        with stop_signals(tell=lead, alone=alone) as stop, telling, self._saves_finished():
             clock = _Clock(self.device, position.tokens)
             while position.step < self.num_steps:
                 if self.curves.is_over(position.phase_steps, position.phase_tokens):
@@ -195,6 +193,7 @@ class _Session:
                     self.enter(position.phase)
                     self.loader.restore(data)
                 position, result, settings = self._step(position, stop)
+                stop.at_once = False
                 if first_step_done is not None:
                     first_step_done()
                     first_step_done = None
@@ -227,10 +226,10 @@ class _Session:
             self.saver.finish(_LAST_SAVE_SECONDS if self.ranks.store else None)
             self._tell_of_saves()
 
-    def _step(self, position: Position, stop: _Stop) -> tuple[Position, StepResult, Settings]:
+    def _step(self, position: Position, stop: Stop) -> tuple[Position, StepResult, Settings]:
         settings, mesh = self.curves.settings(position.phase_steps, position.phase_tokens), self.ranks.mesh
         batch = self.loader.next_batch(settings.batch_sequences, part=mesh.at.dp, num_parts=mesh.layout.dp)
-        with self.recorder.during(f"step {position.step + 1}"):
+        with self.recorder.during(f"step {position.step + 1}"), compiling_named(lambda: bool(stop)):
             result = run_step(
                 self.built,
                 batch,
@@ -434,30 +433,3 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-class _Stop:
-    """Set by SIGTERM and SIGINT; the loop looks at it between steps, so a step and a save are never cut in two."""
-
-    def __init__(self) -> None:
-        self.num_signals = 0
-
-    def __bool__(self) -> bool:
-        return self.num_signals > 0
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.num_signals += 1
-        if self.num_signals >= 3:  # somebody insists: leave at once, the last complete checkpoint stays
-            os._exit(128 + number)
-
-
-@contextmanager
-def _stop_signals() -> Iterator[_Stop]:
-    raise_if_heard()
-    stop = _Stop()
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -272,3 +272,13 @@ def test_an_unknown_shell_is_a_usage_error(told: TellMain) -> None:
     code, _, err = told("--print-completion", "fish")
     assert code == 2
     assert "takes one of bash, zsh, got 'fish'" in err
+
+
+@pytest.mark.parametrize("words", [["--train.steps", "20"], ["--seed=3"], ["--model.num-layers", "2"]])
+def test_a_value_of_the_recipe_that_is_given_to_resume_is_answered_with_where_it_stands(
+    told: TellMain, recipe: str, tmp_path: Path, words: list[str]
+) -> None:
+    shutil.copy(recipe, tmp_path / "recipe.toml")
+    code, _, err = told("resume", str(tmp_path), *words)
+    option = words[0].partition("=")[0]
+    assert code == 2 and f"{option} is a value of the recipe" in err and f"edit {tmp_path / 'recipe.toml'}, then resume" in err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -14,9 +15,12 @@ import pytest
 from quintet.checkpoint.load import latest, list_checkpoints
 from quintet.cli.main import main
 from quintet.errors import DONE, INTERRUPTED
+from quintet.monitor.interrupt import remembered
 from quintet.monitor.metrics import Evaluated, read_events
 from quintet.monitor.status import Status, read_status
 from quintet.spec.run import Checkpoint, Run
+from quintet.train import trainer
+from quintet.train.step import StepResult
 from tests.train.runs import At, assert_same, records, resume, send, train, where, write_recipe
 
 COMMAND = "import sys; from quintet.cli.main import main; sys.exit(main())"
@@ -117,6 +121,67 @@ def test_a_signal_at_the_last_step_is_too_late_to_stop_anything(run: Run) -> Non
 
 @pytest.mark.usefixtures("quick")
 def test_the_signal_handlers_of_the_caller_come_back(run: Run) -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
     train(replace(run, train=replace(run.train, steps=1)))
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_run_whose_terminal_is_closed_saves_and_one_under_nohup_goes_on(run: Run) -> None:
+    def hang_up() -> None:
+        for _ in range(4):
+            send(signal.SIGHUP)
+
+    assert train(run, At(3, hang_up)) == INTERRUPTED
+    assert [each.step for each in list_checkpoints(where(run) / "checkpoints")] == [3]
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert resume(run, At(5, hang_up)) == DONE
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_interrupt_that_an_import_swallowed_ends_the_run_before_its_first_step(run: Run) -> None:
+    with remembered():
+        with contextlib.suppress(KeyboardInterrupt):
+            send(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            train(run)
+    assert not (where(run) / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("closed", ["pipe", "at once"])
+def test_nobody_who_reads_along_is_no_reason_to_end_a_run(closed: str, run: Run, tmp_path: Path) -> None:
+    recipe, (reader, writer) = write_recipe(run, tmp_path / "recipe.toml"), os.pipe()
+    os.close(reader)  # as `quintet train ... 2>&1 | head` does
+    close = (lambda: os.close(2)) if closed == "at once" else None
+    command = [sys.executable, "-c", COMMAND, "train", str(recipe)]
+    done = subprocess.run(command, stdout=writer, stderr=writer, preexec_fn=close, check=False)
+    os.close(writer)
+    assert done.returncode == DONE
+    assert len(records(run)) == 10
+
+
+@pytest.mark.usefixtures("quick")
+def test_ctrl_c_in_the_first_step_of_a_process_ends_it_at_once_and_a_resume_does_the_step(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object, **named: object) -> StepResult:
+        send(signal.SIGINT)
+        raise AssertionError("the step went on")
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer, "run_step", interrupted)
+        train(run)
+    assert train_to(run, 3) == INTERRUPTED
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer, "run_step", interrupted)
+        resume(run)
+    assert resume(run) == DONE and len(records(run)) == 10
+
+
+def train_to(run: Run, step: int) -> int:
+    """Resume until a signal at a step."""
+    return resume(run, At(step, lambda: send(signal.SIGTERM)))

@@ -6,17 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
 from quintet.data.loader import Batch, Loader
 from quintet.data.prepare import Prepared
-from quintet.errors import NumericsError
+from quintet.errors import NumericsError, QuintetError
 from quintet.model.router import updated_bias
 from quintet.parallel.mesh import single
 from quintet.parallel.zero import ShardedParameters
 from quintet.spec.curriculum import Settings
 from quintet.spec.run import Run
 from quintet.train import step as step_module
-from quintet.train.build import Built, build
+from quintet.train.build import Built, build, compiling_named
 from quintet.train.state import tensors
 from quintet.train.step import StepResult, run_step
 
@@ -162,3 +163,12 @@ def test_what_finds_no_room_at_its_expert_is_counted(run: Run, prepared: Prepare
     _, result = one_step(tight, batch, micro_batch=2)
     # Each of the 8 experts of both layers takes at most half of its share of a sequence's 32 x 2 assignments: 4.
     assert int(result.load.sum()) // 2 <= result.num_dropped < int(result.load.sum())
+
+
+def test_what_cannot_be_compiled_is_told_with_the_compilers_words_and_what_to_do() -> None:
+    with pytest.raises(QuintetError) as told, compiling_named():
+        raise TorchDynamoException("C++ compile error\nx.cpp:1: fatal error: error writing to /tmp/x.s: No space left on device\nmore")
+    assert str(told.value).startswith("a fused function could not be compiled: x.cpp:1: fatal error: error writing to /tmp/x.s: No space")
+    assert "train.compile = false" in str(told.value)
+    with pytest.raises(RuntimeError, match="shapes"), compiling_named():
+        raise RuntimeError("shapes differ")
