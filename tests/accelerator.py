@@ -14,7 +14,6 @@ What it cannot show: numbers and rules of CUDA's own kernels (grouped products' 
 
 from __future__ import annotations
 
-import itertools
 import os
 import queue
 import sys
@@ -29,12 +28,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # which modes would import in every child
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from quintet.parallel import collectives
 
@@ -53,6 +52,7 @@ WAITING = {
 }
 """Operations whose result, or its size, the host must know before it can go on."""
 TAKES_INDICES = {aten.index, aten.index_put_, aten.index_put, aten._index_put_impl_}
+TAKES_SCALARS = {aten.fill_, aten.masked_fill, aten.masked_fill_}
 SENDABLE = {getattr(torch, name) for name in "int8 uint8 int32 int64 float16 bfloat16 float32 float64 bool".split()}
 
 
@@ -157,7 +157,7 @@ class Accelerator(TorchDispatchMode):
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """An operation, on the host's memory, by the rules of devices."""
-        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        given = [each for each in _leaves((args, *kwargs.values())) if isinstance(each, Tensor)]
         indices = {each._index for each in given if isinstance(each, OnDevice)}  # type: ignore[attr-defined]
         wanted = kwargs.get("device")
         if wanted is None and not given and self.within:
@@ -172,7 +172,7 @@ class Accelerator(TorchDispatchMode):
             return 0  # as written: the fused kernels are CUDA's
         named = {name: torch.device("cpu") if name == "device" and value is not None else value for name, value in kwargs.items()}
         named = {name: False if name == "pin_memory" else value for name, value in named.items()}
-        args, named = tree_map(_held, (args, named))
+        args, named = _map(_held, args), {name: _map(_held, value) for name, value in named.items()}
         with self._randomness(func, named):
             out = func(*args, **named)
         if func is aten._grouped_mm.default and out.ndim == 2:
@@ -187,7 +187,7 @@ class Accelerator(TorchDispatchMode):
             known = originals.get(id(each))
             return OnDevice(each, place) if known is None else known
 
-        return given[0] if func.overloadpacket is aten.copy_ else tree_map(wrapped, out)
+        return given[0] if func.overloadpacket is aten.copy_ else _map(wrapped, out)
 
     def _index(self, device: Any) -> int:
         index = torch.device(device).index
@@ -205,7 +205,7 @@ class Accelerator(TorchDispatchMode):
         strangers = [each for each in given if not isinstance(each, OnDevice)]
         if packet in TAKES_INDICES:
             strangers = [each for each in strangers if each is args[0] or (len(args) > 2 and each is args[2] and each.ndim)]
-        if torch.Tag.pointwise in func.tags and isinstance(given[0], OnDevice) | (func._schema.name[-1] != "_"):
+        if (torch.Tag.pointwise in func.tags or packet in TAKES_SCALARS) and isinstance(given[0], OnDevice) | (func._schema.name[-1] != "_"):
             strangers = [each for each in strangers if each.ndim]
         if (strangers and indices) or len(indices) > 1:
             told = ", ".join(f"{each.device} {list(each.shape)}" for each in given)
@@ -252,7 +252,7 @@ class _Indexed(TorchFunctionMode):
             return self._to(func, *args, **named)
         if func is torch.Tensor.new_tensor:
             return self._to(torch.Tensor.to, torch.tensor(args[1], dtype=named.get("dtype", args[0].dtype)), args[0].device)
-        on_device = any(isinstance(each, OnDevice) for each in tree_leaves((args, named)))
+        on_device = any(isinstance(each, OnDevice) for each in _leaves((args, *named.values())))
         if named.get("generator") is not None and (named["generator"].device.type == "cuda") != on_device:
             raise DeviceMix(f"{func.__name__} with a generator of {named['generator'].device}: it must be of the tensor's device")
         before, self.here.within = self.here.within, on_device
@@ -287,6 +287,19 @@ def poison(tensor: Tensor) -> None:
         tensor.fill_(torch.nan)
     elif not tensor.dtype.is_floating_point and tensor.dtype != torch.bool:
         tensor.fill_(torch.iinfo(tensor.dtype).max // 3)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """What lies in lists and tuples."""
+    if isinstance(value, list | tuple):
+        for each in value:
+            yield from _leaves(each)
+    else:
+        yield value
+
+
+def _map(change: Callable[[Any], Any], value: Any) -> Any:
+    return type(value)(_map(change, each) for each in value) if isinstance(value, list | tuple) else change(value)
 
 
 def _held(each: Any) -> Any:
@@ -505,10 +518,8 @@ class Messages:
         """One work for all, as NCCL has it."""
         group = operations[0].group
         assert group is not None and all(each.group is group for each in operations)
-        tags = itertools.count()
 
         def call(gloo: Any) -> list[Any]:
-            del tags
             return [
                 gloo.send([_held(each.tensor)], each.group_peer, 0)
                 if each.op is dist.isend
