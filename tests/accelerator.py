@@ -134,6 +134,8 @@ class Accelerator(TorchDispatchMode):
         self.count, self.current = count, 0
         self.within = False
         """Whether torch itself is at work on tensors of the device: what it makes then lies there."""
+        self.pinned = 0
+        """Tensors of pinned memory on the host."""
         self.generator = torch.Generator().manual_seed(0)
         self.syncs: Counter[str] = Counter()
         self.uploads: Counter[str] = Counter()
@@ -160,8 +162,10 @@ class Accelerator(TorchDispatchMode):
         given = [each for each in _leaves((args, *kwargs.values())) if isinstance(each, Tensor)]
         indices = {each._index for each in given if isinstance(each, OnDevice)}  # type: ignore[attr-defined]
         wanted = kwargs.get("device")
-        if wanted is None and not given and self.within:
-            wanted = kwargs["device"] = torch.device("cuda", self.current)
+        if kwargs.get("pin_memory"):
+            self.pinned, kwargs = self.pinned + 1, {**kwargs, "pin_memory": False}
+        if self.within and (indices or not given):
+            wanted = None if indices else torch.device("cuda", self.current)
         if not indices and (wanted is None or torch.device(wanted).type != "cuda"):
             return func(*args, **kwargs)
         place = min(indices) if indices else self._index(wanted)
@@ -171,7 +175,6 @@ class Accelerator(TorchDispatchMode):
         if func is aten._fused_sdp_choice.default:
             return 0  # as written: the fused kernels are CUDA's
         named = {name: torch.device("cpu") if name == "device" and value is not None else value for name, value in kwargs.items()}
-        named = {name: False if name == "pin_memory" else value for name, value in named.items()}
         args, named = _map(_held, args), {name: _map(_held, value) for name, value in named.items()}
         with self._randomness(func, named):
             out = func(*args, **named)
@@ -255,7 +258,7 @@ class _Indexed(TorchFunctionMode):
         on_device = any(isinstance(each, OnDevice) for each in _leaves((args, *named.values())))
         if named.get("generator") is not None and (named["generator"].device.type == "cuda") != on_device:
             raise DeviceMix(f"{func.__name__} with a generator of {named['generator'].device}: it must be of the tensor's device")
-        before, self.here.within = self.here.within, on_device
+        before, self.here.within = self.here.within, on_device and named.get("device") is None
         try:
             if named.get("device") is not None:
                 device = named["device"] = self._full(named["device"])
@@ -274,7 +277,11 @@ class _Indexed(TorchFunctionMode):
         device = self._full(tensor.device if device is None else device)
         if device == tensor.device and dtype in (None, tensor.dtype) and not named.get("copy"):
             return tensor
-        return aten._to_copy.default(tensor, device=device, dtype=dtype)  # type: ignore[no-any-return]
+        before, self.here.within = self.here.within, False
+        try:
+            return aten._to_copy.default(tensor, device=device, dtype=dtype)  # type: ignore[no-any-return]
+        finally:
+            self.here.within = before
 
     def _full(self, device: Any) -> torch.device:
         device = torch.device(device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -268,7 +267,7 @@ class _Session:
                 tokens_per_second=meter.tokens_per_second(tokens, seconds),
                 mfu=meter.mfu(tokens, seconds),
                 expert_load=_shares(result.load),
-                peak_memory_bytes=peak_memory(self.device),
+                peak_memory_bytes=machine.peak_memory(self.device),
                 dropped=None if self.run.model.capacity_factor is None else result.num_dropped / max(int(result.load.sum()), 1),
             )
         )
@@ -417,13 +416,6 @@ def _shares(load: Tensor) -> tuple[tuple[float, ...], ...]:
     """load [layers, E] -> each expert's share of its layer's assignments."""
     shares = load.double() / load.sum(1, keepdim=True).clamp(min=1)
     return tuple(tuple(round(share, 5) for share in layer) for layer in shares.tolist())
-
-
-def peak_memory(device: torch.device) -> int:
-    """Largest memory held so far, in bytes: of the CUDA device, else of the process."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class _Stop:
