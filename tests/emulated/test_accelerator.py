@@ -39,9 +39,8 @@ SMALL = like_small()
     ],
 )
 def test_what_mixes_devices_is_refused(mistake: Any) -> None:
-    with accelerated():
-        with pytest.raises(DeviceMix):
-            mistake(torch.ones(2, 2, device="cuda"), torch.ones(2, 2))
+    with accelerated(), pytest.raises(DeviceMix):
+        mistake(torch.ones(2, 2, device="cuda"), torch.ones(2, 2))
 
 
 def test_what_cuda_takes_is_computed_and_lies_on_the_device() -> None:
