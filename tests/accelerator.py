@@ -528,6 +528,8 @@ class Messages:
         """One work for all, as NCCL has it."""
         group = operations[0].group
         assert group is not None and all(each.group is group for each in operations)
+        if any(each.group_peer == group.rank() for each in operations):
+            raise ValueError("a message to oneself")  # torch refuses it
 
         def call(gloo: Any) -> list[Any]:
             return [

@@ -32,7 +32,7 @@ def prepare(train: Train) -> torch.device:
         if place >= torch.cuda.device_count():
             raise UsageError(
                 f"process {place} of this node has no device of its own: torch sees {torch.cuda.device_count()}; start at most as many "
-                "processes on each node as it has devices (torchrun --nproc-per-node)"
+                "processes on each node as it has devices (torchrun --nproc-per-node), or use --train.device cpu"
             )
         torch.cuda.set_device(place)
     if device.type == "cpu":

@@ -125,6 +125,7 @@ def test_a_run_on_devices_resumes_on_another_layout_of_devices(data: Data, tmp_p
 def group_of(rank: int) -> Group:
     """The two ranks of a test."""
     dist.init_process_group("cpu:gloo,cuda:nccl", init_method=f"tcp://127.0.0.1:{os.environ['MASTER_PORT']}", rank=rank, world_size=2)
+    dist.barrier()  # one that is refused at once leaves before the other has come
     torch.cuda.set_device(rank)
     return Group("dp", (0, 1), rank, dist.group.WORLD)
 
