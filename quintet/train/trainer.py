@@ -154,6 +154,9 @@ class _Session:
         self.stretches = curriculum(run)
         self.num_steps = sum(stretch.num_steps for stretch in self.stretches)
         self.peak_flops = machine.measured_peak(device, run.train.precision) * run.layout.num_ranks
+        self.adapts = run.train.adaptive and self.built.pipeline is not None and device.type == "cpu"
+        if run.train.adaptive and device.type == "cuda":
+            sinks.write(Message(text="train.adaptive has no effect on CUDA, where a stage's times are those of its launches"))
         for name, part in prepared.sources.items():
             if not part.held_out.num_documents:
                 sinks.write(Message(text=f"source {name!r} has no held-out document and is not evaluated; raise data.held_out or add text"))
@@ -205,7 +208,7 @@ class _Session:
                         self._evaluate(position)
                     if due.checkpoint or stopping:
                         last = stopping or position.step == self.num_steps
-                        adapting = self.run.train.adaptive and self.built.pipeline is not None and not last
+                        adapting = self.adapts and not last
                         self._save(position, wait=last or adapting)
                         if adapting:
                             self._adapt(position, settings.batch_sequences)

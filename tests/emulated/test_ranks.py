@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from quintet.errors import DONE, INTERRUPTED
+from quintet.monitor.metrics import Message, read_events
 from quintet.monitor.sinks import Fanout, JsonLines
 from quintet.parallel import collectives
 from quintet.parallel.collectives import Group
@@ -83,7 +84,7 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"dp": 2, "ep": 2, "zero": 3}, {"recompute": "full"}),
     ({"tp": 2, "ep": 2, "expert_tp": 2, "dp": 2, "zero": 1}, {}),
     ({"cp": 2, "zero": 2}, {"recompute": "selective"}),
-    ({"pp": 2, "dp": 2, "ep": 2, "schedule": "dualpipev"}, {"micro_batch": 1, "sequences": 8}),
+    ({"pp": 2, "dp": 2, "ep": 2, "schedule": "dualpipev"}, {"micro_batch": 1, "sequences": 8, "adaptive": True}),
 ]
 
 
@@ -103,6 +104,8 @@ def test_a_layout_on_devices_computes_what_one_cpu_does(
     assert [record.step for record in ours] == [*range(1, STEPS + 1)]
     for our, their in zip(ours, theirs, strict=True):
         assert our.loss == pytest.approx(their.loss, rel=2e-5) and our.grad_norm == pytest.approx(their.grad_norm, rel=1e-3)
+    told = [event.text for event in read_events(where(run) / "metrics.jsonl") if isinstance(event, Message)]
+    assert any("no effect on CUDA" in text for text in told) == ("adaptive" in settings)
     for each in seen:
         assert not each.on_host, "messages of training lie on the device"
         assert each.messages["all_reduce"] > 0
