@@ -4,9 +4,11 @@
 
 size: the tensors of a real checkpoint (`--checkpoint`, of a run in bf16) through the codec, one thread: stored share, GB/s of plain bytes.
 rates: a state of bf16 weights, fp32 master and fp32 moments (14 bytes a parameter), its rows shared out over gloo ranks, is saved and
-loaded by both codecs; between them every rank writes and reads as many plain bytes of its own to a file by itself. Writes end with fsync,
-reads begin without the file in memory. A ratio is the disk's time over ours, of the same round.
-Seconds of a core a GB tell what bounds it where the disk does not.
+loaded by both codecs; before each of these every rank writes, or reads, as many plain bytes of its own to a file by itself. Writes end
+with fsync, through the system's cache and past it, of which the faster counts; reads begin without the file in memory. A ratio is the
+median of the disk's times over the median of ours, the least and the largest ratio of one round beside it. Seconds of a core a GB tell
+what bounds it where the disk does not; the load of the machine (its average over a minute, which counts what runs here too) is told
+before and behind.
 stall: one process saves the same state in turn synchronously, in the background, by `dcp.save` and by `dcp.async_save`. Stall is what the
 trainer waits: in the call, and before its next update, `--compute` seconds of matrix products later. How many of these products a second
 there are while a save is written is told too.
@@ -21,6 +23,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import mmap
 import multiprocessing
 import os
 import shutil
@@ -45,7 +48,7 @@ from startup import circumstances, headline, write_json
 from quintet.checkpoint import codec, hub_names
 from quintet.checkpoint.background import Saver, Written
 from quintet.checkpoint.load import load, read_manifest
-from quintet.checkpoint.manifest import BLOCK, ITEM_SIZE, PLANES, ROW, File, Manifest, Piece, Tensor, dumps, loads
+from quintet.checkpoint.manifest import BLOCK, ITEM_SIZE, PLANES, ROW, Codec, File, Manifest, Piece, Tensor, dumps, loads
 from quintet.checkpoint.pieces import Box, Pieces, run_of_boxes
 from quintet.checkpoint.plan import Item, assign
 from quintet.checkpoint.save import save
@@ -60,6 +63,7 @@ from quintet.train.device import keep_freed_memory
 from quintet.train.trained import find_checkpoint
 
 PARTS = ("size", "rates", "stall", "index", "recovery")
+FORMS: tuple[Codec, ...] = ("raw", "planes")
 CHUNK = 1 << 24
 ROUNDED = {"model.weight": "optimizer.master.weight"}
 COLUMNS = 4096
@@ -150,13 +154,20 @@ def empty_like(state: dict[str, Any]) -> dict[str, Any]:
     return {name: Pieces(v.shape, [(at, t * 0) for at, t in v.boxes.items()], dtype=v.dtype) for name, v in state.items()}
 
 
-def write_plainly(path: Path, tensors: Sequence[torch.Tensor]) -> None:
-    """The bytes, then fsync."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    for tensor in tensors:
-        view = tensor.view(-1).view(torch.uint8).numpy().data
-        while len(view):
-            view = view[os.write(fd, view[:CHUNK]) :]
+def plain_bytes(tensors: Sequence[torch.Tensor]) -> memoryview:
+    """The tensors' bytes, in memory that begins and ends where a page does."""
+    size = sum(tensor.nbytes for tensor in tensors)
+    memory = np.frombuffer(mmap.mmap(-1, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE), np.uint8)
+    memory[:size] = torch.cat([tensor.view(-1).view(torch.uint8) for tensor in tensors]).numpy()
+    return memory.data
+
+
+def write_plainly(path: Path, view: memoryview, *, flags: int = 0) -> None:
+    """The bytes into a new file, then fsync."""
+    path.unlink(missing_ok=True)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | flags, 0o644)
+    while len(view):
+        view = view[os.write(fd, view[:CHUNK]) :]
     os.fsync(fd)
     os.close(fd)
 
@@ -192,25 +203,27 @@ def forget(directory: Path) -> None:
 def rates(folder: Path, gigabytes: float, rounds: int, rank: int, count: int) -> dict[str, list[tuple[float, float]]]:
     """Seconds, and of processors, of each round, by what was done."""
     state = state_of(gigabytes, rank, count)
-    own = folder / f"plain-{rank}"
+    own, plain = folder / f"plain-{rank}", plain_bytes(boxes(state))
     found: dict[str, list[tuple[float, float]]] = {}
 
     def note(name: str, taken: tuple[float, float]) -> None:
         found.setdefault(name, []).append(taken)
 
     for number in range(rounds + 1):
-        note("plain write", timed(lambda: write_plainly(own, boxes(state))))
-        for form in ("raw", "planes"):
+        for form in FORMS:
             root = folder / form
+            note(f"cached disk before save {form}", timed(lambda: write_plainly(own, plain)))
+            note(f"disk before save {form}", timed(lambda: write_plainly(own, plain, flags=os.O_DIRECT)))
             note(f"save {form}", timed(lambda root=root, form=form: save(state, root, step=1, rounded=ROUNDED, codec=form)))
-        drop_from_cache(own)
         target = empty_like(state)
-        note("plain read", timed(lambda target=target: read_plainly(own, boxes(target))))
-        for form in ("raw", "planes"):
-            timed(lambda form=form: forget(folder / form / "step-00000001") if rank == 0 else None)
-            note(f"load {form}", timed(lambda form=form, target=target: load(target, folder / form / "step-00000001")))
+        for form in FORMS:
+            root = folder / form / "step-00000001"
+            drop_from_cache(own)
+            note(f"disk before load {form}", timed(lambda target=target: read_plainly(own, boxes(target))))
+            timed(lambda root=root: forget(root) if rank == 0 else None)
+            note(f"load {form}", timed(lambda root=root, target=target: load(target, root)))
             assert number or all(torch.equal(a, b) for a, b in zip(boxes(state), boxes(target), strict=True))
-            timed(lambda form=form: shutil.rmtree(folder / form) if rank == 0 else None)
+            timed(lambda root=root: shutil.rmtree(root.parent) if rank == 0 else None)
     return {name: taken[1:] for name, taken in found.items()}
 
 
@@ -443,13 +456,21 @@ def count_of(path: Path, kind: type[Saved | Resumed]) -> int:
 def show_rates(count: int, found: dict[str, list[tuple[float, float]]], gigabytes: float) -> dict[str, Any]:
     """Print a block of the table and return its figures."""
     row: dict[str, Any] = {"ranks": count}
-    for name, taken in found.items():
-        reference = found["plain write" if name.split()[0] in ("plain", "save") and name != "plain read" else "plain read"]
-        ratio = median(ours[0] and disk[0] / ours[0] for disk, ours in zip(reference, taken, strict=True))
-        whole, cpu = (median(each[i] for each in taken) for i in (0, 1))
-        row[name] = {"seconds": whole, "gb_per_s": gigabytes / whole, "of_disk": ratio, "cpu_seconds_per_gb": cpu / gigabytes}
-        rate = f"{whole:9.2f} s{gigabytes / whole:9.2f} GB/s{ratio:9.2f} of the disk"
-        print(f"{count:5}  {name:14}{rate}{cpu / gigabytes:9.2f} s of a core a GB")
+    for name in [f"{what} {form}" for what in ("save", "load") for form in FORMS]:
+        ours = found[name]
+        ways = [taken for way, taken in found.items() if way.endswith(f"disk before {name}")]
+        disk = min(ways, key=lambda taken: median(each[0] for each in taken))
+        whole, cpu, bare = median(each[0] for each in ours), median(each[1] for each in ours), median(each[0] for each in disk)
+        each = [there[0] / here[0] for there, here in zip(disk, ours, strict=True)]
+        row[name] = {
+            "gb_per_s": gigabytes / whole,
+            "disk_gb_per_s": gigabytes / bare,
+            "of_disk": bare / whole,
+            "of_disk_by_round": each,
+            "cpu_seconds_per_gb": cpu / gigabytes,
+        }
+        rate = f"{gigabytes / whole:7.2f} GB/s, the disk {gigabytes / bare:5.2f}: {bare / whole:5.2f} of it"
+        print(f"{count:3} ranks  {name:12}{rate} ({min(each):.2f} to {max(each):.2f}), {cpu / gigabytes:.2f} s of a core a GB")
     return row
 
 
@@ -483,8 +504,11 @@ def main() -> None:
         if "rates" in given.part:
             result["rates"] = []
             for count in given.ranks:
+                before = os.getloadavg()[0]
                 found = on_ranks(count, lambda rank, count=count: rates(Path(name), given.gigabytes, given.rounds, rank, count))
-                result["rates"].append(show_rates(count, found, given.gigabytes))
+                load_averages = [before, os.getloadavg()[0]]
+                result["rates"].append(show_rates(count, found, given.gigabytes) | {"load": load_averages})
+                print(f"{count:3} ranks  load {load_averages[0]:.1f} before, {load_averages[1]:.1f} behind")
         if "stall" in given.part:
             torch.set_num_threads(1)
             keep_freed_memory()

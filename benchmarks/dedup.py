@@ -57,13 +57,12 @@ def similarity(a: Sequence[str], b: Sequence[str]) -> float:
 def quintet(texts: list[str]) -> Keys:
     """Fingerprints as `quintet prepare` makes them."""
     from quintet.data.minhash import bands
-    from quintet.data.part import _FINGERPRINTED_BYTES, _grouped
-    from quintet.data.texts import Texts
+    from quintet.data.part import GROUP_BYTES, grouped
+    from quintet.data.texts import Texts, reuse_memory
 
+    reuse_memory()
     raws = [text.encode() for text in texts]
-    return [
-        row for group in _grouped(raws, _FINGERPRINTED_BYTES) for row in bands(Texts(group), ngram=NGRAM, bands=BANDS, rows=ROWS).tolist()
-    ]
+    return [row for group in grouped(raws, GROUP_BYTES) for row in bands(Texts(group), ngram=NGRAM, bands=BANDS, rows=ROWS).tolist()]
 
 
 def daft(texts: list[str]) -> Keys:

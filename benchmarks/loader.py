@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from startup import circumstances, headline, write_json
 
-from quintet.data.pack import Rows, permuted
+from quintet.data.pack import Permutation, Rows
 from quintet.data.shards import Shard, ShardWriter
 
 
@@ -50,7 +50,7 @@ def through_loader(shard: Shard, *, length: int, batch: int, count: int) -> None
 
 def through_map(shard: Shard, *, length: int, batch: int, count: int, shifts: tuple[int, ...] = (0,)) -> None:
     """Rows of the map at shuffled places, once for each of `shifts`."""
-    places = permuted(np.arange(batch * count), size=max(shard.num_tokens // (length + 1), batch * count), key=7)
+    places = Permutation(max(shard.num_tokens // (length + 1), batch * count), key=7)(np.arange(batch * count))
     places %= shard.num_tokens // (length + 1)
     for step in range(count):
         chosen = places[step * batch : (step + 1) * batch] * (length + 1)

@@ -76,7 +76,7 @@ def quintet_step(dtype: str, seq: int, *, compile: bool) -> Callable[[], None]:
     parameters.fill(lambda piece: initial_values(model.model, piece.name, piece.box, seed=0))
     built = Built(model, parameters, AdamW(parameters, Optimizer()))
     data = torch.randint(0, SHAPE["vocab_size"], (TOKENS // seq, seq + 1), generator=torch.Generator().manual_seed(0))
-    batch = Batch(inputs=data[:, :-1].contiguous(), labels=data[:, 1:].contiguous(), document_ids=torch.zeros_like(data[:, 1:]).int())
+    batch = Batch(inputs=data[:, :-1], labels=data[:, 1:], sizes=[(data.shape[1], 0)] * len(data))
     settings = Settings(batch_sequences=len(data), learning_rate=1e-4, mtp_weight=0.0, bias_speed=0.001)
 
     def step() -> None:

@@ -42,6 +42,7 @@ from quintet.model.moe import MixtureOfExperts
 from quintet.model.transformer import Block, Transformer
 from quintet.ops.deferred import deferred
 from quintet.parallel import pipeline
+from quintet.plan.chain import difference
 from quintet.plan.trace import chrome
 from quintet.schedule import build
 from quintet.schedule.clock import Durations, Timeline, walk
@@ -233,7 +234,7 @@ def main() -> None:
     if given.trace:
         both = timelines(last, given.sequences // 2 // given.micro_batch)
         given.trace.write_text(chrome(both))
-        print("makespan of dualpipev: " + ", ".join(f"{name} {timeline.makespan:.3f} s" for name, timeline in both.items()))
+        print(f"dualpipev: {difference(both['measured'], both['simulated'])}")
     write_json(given.json, facts, {"layout": LAYOUT, **task, "recipe": given.recipe.name, "rows": rows})
 
 

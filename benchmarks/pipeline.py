@@ -14,8 +14,8 @@ in an overlapped pair each computes while the other's travel, so that a pair tak
 is told to sleep once for both, as its example's seam has it.
 
 Contestants besides: torch.distributed.pipelining, and DeepSeek's DualPipe from a checkout at DIR (github.com/deepseek-ai/DualPipe),
-which is given CPU tensors in place of CUDA's and is otherwise as published. --trace writes the simulated and the measured timelines of the
-first Quintet schedule side by side for ui.perfetto.dev.
+which is given CPU tensors in place of CUDA's and is otherwise as published. --trace writes the simulated and the measured timelines of one
+Quintet schedule's last step side by side for ui.perfetto.dev, and tells where they differ.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from quintet.parallel.collectives import Group
 from quintet.parallel.pipeline import Pipeline, Turns
 from quintet.parallel.recorder import Recorder
+from quintet.plan.chain import difference
 from quintet.plan.costs import Costs
 from quintet.plan.simulate import simulate
 from quintet.plan.trace import chrome
@@ -83,42 +84,66 @@ def nap(seconds: float) -> None:
         time.sleep(seconds)
 
 
+class Clock:
+    """A rank's device. What one op sleeps, or the two of a pair, in however many naps, ends when it should, but for the last nap's
+    oversleeping; another op begins when it begins."""
+
+    def __init__(self) -> None:
+        self.at = 0.0
+
+    def begin(self) -> None:
+        """An op begins."""
+        self.at = time.monotonic()
+
+    def compute(self, seconds: float) -> None:
+        """The device is busy."""
+        self.until(self.at + seconds)
+
+    def until(self, when: float) -> None:
+        """Nothing goes on before this."""
+        if not _awake:
+            self.at = max(self.at, when)
+            nap(self.at - time.monotonic())
+
+
 class Sleeping:
     """One of our stages, which sleeps. With `overlap`, an eighth of a forward and a quarter of the gradients of inputs is each of two
     messages: a timer that runs while the stage is set aside."""
 
-    def __init__(self, op: float, *, overlap: bool, is_first: bool, is_last: bool) -> None:
-        self.op, self.overlap, self.is_first, self.is_last = op, overlap, is_first, is_last
+    def __init__(self, op: float, clock: Clock, *, overlap: bool, is_first: bool, is_last: bool) -> None:
+        self.op, self.clock, self.overlap, self.is_first, self.is_last = op, clock, overlap, is_first, is_last
 
     def room(self, microbatch: int) -> Tensor:
         return torch.empty(SHAPE)
 
     def forward(self, microbatch: int, x: Tensor | None) -> Turns[Tensor | None]:
+        self.clock.begin()
         if self.overlap:
             for _ in range(2):  # attention and dispatch, experts and combine
-                nap(3 / 8 * self.op)
+                self.clock.compute(3 / 8 * self.op)
                 yield from self._message(self.op / 8)
         else:
-            nap(self.op)
+            self.clock.compute(self.op)
         return None if self.is_last else torch.ones(SHAPE)
 
     def backward(self, microbatch: int, gradient: Tensor | None, *, put_off: bool) -> Turns[Tensor | None]:
+        self.clock.begin()
         compute = (0.0 if put_off else self.op) + (self.op / 2 if self.overlap else self.op)
         if self.overlap:
             for _ in range(2):
                 yield from self._message(self.op / 4)
-                nap(compute / 2)
+                self.clock.compute(compute / 2)
         else:
-            nap(compute)
+            self.clock.compute(compute)
         return None if self.is_first else torch.ones(SHAPE)
 
     def weights(self, microbatch: int) -> None:
         nap(self.op)
 
     def _message(self, seconds: float) -> Iterator[None]:
-        deadline = time.monotonic() + seconds
+        arrives = self.clock.at + seconds
         yield
-        nap(deadline - time.monotonic())
+        self.clock.until(arrives)
 
 
 Step = Callable[[], None]
@@ -139,8 +164,9 @@ def ours(name: str, setting: Setting, recorder: Recorder) -> Step:
     schedule = table(name, setting.num_ranks, setting.num_microbatches)
     program, last = check(schedule).program, schedule.num_stages - 1
     op = setting.op(max(schedule.num_stages // setting.num_ranks, 1))
+    clock = Clock()
     works = {
-        stage: Sleeping(op, overlap=setting.overlap, is_first=stage == 0, is_last=stage == last)
+        stage: Sleeping(op, clock, overlap=setting.overlap, is_first=stage == 0, is_last=stage == last)
         for _, stage in schedule.stages[setting.rank]
     }
     group = Group("pp", tuple(range(setting.num_ranks)), setting.rank, dist.group.WORLD)
@@ -269,8 +295,8 @@ def _module(seconds: float, back: float, *, after: Callable[[], None] | None = N
     return Napping()
 
 
-def contestants(setting: Setting, dualpipe: Path | None, found: list[str], recorder: Recorder) -> dict[str, Step]:
-    """Every step that can be run with these sizes, by name."""
+def contestants(setting: Setting, dualpipe: Path | None, found: list[str], only: list[str], recorder: Recorder) -> dict[str, Step]:
+    """Every step that can be run with these sizes, by name; with `only`, those whose name has one of its words."""
     P, M = setting.num_ranks, setting.num_microbatches
     fits = [name for name in NAMES if fewest_microbatches(name, P) <= M and not (name == "dualpipe" and (P % 2 or M % 2))]
     if setting.overlap:  # what has pairs, and for comparison the best that has none
@@ -280,7 +306,7 @@ def contestants(setting: Setting, dualpipe: Path | None, found: list[str], recor
         steps |= {f"torch {name}": torchs(name, setting) for name in TORCH if name in fits}
     if dualpipe is not None:
         steps |= {f"DeepSeek {name}": deepseeks(name, setting, dualpipe) for name in ("dualpipe", "dualpipev") if name in fits}
-    return steps
+    return {name: step for name, step in steps.items() if not only or any(word in name for word in only)}
 
 
 def work(rank: int, options: argparse.Namespace, store: dist.Store) -> None:
@@ -288,23 +314,26 @@ def work(rank: int, options: argparse.Namespace, store: dist.Store) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=options.ranks)
     setting = Setting(options.ranks, options.microbatches, options.unit, options.overlap, rank)
     recorder = Recorder(rank, range(options.ranks))
-    steps = contestants(setting, options.dualpipe, options.found, recorder)
+    steps = contestants(setting, options.dualpipe, options.found, options.only, recorder)
     found: dict[str, list[float]] = {name: [] for name in steps}
+    computed: dict[str, list[float]] = {name: [] for name in steps}
     times: list[Any] = []
     global _awake
     for turn in range(options.rounds + 1):
         _awake = turn == 0  # the first one warms up
         for name in rotated(list(steps), turn):
             gather_objects(rank, options.ranks, None)  # a barrier
-            begun = time.monotonic()
+            begun, on_cpu = time.monotonic(), time.process_time()
             steps[name]()
-            spans = gather_objects(rank, options.ranks, (begun, time.monotonic()))
+            spans = gather_objects(rank, options.ranks, (begun, time.monotonic(), time.process_time() - on_cpu))
             if turn:
-                found[name].append(max(end for _, end in spans) - min(begin for begin, _ in spans))
-            if name == next(iter(steps)):
+                found[name].append(max(end for _, end, _ in spans) - min(begin for begin, _, _ in spans))
+                computed[name].append(sum(each for _, _, each in spans))
+            if name == f"quintet {options.traced}":
                 times = gather_objects(rank, options.ranks, recorder.times)
     if rank == 0:
-        Path(options.out).write_text(json.dumps({"seconds": found, "times": [[(str(w), a, b) for w, a, b in row] for row in times]}))
+        rows = [[(str(work), begin, end) for work, begin, end in row] for row in times]
+        Path(options.out).write_text(json.dumps({"seconds": found, "cpu": computed, "times": rows}))
     dist.barrier()
     os._exit(0)
 
@@ -352,8 +381,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--overlap", action="store_true", help="a quarter of the work is messages that pairs can hide")
     parser.add_argument("--dualpipe", type=Path, help="a checkout of DeepSeek's DualPipe")
+    parser.add_argument("--only", nargs="*", default=[], metavar="WORD", help="only contestants whose name has one of these in it")
     parser.add_argument("--found", nargs="*", default=[], metavar="FILE", help="schedules that `quintet schedule search --save` wrote")
-    parser.add_argument("--trace", type=Path, help="the first contestant's timelines, simulated and measured")
+    parser.add_argument("--trace", type=Path, help="timelines of a step, simulated and measured")
+    parser.add_argument("--traced", default="dualpipe", metavar="SCHEDULE", help="the schedule that --trace is of (default dualpipe)")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     facts = circumstances("torch")
@@ -362,10 +393,13 @@ def main() -> None:
     result = json.loads(out.read_text())
     out.unlink()
     print(headline(facts))
-    rows = report(result["seconds"], options)
-    if options.trace:
-        first = next(iter(result["seconds"])).partition(" ")[2]
-        options.trace.write_text(chrome({"simulated": simulated(first, options), "measured": measured(first, options, result["times"])}))
+    rows = report(result["seconds"], result["cpu"], options)
+    if options.trace and not result["times"]:
+        print(f"no trace: {options.traced} did not run")
+    elif options.trace:
+        paper, real = simulated(options.traced, options), measured(options.traced, options, result["times"])
+        options.trace.write_text(chrome({"simulated": paper, "measured": real}))
+        print(f"\n{options.traced}: {difference(real, paper)}")
     write_json(options.json, facts, {"options": {k: str(v) for k, v in vars(options).items() if k != "out"}, "rows": rows})
 
 
@@ -383,15 +417,16 @@ def measured(name: str, options: argparse.Namespace, times: list[list[tuple[str,
     )
 
 
-def report(seconds: dict[str, list[float]], options: argparse.Namespace) -> list[dict[str, Any]]:
+def report(seconds: dict[str, list[float]], cpu: dict[str, list[float]], options: argparse.Namespace) -> list[dict[str, Any]]:
     """Print a line for each contestant -> the same as values."""
     rows: list[dict[str, Any]] = []
     print(f"{options.ranks} ranks, {options.microbatches} micro-batches, unit {options.unit} s, {options.rounds} rounds\n")
-    print(f"{'':26s}{'step, s':>10s}{'bubble %':>10s}{'simulated':>11s}{'(all rounds)':>24s}")
+    print(f"{'':26s}{'step, s':>10s}{'CPU, s':>10s}{'bubble %':>10s}{'simulated':>11s}{'(all rounds)':>24s}")
     for name, all_of_them in seconds.items():
         median = statistics.median(all_of_them)
-        row: dict[str, Any] = {"name": name, "seconds": all_of_them}
-        shown = f"{name:26s}{median:10.3f}"
+        row: dict[str, Any] = {"name": name, "seconds": all_of_them, "cpu_seconds": cpu[name]}
+        label = f"quintet {Path(name).stem}" if name.endswith(".json") else name
+        shown = f"{label:26s}{median:10.3f}{statistics.median(cpu[name]):10.3f}"
         if options.unit:
             paper = simulated(name.partition(" ")[2], options)
             busy = sum(paper.busy(rank) for rank in range(options.ranks)) / options.ranks

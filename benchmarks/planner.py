@@ -32,6 +32,7 @@ from quintet.plan.published import Published, read
 from quintet.plan.rehearse import rehearse
 from quintet.plan.setup import of_run
 from quintet.plan.software import GENERATIONS, generation
+from quintet.plan.stages import blocks
 from quintet.plan.step_time import step_time
 from quintet.spec import parse
 from quintet.spec.cluster import CATALOGUE, named
@@ -40,11 +41,19 @@ HERE = Path(__file__).parent
 MANY = 64
 """Devices from which on the targets hold."""
 WORST = 15
-SHARED = ("moved", "ramp", "tp_hidden", "p2p_hidden")
+SHARED = ("moved", "tp_hidden", "p2p_hidden")
 """Scalars of `plan.software` that all generations share."""
-DEVICES = {"hopper": ("H100", "H800", "H200"), "blackwell": ("B200", "GB200"), "ampere": ("A100", "A100 40GB"), "cdna": ("MI300X",)}
-STEPS = {"moved": 0.3, "ramp": 150.0, "tp_hidden": 0.2, "p2p_hidden": 0.2, "hopper": 0.05, "blackwell": 0.05}
-START = {"moved": 1.5, "ramp": 500.0, "tp_hidden": 0.5, "p2p_hidden": 0.8, "hopper": 0.9, "blackwell": 0.75}
+DEVICES = {
+    "hopper": ("H100", "H800", "H200", "H20"),
+    "blackwell": ("GB200", "B200", "B300", "GB300"),
+    "ampere": ("A100", "A100 40GB", "A800"),
+    "cdna": ("MI300X", "MI325X", "MI355X"),
+}
+"""Devices whose sustained share goes with that of the first of them."""
+STEPS = {"moved": 0.3, "tp_hidden": 0.2, "p2p_hidden": 0.2, "hopper": 0.05, "blackwell": 0.05}
+MOVED = (1.0, 1.6, 2.4)
+"""Starts of `moved`: the loss hardly depends on it while the others follow, so that one descent would stop anywhere between."""
+START = {"moved": 1.5, "tp_hidden": 0.5, "p2p_hidden": 0.8, "hopper": 0.9, "blackwell": 0.75}
 ROUNDS = 16
 
 Scalars = Mapping[str, float]
@@ -97,9 +106,7 @@ def in_use() -> dict[str, float]:
     """Every fitted scalar, as the package holds it."""
     plain = GENERATIONS["plain"]
     values = {name: float(getattr(plain, name)) for name in SHARED}
-    values |= {
-        device: next(CATALOGUE[c].gpu.sustained for c in CATALOGUE if CATALOGUE[c].gpu.name in names) for device, names in DEVICES.items()
-    }
+    values |= {device: sustained(names[0]) for device, names in DEVICES.items()}
     for name, software in GENERATIONS.items():
         if name not in ("plain", "eager", "deepseek"):
             values[f"pace {name}"] = software.pace
@@ -108,16 +115,23 @@ def in_use() -> dict[str, float]:
 
 
 def with_scalars(run: Published, scalars: Scalars) -> Published:
+    own, plain = run.setup.software, GENERATIONS["plain"]
+    shared: dict[str, Any] = {name: scalars[name] for name in SHARED if getattr(own, name) == getattr(plain, name)}
     software = replace(
-        run.setup.software,
-        **{name: scalars[name] for name in SHARED},
+        own,  # what a generation has of its own is not fitted
+        **shared,
         pace=scalars.get(f"pace {run.family}", run.setup.software.pace),
         low_pace=scalars.get(f"low pace {run.family}", run.setup.software.low_pace),
     )
-    if run.family == "deepseek":
-        software = replace(software, tp_hidden=run.setup.software.tp_hidden)
-    gpu = replace(run.cluster.gpu, sustained=scalars[device_of(run)])
+    device = device_of(run)
+    gpu = run.cluster.gpu
+    gpu = replace(gpu, sustained=gpu.sustained * scalars[device] / sustained(DEVICES[device][0]))
     return replace(run, setup=replace(run.setup, software=software), cluster=replace(run.cluster, gpu=gpu))
+
+
+def sustained(name: str) -> float:
+    """The share of a device of the catalogue."""
+    return next(cluster.gpu.sustained for cluster in CATALOGUE.values() if cluster.gpu.name == name)
 
 
 def device_of(run: Published) -> str:
@@ -155,7 +169,9 @@ def fit(chosen: Sequence[Published], start: Scalars, *, rounds: int = ROUNDS) ->
         if name.startswith(("pace", "low pace")):
             scalars[name] = 1.0
     recent = [r for r in chosen if re.match("nemo|bridge|maxtext", r.family)]
-    scalars = _descend(scalars, [r for r in recent if device_of(r) == "hopper"], (*SHARED, "hopper"), rounds)
+    hopper = [r for r in recent if device_of(r) == "hopper"]
+    starts = [{**scalars, "moved": moved} for moved in MOVED]
+    scalars = min((_descend(start, hopper, (*SHARED, "hopper"), rounds) for start in starts), key=lambda found: _loss(found, hopper))
     blackwell = [r for r in recent if device_of(r) == "blackwell"]
     scalars = _descend(scalars, [r for r in blackwell if r.setup.precision == "bf16"] or blackwell, ("blackwell",), rounds)
     for name in GENERATIONS:
@@ -167,20 +183,21 @@ def fit(chosen: Sequence[Published], start: Scalars, *, rounds: int = ROUNDS) ->
     return scalars
 
 
-def _descend(scalars: dict[str, float], runs: Sequence[Published], names: Iterable[str], rounds: int) -> dict[str, float]:
-    def loss(tried: Scalars) -> float:
-        return sum(abs(math.log(1 + error(with_scalars(run, tried)))) ** 1.5 for run in runs)
+def _loss(tried: Scalars, runs: Sequence[Published]) -> float:
+    return sum(abs(math.log(1 + error(with_scalars(run, tried)))) ** 1.5 for run in runs)
 
+
+def _descend(scalars: dict[str, float], runs: Sequence[Published], names: Iterable[str], rounds: int) -> dict[str, float]:
     if not runs:
         return scalars
-    steps, best = dict(STEPS), loss(scalars)
+    steps, best = dict(STEPS), _loss(scalars, runs)
     for _ in range(rounds):
         for name in names:
             for sign in (1, -1):
                 tried = {**scalars, name: scalars[name] + sign * steps[name]}
-                if not 0.01 <= tried[name] <= (1 if "hidden" in name else 5000):
+                if not 0.01 <= tried[name] <= (1 if "hidden" in name else 5):
                     continue
-                if (found := loss(tried)) < best:
+                if (found := _loss(tried, runs)) < best:
                     best, scalars = found, tried
                     break
             else:
@@ -316,7 +333,9 @@ def deepseek() -> dict[str, Any]:
     run = replace(run, layout=replace(run.layout, schedule="dualpipe"))
     setup = replace(of_run(run, software=generation("deepseek"), batch_sequences=15360, precision="fp8"), moments_bytes=2)
     found = estimate(setup, named("h800", num_gpus=2048))
-    simulated, used, block = rehearse(found), utilization(found), found.timed.blocks.moe
+    simulated, used = rehearse(found), utilization(found)
+    balanced = replace(setup, software=replace(setup.software, imbalance=0.0))  # as the trace was taken
+    block = blocks(balanced, found.cluster, paired=True).moe
     compute = 4 * (block.compute_forward + block.compute_input + block.compute_weight)
     anatomy = simulated.anatomy
     rows = [
@@ -334,7 +353,8 @@ def deepseek() -> dict[str, Any]:
         ("device-hours per 1T tokens, thousand", 180.0, 1e12 / found.tokens_per_second / 3600 / 1e3),
         ("work of a pair of 4 + 4 layers, ms (calibrated)", 118.2, 1e3 * compute),
         ("its all-to-alls, ms (calibrated)", 80.4, 1e3 * 8 * block.all_to_all),
-        ("the pair, ms", 129.0, 1e3 * found.timed.pipeline.pair),
+        ("the pair, ms (calibrated)", 129.0, 1e3 * estimate(balanced, found.cluster).timed.pipeline.pair),
+        ("a pair of the step, routed unevenly, ms", 139.0, 1e3 * found.timed.pipeline.pair),
     ]
     print("\nDeepSeek-V3 on 2,048 H800                        published   planned")
     for name, published, planned in rows:

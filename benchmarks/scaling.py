@@ -161,8 +161,7 @@ def _distance_from_one_device(run: Run) -> float:
     run, device = tiny(run), torch.device("cpu")
     length, settings = run.phases[0].sequence_length, Settings(batch_sequences=9, learning_rate=1e-3, mtp_weight=0.3, bias_speed=1e-3)
     tokens = torch.randint(run.model.vocab_size, (2, 9, length + 1), generator=torch.Generator().manual_seed(0))
-    ids = torch.zeros(9, length, dtype=torch.int32)
-    batches = [Batch(inputs=each[:, :-1].contiguous(), labels=each[:, 1:].contiguous(), document_ids=ids) for each in tokens]
+    batches = [Batch(inputs=each[:, :-1], labels=each[:, 1:], sizes=[(length + 1, 0)] * 9) for each in tokens]
     found = trace_steps(run, make_mesh(run.layout), batches, settings, device=device)
     gathered: list[Any] | None = [None] * run.layout.num_ranks if dist.get_rank() == 0 else None
     dist.gather_object(found, gathered)

@@ -43,7 +43,8 @@ from quintet.parallel.expert import AllToAllDispatch, Route
 from quintet.parallel.mesh import make_mesh
 from quintet.spec import parse
 from quintet.spec.curriculum import Settings
-from quintet.spec.layout import Layout, require_legal
+from quintet.spec.layout import Layout
+from quintet.spec.legal import require_legal
 from quintet.spec.run import Run
 from quintet.train.build import Built, build
 from quintet.train.step import accumulate, update
@@ -102,9 +103,8 @@ class Trainee:
         self.built: Built = build(run, make_mesh(run.layout), torch.device("cpu"), on_message=lambda text: None)
         length, vocabulary = run.phases[0].sequence_length, run.model.vocab_size
         tokens = torch.randint(vocabulary, (sequences, length + 1), generator=torch.Generator().manual_seed(1))
-        ids = torch.zeros(sequences, length, dtype=torch.int32)
-        own = slice(self.built.mesh.at.dp, None, run.layout.dp)
-        self.batch = Batch(inputs=tokens[own, :-1].contiguous(), labels=tokens[own, 1:].contiguous(), document_ids=ids[own])
+        whole = Batch(inputs=tokens[:, :-1], labels=tokens[:, 1:], sizes=[(length + 1, 0)] * sequences)
+        self.batch = whole.rows(slice(self.built.mesh.at.dp, None, run.layout.dp))
         self.num_steps = 0
 
     def step(self) -> Tensor:

@@ -156,7 +156,7 @@ def _batch(run: Run, built: Built) -> Batch:
     """This rank's rows of random tokens."""
     generator = torch.Generator().manual_seed(built.mesh.at.dp)
     tokens = torch.randint(run.model.vocab_size, (SETTINGS.batch_sequences // run.layout.dp, LENGTH + 1), generator=generator)
-    return Batch(inputs=tokens[:, :-1].contiguous(), labels=tokens[:, 1:].contiguous(), document_ids=torch.zeros(1))
+    return Batch(inputs=tokens[:, :-1], labels=tokens[:, 1:], sizes=[(tokens.shape[1], 0)] * len(tokens))
 
 
 def _between_micro_batches(built: Built) -> list[int]:

@@ -64,39 +64,36 @@ def rounded(block: Bytes) -> Bytes:
     result &= 1
     result += 0x7FFF
     result += bits
-    return result.view("<u2")[1::2].copy().view(np.uint8)
+    result >>= 16
+    return result.astype("<u2").view(np.uint8)
 
 
 def _split(block: Bytes, dtype: str) -> list[Bytes]:
-    bits = block.view("<u4" if dtype == "float32" else "<u2")
-    first = 16 if dtype == "float32" else 0
-
-    def byte(shift: int) -> Bytes:
-        plane = np.empty(bits.size, np.uint8)
-        np.right_shift(bits, shift, out=plane, casting="unsafe")
-        return plane
-
-    exponents, mantissas, signs = byte(first + 7), byte(first), byte(first + 8)
-    mantissas &= 0x7F
-    signs &= 0x80
-    mantissas |= signs
-    return [exponents, mantissas, *([block.view("<u2")[::2].copy().view(np.uint8)] if first else [])]
+    if dtype == "float32":
+        bits = block.view("<u4")
+        words, low = (bits >> 16).astype("<u2"), [bits.astype("<u2").view(np.uint8)]
+    else:
+        words, low = block.view("<u2").copy(), []
+    exponents = (words >> 7).astype(np.uint8)
+    words &= 0x807F
+    words |= words >> 8
+    return [exponents, words.astype(np.uint8), *low]
 
 
 def _merge(planes: list[Bytes], dtype: str, out: Bytes | None) -> Bytes:
-    high, rest = planes[0].astype("<u2"), planes[1].astype("<u2")
-    high <<= 7
-    high |= rest & 0x7F
-    rest &= 0x80
-    rest <<= 8
+    words, rest = planes[0].astype("<u2"), planes[1].astype("<u2")
+    words <<= 7
+    rest *= 0x101  # the sign at both ends
+    rest &= 0x807F
+    out = np.empty(planes[0].size * (4 if dtype == "float32" else 2), np.uint8) if out is None else out
     if dtype != "float32":
-        words = np.empty(high.size, "<u2") if out is None else out.view("<u2")
-        np.bitwise_or(high, rest, out=words)
-        return words.view(np.uint8)
-    words = np.empty(2 * high.size, "<u2") if out is None else out.view("<u2")
-    np.bitwise_or(high, rest, out=words[1::2])
-    words[::2] = planes[2].view("<u2")
-    return words.view(np.uint8)
+        np.bitwise_or(words, rest, out=out.view("<u2"))
+        return out
+    words |= rest
+    bits = words.astype("<u4")
+    bits <<= 16
+    np.bitwise_or(bits, planes[2].view("<u2").astype("<u4"), out=out.view("<u4"))
+    return out
 
 
 def _entropy(plane: Bytes) -> float:

@@ -14,33 +14,33 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
 from quintet.checkpoint.agreement import Company
 from quintet.checkpoint.codec import Bytes
+from quintet.checkpoint.durable import PAGE
 from quintet.checkpoint.manifest import ROW, Piece
 from quintet.checkpoint.place import Place
-from quintet.checkpoint.store import DataFiles, Threads
+from quintet.checkpoint.store import Block, DataFiles, Threads, aligned
 
 _EXTENT = 4 << 20
 """Most bytes of an extent of several parts."""
 _GAP = 1 << 16
 """Bytes between two parts that are read rather than asked for apart."""
 _LITTLE = 1 << 16
-"""Bytes of a part up to which the thread that comes upon it uses it by itself."""
+"""Bytes of an extent up to which the thread that comes upon it uses it by itself."""
 _UNDER_WAY = 8
 """Extents that a rank has begun, and as many that are being used."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Bytes that this rank needs. `use` gets them, or None where it may read them by itself; in any thread."""
+    """Bytes that this rank needs. `use` gets them, in any thread, and only for as long as it runs."""
 
     file: str
     offset: int
     length: int
-    use: Callable[[Bytes | None], None]
+    use: Callable[[Bytes], None]
     ranks: tuple[int, ...] = ()
     """Those that need just this, where they are several."""
     reader: int = 0
@@ -77,29 +77,29 @@ def fetch(parts: Iterable[Part], files: DataFiles, threads: Threads, company: Co
     own first error."""
     crew = _Crew(files, threads, company)
     begun: deque[Callable[[], None]] = deque()
-    for extent in _extents(parts, merges=files.is_remote):
+    for extent in _extents(parts):
         begun.append(crew.begin(extent))
-        if len(begun) > max(_UNDER_WAY, 4 * threads.count):
+        if len(begun) > _UNDER_WAY:
             begun.popleft()()
     while begun:
         begun.popleft()()
     crew.end()
 
 
-def _extents(parts: Iterable[Part], *, merges: bool) -> Iterator[_Extent]:
-    """Parts that may be read at once, together. What nobody else needs is so only where `merges`: else each part reads by itself."""
+def _extents(parts: Iterable[Part]) -> Iterator[_Extent]:
+    """Parts that are read at once, in an order that is the same on all ranks."""
     if isinstance(parts, list) and any(part.ranks for part in parts):
         groups: dict[tuple[int, ...], list[_Extent]] = {}
         for part in parts:
             extents = groups.setdefault((part.reader, *part.ranks), [])
-            if not extents or not (part.ranks or merges) or not extents[-1].takes(part):
+            if not extents or not extents[-1].takes(part):
                 extents.append(_Extent())
             extents[-1].parts.append(part)
         yield from sorted(itertools.chain.from_iterable(groups.values()), key=lambda extent: (extent.parts[0].file, extent.offset))
         return
     last = _Extent()
     for part in parts:
-        if last.parts and not (merges and last.takes(part)):
+        if last.parts and not last.takes(part):
             yield last
             last = _Extent()
         last.parts.append(part)
@@ -107,31 +107,55 @@ def _extents(parts: Iterable[Part], *, merges: bool) -> Iterator[_Extent]:
         yield last
 
 
+class _Message:
+    """Memory for the bytes of an extent, and for one more that tells the others whether they are of use."""
+
+    def __init__(self, extent: _Extent, buffer: Bytes) -> None:
+        self.extent, self.buffer = extent, buffer
+        begin = extent.offset % PAGE
+        self.bytes = buffer[begin : begin + extent.end - extent.offset + 1]
+
+    @staticmethod
+    def room(extent: _Extent) -> int:
+        """Bytes of a buffer that is long enough for any extent of this length, or of the usual one."""
+        return max(extent.end - extent.offset, _EXTENT) + 2 * PAGE
+
+    def read(self, files: DataFiles) -> None:
+        """Fill it from the file."""
+        useful = 0
+        try:
+            files.read(self.extent.parts[0].file, self.extent.offset, self.extent.end - self.extent.offset, self.buffer)
+            useful = 1
+        finally:
+            self.bytes[-1] = useful
+
+    def use(self) -> None:
+        """Let each part use its bytes."""
+        self.extent.hand_out(self.bytes[:-1])
+
+
 class _Crew:
-    """What of the work on extents is under way on this rank, and what went wrong."""
+    """A rank's part in reading and sending."""
 
     def __init__(self, files: DataFiles, threads: Threads, company: Company | None) -> None:
         self._files, self._threads, self._company = files, threads, company
-        self._used: deque[tuple[Future[None] | None, list[Any]]] = deque()
+        self._used: deque[tuple[_Message, Future[None] | None, list[Any]]] = deque()
+        self._free: list[Bytes] = []
         self._errors: list[Exception] = []
 
     def begin(self, extent: _Extent) -> Callable[[], None]:
         """Start with an extent; what is returned waits for its bytes, and passes them on."""
         first = extent.parts[0]
-        self._files.will_read(first.file, extent.offset, extent.end - extent.offset)
-        if not first.ranks and first.length <= _LITTLE and not self._files.is_remote:  # not worth waking a thread
-            self._try(lambda: first.use(None))
+        if not first.ranks and extent.end - extent.offset <= _LITTLE and not self._files.is_remote:  # not worth waking a thread
+            self._try(lambda: extent.hand_out(self._files.read(first.file, extent.offset, extent.end - extent.offset)))
             return lambda: None
-        if not first.ranks:
-            future = self._threads.start(lambda: self._alone(extent))
-            return lambda: self._note(future)
-        assert self._company is not None
-        message = np.empty(extent.end - extent.offset + 1, np.uint8)  # the last byte: whether the others are of use
-        if first.reader == self._company.rank:
-            read = self._threads.start(lambda: self._read(extent, message))
-            return lambda: self._pass_on(extent, read, message)
-        work = self._company.receive(torch.from_numpy(message), first.reader)
-        return lambda: self._received(extent, work, message)
+        room = _Message.room(extent)
+        message = _Message(extent, self._free.pop() if self._free and self._free[-1].size >= room else aligned(room))
+        if first.ranks and self._company is not None and first.reader != self._company.rank:
+            work = self._company.receive(torch.from_numpy(message.bytes), first.reader)
+            return lambda: self._received(message, work)
+        read = self._threads.start_reading(lambda: message.read(self._files))
+        return lambda: self._pass_on(message, read)
 
     def end(self) -> None:
         """Wait for all that is left. Raises the first error."""
@@ -140,43 +164,30 @@ class _Crew:
         if self._errors:
             raise self._errors[0]
 
-    def _alone(self, extent: _Extent) -> None:
-        if self._files.is_remote:
-            extent.hand_out(self._files.read(extent.parts[0].file, extent.offset, extent.end - extent.offset))
-        else:
-            extent.parts[0].use(None)
+    def _pass_on(self, message: _Message, read: Future[None]) -> None:
+        self._try(read.result)
+        works = list[Any]()
+        if self._company is not None:
+            others = (rank for rank in message.extent.parts[0].ranks if rank != self._company.rank)
+            works = [self._company.send(torch.from_numpy(message.bytes), rank) for rank in others]
+        self._use(message, works)
 
-    def _read(self, extent: _Extent, message: Bytes) -> None:
-        message[-1] = 0
-        self._files.read(extent.parts[0].file, extent.offset, extent.end - extent.offset, message[:-1])
-        message[-1] = 1
-
-    def _pass_on(self, extent: _Extent, read: Future[None], message: Bytes) -> None:
-        assert self._company is not None
-        self._note(read)
-        ranks = [rank for rank in extent.parts[0].ranks if rank != self._company.rank]
-        works = [self._company.send(torch.from_numpy(message), rank) for rank in ranks]
-        self._use(extent, message, works)
-
-    def _received(self, extent: _Extent, work: Any, message: Bytes) -> None:
+    def _received(self, message: _Message, work: Any) -> None:
         work.wait()
-        self._use(extent, message, [])
+        self._use(message, [])
 
-    def _use(self, extent: _Extent, message: Bytes, works: list[Any]) -> None:
-        future = self._threads.start(lambda: extent.hand_out(message[:-1])) if message[-1] else None
-        self._used.append((future, works))
-        if len(self._used) > _UNDER_WAY:
+    def _use(self, message: _Message, works: list[Any]) -> None:
+        self._used.append((message, self._threads.start(message.use) if message.bytes[-1] else None, works))
+        if len(self._used) > max(_UNDER_WAY, 2 * self._threads.count):
             self._finish()
 
     def _finish(self) -> None:
-        future, works = self._used.popleft()
+        message, future, works = self._used.popleft()
         for work in works:
             work.wait()
         if future is not None:
-            self._note(future)
-
-    def _note(self, future: Future[None]) -> None:
-        self._try(future.result)
+            self._try(future.result)
+        self._free.append(message.buffer)
 
     def _try(self, work: Callable[[], None]) -> None:
         try:
@@ -195,13 +206,13 @@ def verify_data(
         def parts_of(piece: Piece) -> list[Part]:
             return [Part(piece.file, block.offset, block.length, checked(piece, block)) for block in files.blocks(piece)]
 
-        def checked(piece: Piece, block: Any) -> Callable[[Bytes | None], None]:
-            def check(stored: Bytes | None) -> None:
-                files.verify(piece, block, files.read(piece.file, block.offset, block.length) if stored is None else stored)
+        def checked(piece: Piece, block: Block) -> Callable[[Bytes], None]:
+            def check(stored: Bytes) -> None:
+                files.verify(piece, block, stored)
                 on_bytes(block.length + ROW)
 
             return check
 
         ordered = sorted(pieces, key=lambda piece: (piece.file, piece.offset))
-        rows = threads.in_order(parts_of, ordered) if len(ordered) > _UNDER_WAY else map(parts_of, ordered)
+        rows = threads.in_order(parts_of, ordered, reads=True) if len(ordered) > _UNDER_WAY else map(parts_of, ordered)
         fetch((part for parts in rows for part in parts), files, threads)

@@ -155,7 +155,7 @@ def verify(directory: Place, *, on_progress: OnProgress = lambda done, total: No
     _verify_texts(directory)
     count(texts)
     try:
-        with Threads(reading=directory) as threads:
+        with Threads() as threads:
             verify_data(directory, [piece for tensor in manifest.tensors.values() for piece in tensor.pieces], threads, on_bytes=count)
     except OSError as error:
         raise failure(error, doing=f"reading {directory}") from None
@@ -217,7 +217,7 @@ def load(
 def _fill(
     tensors: Mapping[str, torch.Tensor | Pieces], directory: Place, manifest: Manifest, company: Company, spent: Spent | None = None
 ) -> None:
-    with Threads(num_ranks=company.size, reading=directory) as threads, DataFiles(directory, spent) as files:
+    with Threads(num_ranks=company.size) as threads, DataFiles(directory, spent) as files:
         for stage in stages(manifest, tensors):
             read(stage, files, threads, company)
 

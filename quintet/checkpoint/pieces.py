@@ -68,6 +68,20 @@ def within(box: Box, offsets: tuple[int, ...], tensor: Tensor) -> Tensor:
     return tensor[tuple(slice(a - begin, a - begin + size) for a, size, begin in zip(*box, offsets, strict=True))]
 
 
+def cut(box: Box, most: int) -> Iterator[Box]:
+    """Parts of a box of at most `most` elements, along its first dims and in the order of its rows."""
+    offsets, sizes = box
+    dim = next((d for d, size in enumerate(sizes) if size > 1), None)
+    if dim is None or math.prod(sizes) <= most:
+        yield box
+        return
+    rows = max(most * sizes[dim] // math.prod(sizes), 1)
+    for begin in range(0, sizes[dim], rows):
+        count = min(rows, sizes[dim] - begin)
+        part = (*offsets[:dim], offsets[dim] + begin, *offsets[dim + 1 :]), (*sizes[:dim], count, *sizes[dim + 1 :])
+        yield from cut(part, most) if count == 1 else (part,)
+
+
 def run_of_boxes(shape: Sequence[int], begin: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """The elements `begin` to `end` of a tensor, row by row, as boxes (offsets, sizes) in the same order: at most 2 dims - 1 of them."""
     if not shape:

@@ -7,12 +7,13 @@ Requests fail now and then, so each is made again a few times, after waits that 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import random
 import re
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +28,14 @@ from quintet.checkpoint.manifest import File
 from quintet.errors import CheckpointError, QuintetError, UsageError
 
 T = TypeVar("T")
+_LOG = logging.getLogger(__name__)
 
 PART = 32 << 20
 """Bytes of one part of an upload."""
+FILE = 256 << 20
+"""Bytes of elements, at most, in one data file of a store."""
+AT_ONCE = 8
+"""Requests to a store, or uploads, that one rank has under way."""
 ATTEMPT = re.compile(r"(data-\d+)-[0-9a-f]{8}(\.bin)")
 """How the names of data files in a store look: with a token of the attempt to save that made them."""
 _TRIES = 6
@@ -42,7 +48,7 @@ _CODES = {
     IsADirectoryError: errno.EISDIR,
     NotADirectoryError: errno.ENOTDIR,
 }
-_FINAL = (*_CODES, QuintetError, ImportError, ValueError, TypeError, NotImplementedError)
+_FINAL = (*_CODES, QuintetError, ImportError, ValueError, TypeError)
 """Answers that another try does not change."""
 
 
@@ -103,7 +109,10 @@ class Remote:
         def listed(system: Any, path: str) -> dict[str, int | None]:
             system.invalidate_cache()
             found = {str(info["name"]).rstrip("/").rpartition("/")[2]: info for info in system.ls(path, detail=True)}
-            return {name: int(info["size"]) if info["type"] == "file" else None for name, info in found.items() if name}
+            return {name: size_of(system, info) if info["type"] == "file" else None for name, info in found.items() if name}
+
+        def size_of(system: Any, info: Mapping[str, Any]) -> int:
+            return int(system.size(info["name"]) if info["size"] is None else info["size"])
 
         try:
             return self._steady(listed)
@@ -121,8 +130,30 @@ class Remote:
         except OSError as error:  # not every store says it by FileExistsError
             if self.name not in self.parent.entries():
                 raise
-            if self.read() != data:  # else an earlier try of ours, whose answer was lost
+            there = self.read()
+            if not data.startswith(there):  # else an earlier try of ours, whose answer was lost
                 raise FileExistsError(errno.EEXIST, "is there already", self.url) from error
+            if there != data:  # or that was cut off, where objects grow
+                self.write(data)
+
+    def make_folder(self) -> None:
+        """Let there be such a folder, where the store has folders; a bucket is not made."""
+
+        def make(system: Any, path: str) -> None:
+            with suppress(FileExistsError):
+                system.mkdir(path, create_parents=False)
+
+        if "/" in self.system()[1].strip("/"):
+            try:
+                self._steady(make)
+            except FileNotFoundError:
+                self.parent.make_folder()
+                self._steady(make)
+
+    def remove_folder(self) -> None:
+        """Remove an empty folder, where the store has folders."""
+        with suppress(OSError):
+            self._steady(lambda system, path: system.rmdir(path))
 
     def remove(self) -> None:
         """Remove an object, if it is there."""
@@ -132,9 +163,14 @@ class Remote:
             return
 
     def move_to(self, other: Remote) -> None:
-        """Give an object another name: the store copies it."""
-        self._steady(lambda system, path: system.cp_file(path, other.system()[1]))
-        self.remove()
+        """Give an object another name: most stores copy it."""
+        try:
+            self._steady(lambda system, path: system.cp_file(path, other.system()[1]))
+            self.remove()
+        except OSError as error:
+            if error.errno != errno.ENOTSUP:
+                raise
+            self._steady(lambda system, path: system.mv(path, other.system()[1]))
 
     def upload(self, write: Callable[[RemoteWriter], T]) -> T:
         """Make an object of what `write` writes; where the store refuses for good but not for ever, `write` is called again."""
@@ -155,11 +191,15 @@ class Remote:
                     code = error.errno or _CODES[next(kind for kind in _CODES if isinstance(error, kind))]
                     raise OSError(code, error.strerror or str(error) or os.strerror(code), self.url) from error
                 raise
+            except NotImplementedError as error:
+                raise OSError(errno.ENOTSUP, f"what serves {system.protocol} cannot do that {error}".rstrip(), self.url) from error
             except Exception as error:  # every store has errors of its own
+                tried, reason = _TRIES - left, str(error) or type(error).__name__
                 if not left or _stays(error):
-                    told = f"{str(error) or type(error).__name__} ({_TRIES - left} {'tries' if left < _TRIES - 1 else 'try'})"
-                    raise OSError(errno.EREMOTEIO, told, self.url) from error
-            time.sleep(_FIRST_WAIT * 2 ** (_TRIES - 1 - left) * random.uniform(0.5, 1))
+                    raise OSError(errno.EREMOTEIO, f"{reason} ({tried} {'tries' if tried > 1 else 'try'})", self.url) from error
+            wait = _FIRST_WAIT * 2 ** (tried - 1) * random.uniform(0.5, 1)
+            _LOG.warning("%s: %s; try %d of %d follows in %.1f s", self.url, reason, tried + 1, _TRIES, wait)
+            time.sleep(wait)
         raise AssertionError
 
 

@@ -162,7 +162,7 @@ def _part_of_rows(reading: Reading, readers: Mapping[Key, list[_Shared]], rows: 
     shared = readers.get(reading.key, [])
     ranks = tuple(sorted({rank for each in shared for rank in each.ranks}))
 
-    def use(stored: codecs.Bytes | None) -> None:
+    def use(stored: codecs.Bytes) -> None:
         rows[reading.key] = files.blocks(piece, stored)
 
     where = (piece.file, piece.offset + piece.length - length, length)
@@ -174,7 +174,7 @@ def _part_of_block(job: _Job, readers: Mapping[Key, list[_Shared]], rows: Sequen
     shared = next((each for each in readers.get(job.reading.key, []) if each.first <= job.number < each.end), None)
     where = (job.reading.piece.file, block.offset, block.length)
 
-    def use(stored: codecs.Bytes | None) -> None:
+    def use(stored: codecs.Bytes) -> None:
         job.run(files, block, stored)
 
     return Part(*where, use, shared.ranks, shared.reader) if shared and len(shared.ranks) > 1 else Part(*where, use)
@@ -209,10 +209,10 @@ class _Job:
     runs: list[Box]
     hits: list[tuple[_Wish, Box, Box]]
 
-    def run(self, files: DataFiles, block: Block, stored: codecs.Bytes | None) -> None:
-        """Read the block unless its stored bytes are given, verify, decode and fill."""
+    def run(self, files: DataFiles, block: Block, stored: codecs.Bytes) -> None:
+        """Verify the block's stored bytes, decode them and fill."""
         memory, dtype = self._in_place(), self.reading.dtype
-        data = files.elements(self.reading.piece, block, dtype, memory, stored)
+        data = files.elements(self.reading.piece, block, dtype, stored, memory)
         with files.spent("place"):
             parts = {False: self._parts(torch.from_numpy(data).view(getattr(torch, dtype)))}
             if any(wish.rounds for wish, _, _ in self.hits):

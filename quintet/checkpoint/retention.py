@@ -82,6 +82,7 @@ def _remove(path: Place) -> None:
     if isinstance(path, Remote):
         for name in sorted(path.entries(), key=lambda name: name != NAME):
             (path / name).remove()
+        path.remove_folder()
         return
     grave = TemporaryDirectory(path.parent, f"removed-{path.name}")
     try:

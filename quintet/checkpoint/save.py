@@ -15,9 +15,11 @@ folder, and a checkpoint is what has a manifest: that comes last, and only where
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,10 +44,10 @@ from quintet.checkpoint.manifest import (
     directory_name,
     dumps,
 )
-from quintet.checkpoint.pieces import Later, Pieces, boxes_here, dtype_name, meet, tensors_of, values_of, within
-from quintet.checkpoint.place import ATTEMPT, Place, Remote, RemoteWriter, described, store
+from quintet.checkpoint.pieces import Later, Pieces, boxes_here, cut, dtype_name, meet, tensors_of, values_of, within
+from quintet.checkpoint.place import AT_ONCE, ATTEMPT, FILE, Place, Remote, RemoteWriter, described, store
 from quintet.checkpoint.plan import Item, Plan, make_plan
-from quintet.checkpoint.store import Known, Source, Threads, drop_from_cache, is_rounding, write_pieces
+from quintet.checkpoint.store import Known, Source, Threads, drop_from_cache, write_pieces
 from quintet.errors import CheckpointError
 
 
@@ -102,10 +104,11 @@ def write(job: Job, root: Place, *, company: Company, threads: Threads, read_bac
     try:
         told, base_is_there = company.lead(lambda: (attempt.begin(), job.base is not None and _is_there(root, job.base)))
         job = job if base_is_there or not job.known else replace(job, base=None, known={})
-        file, share = attempt.data_file(told, company.rank), list[_Share]()
+        share = list[_Share]()
 
         def write_share() -> _Share:
-            share.append(_write_share(file, job, threads, read_back=read_back))
+            files = (attempt.data_file(told, number) for number in itertools.count(company.rank, company.size))
+            share.append(_write_share(files, job, threads, read_back=read_back))
             return share[0]
 
         company.collect(write_share, attempt.commit)
@@ -129,38 +132,70 @@ def _is_there(root: Place, step: int) -> bool:
 class _Share:
     """What a rank has written."""
 
-    file: File | None
+    files: list[File]
     pieces: list[tuple[str, Piece]]
 
 
-def _write_share(path: Place, job: Job, threads: Threads, *, read_back: bool) -> _Share:
+def _write_share(places: Iterator[Place], job: Job, threads: Threads, *, read_back: bool) -> _Share:
+    """Write this rank's items: into one file of a folder; into several objects of a store, some of which go up at a time."""
+    first = next(places)
+    if isinstance(first, Path):
+        shares = [_write_file(first, job, job.plan.items, threads)]
+    else:
+        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="upload") as uploads:
+            begun = [
+                uploads.submit(_write_file, place, job, items, threads)
+                for place, items in zip(itertools.chain([first], places), _divided(job), strict=False)
+            ]
+            try:
+                shares = [upload.result() for upload in begun]
+            finally:
+                uploads.shutdown(cancel_futures=True)
+    share = _Share([file for each in shares for file in each.files], [piece for each in shares for piece in each.pieces])
+    own = {file.path for file in share.files}
+    if read_back and own:
+        if isinstance(first, Path):
+            drop_from_cache(first)
+        verify_data(first.parent, [piece for _, piece in share.pieces if piece.file in own], threads)
+    return share
+
+
+def _divided(job: Job) -> Iterator[list[Item]]:
+    """This rank's items, of at most `FILE` bytes each time; larger ones are cut."""
+    items, size = list[Item](), 0
+    for item in job.plan.items:
+        itemsize = ITEM_SIZE[job.plan.tensors[item.name].dtype]
+        for box in cut(item.box, FILE // itemsize):
+            more = math.prod(box[1]) * itemsize
+            if items and size + more > FILE:
+                yield items
+                items, size = [], 0
+            items.append(replace(item, box=box))
+            size += more
+    if items:
+        yield items
+
+
+def _write_file(path: Place, job: Job, items: Sequence[Item], threads: Threads) -> _Share:
     def write_all(writer: FileWriter | RemoteWriter) -> _Share:
-        pieces = write_pieces(writer, _sources(job, threads), job.codec, threads, job.known)
-        return _Share(writer.file if writer.size else None, pieces)
+        pieces = write_pieces(writer, _sources(job, items), job.codec, threads, job.known)
+        return _Share([writer.file] if writer.size else [], pieces)
 
     if isinstance(path, Remote):
         share = path.upload(write_all)
     else:
         with FileWriter(path, hashed=False) as writer:
             share = write_all(writer)
-    if share.file is None:
+    if not share.files:
         path.remove() if isinstance(path, Remote) else path.unlink()
-    elif read_back:
-        if isinstance(path, Path):
-            drop_from_cache(path)
-        verify_data(path.parent, [piece for _, piece in share.pieces if piece.file == path.name], threads)
     return share
 
 
-def _sources(job: Job, threads: Threads) -> Iterator[Source]:
-    """What this rank's items store: the twin of an item only where it is not its rounding."""
-    for item in job.plan.items:
-        tensor = held(job.tensors[item.name], item)
-        yield Source(item.name, item.box, tensor)
-        if item.twin is not None:
-            twin = held(job.tensors[item.twin], item)
-            if not is_rounding(tensor, twin, threads):
-                yield Source(item.twin, item.box, twin)
+def _sources(job: Job, items: Iterable[Item]) -> Iterator[Source]:
+    """What items store."""
+    for item in items:
+        twin = None if item.twin is None else (item.twin, held(job.tensors[item.twin], item))
+        yield Source(item.name, item.box, held(job.tensors[item.name], item), twin)
 
 
 def held(value: torch.Tensor | Pieces | Later, item: Item) -> torch.Tensor:
@@ -208,9 +243,9 @@ class _Attempt:
         self._temporary = TemporaryDirectory(self.root, self.final.name)
         return str(self._temporary.path)
 
-    def data_file(self, told: str, rank: int) -> Path:
+    def data_file(self, told: str, number: int) -> Path:
         """Where a rank writes."""
-        return Path(told) / f"data-{rank:05d}.bin"
+        return Path(told) / f"data-{number:05d}.bin"
 
     def commit(self, shares: list[_Share]) -> None:
         """From what all ranks have written to a checkpoint."""
@@ -246,11 +281,12 @@ class _RemoteAttempt:
     def begin(self) -> str:
         """What the other ranks must know."""
         self._token = secrets.token_hex(4)
+        self.final.make_folder()
         return self._token
 
-    def data_file(self, told: str, rank: int) -> Remote:
+    def data_file(self, told: str, number: int) -> Remote:
         """Where a rank writes."""
-        return self.final / f"data-{rank:05d}-{told}.bin"
+        return self.final / f"data-{number:05d}-{told}.bin"
 
     def commit(self, shares: list[_Share]) -> None:
         """From what all ranks have written to a checkpoint."""
@@ -276,6 +312,7 @@ class _RemoteAttempt:
         taken = self.root.entries()
         aside = next(name for i in itertools.count() if (name := f"{self.final.name}.corrupt-{i}") not in taken)
         there = [name for name, size in self.final.entries().items() if size is not None and not name.endswith(f"-{self._token}.bin")]
+        (self.root / aside).make_folder()
         for name in sorted(there, key=lambda name: name != NAME):
             (self.final / name).move_to(self.root / aside / name)
 
@@ -283,9 +320,12 @@ class _RemoteAttempt:
         """Remove what did not become a checkpoint."""
         if self._token is not None:
             try:
-                for name in self.final.entries():
+                there = self.final.entries()
+                for name in there:
                     if name.endswith(f"-{self._token}.bin"):
                         (self.final / name).remove()
+                if all(name.endswith(f"-{self._token}.bin") for name in there):
+                    self.final.remove_folder()
             except OSError as error:
                 raise failure(error, doing=f"removing what is left at {self.final}") from None
 
@@ -298,7 +338,7 @@ def _manifest(root: Place, job: Job, shares: list[_Share], files: list[File]) ->
         name: Tensor(dtype=whole.dtype, shape=whole.shape, pieces=tuple(pieces.get(name, ())), rounded_from=whole.rounded_from)
         for name, whole in job.plan.tensors.items()
     }
-    data = [share.file for share in shares if share.file is not None]
+    data = [file for share in shares for file in share.files]
     data += _referred(root, job, {piece.file for share in shares for _, piece in share.pieces if "/" in piece.file})
     return Manifest(step=job.step, files=(*data, *files), tensors=tensors, values=job.values)
 
@@ -309,11 +349,7 @@ def _referred(root: Place, job: Job, names: set[str]) -> list[File]:
         return []
     assert job.base is not None
     holder = directory_name(job.base)
-    return [
-        replace(file, path=f"{holder}/{file.path}")
-        for file in read_manifest(root / holder).files
-        if f"{holder}/{file.path}" in names
-    ]
+    return [replace(file, path=f"{holder}/{file.path}") for file in read_manifest(root / holder).files if f"{holder}/{file.path}" in names]
 
 
 def _is_saved(final: Place, whole: Manifest, set_aside: Callable[[], None]) -> bool:

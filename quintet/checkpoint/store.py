@@ -5,6 +5,7 @@ Several threads work on blocks while one writes or plans; numpy, zstd and BLAKE3
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import threading
@@ -12,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -24,10 +25,10 @@ from torch import Tensor
 
 from quintet.checkpoint import codec as codecs
 from quintet.checkpoint.codec import Bytes
-from quintet.checkpoint.durable import FileWriter, open_regular
+from quintet.checkpoint.durable import PAGE, PAST_CACHE, FileWriter, open_regular
 from quintet.checkpoint.manifest import BLOCK, ITEM_SIZE, PLANES, ROW, Codec, File, Piece
-from quintet.checkpoint.pieces import Box, dtype_name
-from quintet.checkpoint.place import Place, Remote, RemoteWriter, hash_of, located
+from quintet.checkpoint.pieces import Box, cut, dtype_name, within
+from quintet.checkpoint.place import AT_ONCE, Place, Remote, RemoteWriter, hash_of, located
 from quintet.errors import DamagedError
 
 A = TypeVar("A")
@@ -39,10 +40,6 @@ CUT = 1 << 22
 """Elements of a piece at most, where later checkpoints may refer to it."""
 _SMALL = 4096
 """Elements of a piece below which coding gains nothing worth its lengths."""
-_WAITING = 8
-"""Requests to a store that one rank makes at a time."""
-_WORTH_ASKING = 1 << 16
-"""Bytes of a block below which the system reads ahead enough by itself."""
 _ROW = np.dtype([("length", "<u8"), ("digest", "u1", 32)])
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
@@ -54,31 +51,35 @@ _RANKS_OF_A_NODE = 8
 class Threads:
     """A few threads for blocks."""
 
-    def __init__(self, *, num_ranks: int = 1, beside_training: bool = False, reading: Place | None = None) -> None:
-        """As many as the process has cores, shared out among the ranks of a node; half of them beside training; where they mostly wait,
-        since they read what is `Remote`, more."""
+    def __init__(self, *, num_ranks: int = 1, beside_training: bool = False) -> None:
+        """As many as the process has cores, shared out among the ranks of a node; half of them beside training. And others, which read."""
         cores = len(os.sched_getaffinity(0)) // (2 if beside_training else 1)
         self.count = min(max(cores // min(num_ranks, _RANKS_OF_A_NODE), 1), 16)
-        if isinstance(reading, Remote):
-            self.count = max(self.count, _WAITING)
         self._pool = ThreadPoolExecutor(self.count, thread_name_prefix="blocks")
+        self._readers = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="reads")
 
     def __enter__(self) -> Threads:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown(cancel_futures=True)
+        self._readers.shutdown(cancel_futures=True)
 
     def start(self, work: Callable[[], B]) -> Future[B]:
-        """Begin some work that is not of blocks."""
+        """Begin some work."""
         return self._pool.submit(work)
 
-    def in_order(self, work: Callable[[A], B], jobs: Iterable[A]) -> Iterator[B]:
-        """`work` of each job, in order; only a few are done ahead of what is taken."""
+    def start_reading(self, work: Callable[[], B]) -> Future[B]:
+        """Begin some work that mostly waits for the disk, or for a store."""
+        return self._readers.submit(work)
+
+    def in_order(self, work: Callable[[A], B], jobs: Iterable[A], *, reads: bool = False) -> Iterator[B]:
+        """`work` of each job, in order; only a few are done ahead of what is taken. reads: it mostly waits."""
+        pool, ahead = (self._readers, AT_ONCE) if reads else (self._pool, _AHEAD * self.count)
         pending: deque[Future[B]] = deque()
         for job in jobs:
-            pending.append(self._pool.submit(work, job))
-            if len(pending) > _AHEAD * self.count:
+            pending.append(pool.submit(work, job))
+            if len(pending) > ahead:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
@@ -91,6 +92,13 @@ class Source:
     name: str
     box: Box
     tensor: Tensor
+    twin: tuple[str, Tensor] | None = None
+    """The name and the same box of a bf16 tensor, which is written too unless it is the rounding of this one."""
+
+    def part(self, box: Box) -> Source:
+        """A box within."""
+        twin = self.twin and (self.twin[0], within(box, self.box[0], self.twin[1]))
+        return Source(self.name, box, within(box, self.box[0], self.tensor), twin)
 
 
 Known = Mapping[tuple[str, Box, Codec, str], Piece]
@@ -111,39 +119,44 @@ def write_pieces(
 ) -> list[tuple[str, Piece]]:
     """Write boxes one behind the other -> the name of the tensor and the piece of each. Raises OSError.
 
-    With `known`, boxes are cut into pieces of at most `CUT` elements where their rows allow it, and what is known is not written again.
+    With `known`, boxes are cut into pieces of at most `CUT` elements, so that what does not change, as a frozen expert, has its own; and
+    what is known is not written again.
     """
     if known is not None:
-        sources = (part for source in sources for part in _cut(source))
+        sources = (source.part(box) for source in sources for box in cut(source.box, CUT))
 
     def form(source: Source) -> Codec:
         return codec if dtype_name(source.tensor.dtype) in PLANES and source.tensor.numel() >= _SMALL else "raw"
 
-    def blocks() -> Iterator[tuple[Source, Bytes]]:
+    def blocks() -> Iterator[tuple[Source, list[Bytes]]]:
         for source in sources:
-            data = np.frombuffer(bytes_of(source.tensor), np.uint8)
-            size = BLOCK * source.tensor.dtype.itemsize
-            yield from ((source, data[begin : begin + size]) for begin in range(0, data.size, size))
+            tensors = [source.tensor, *([source.twin[1]] if source.twin else [])]
+            sizes, data = [BLOCK * each.dtype.itemsize for each in tensors], [np.frombuffer(bytes_of(each), np.uint8) for each in tensors]
+            for i in range(-(-data[0].size // sizes[0])):
+                yield source, [each[i * size : (i + 1) * size] for each, size in zip(data, sizes, strict=True)]
 
-    def stored(job: tuple[Source, Bytes]) -> tuple[Source, list[Bytes], bytes]:
-        source, block = job
-        dtype = dtype_name(source.tensor.dtype)
-        parts = codecs.encode(block, dtype) if form(source) == "planes" else [block]
+    def stored(job: tuple[Source, list[Bytes]]) -> tuple[Source, list[Bytes], bytes, bool]:
+        source, (block, *twin) = job
+        parts = codecs.encode(block, dtype_name(source.tensor.dtype)) if form(source) == "planes" else [block]
         digest = blake3()  # One thread: a pool of threads would hang in a forked child.
         for part in parts:
             digest.update(part.data)
-        return source, parts, digest.digest()
+        return source, parts, digest.digest(), not twin or np.array_equal(codecs.rounded(block), twin[0])
 
     pieces: list[tuple[str, Piece]] = []
+    others: list[Source] = []
     for source, done in itertools.groupby(threads.in_order(stored, blocks()), key=lambda found: found[0]):
-        begin, rows, kept = writer.size, b"", list[Bytes]()
-        for _, parts, digest in done:
+        begin, rows, kept, is_rounded = writer.size, b"", list[Bytes](), True
+        for _, parts, digest, same in done:
+            is_rounded &= same
             rows += sum(part.size for part in parts).to_bytes(8, "little") + digest
             if known is not None:  # it may be there already
                 kept.extend(parts)
                 continue
             for part in parts:
                 writer.write(part.data)
+        if source.twin is not None and not is_rounded:
+            others.append(Source(source.twin[0], source.box, source.twin[1]))
         if known is not None:
             if there := known.get((source.name, source.box, form(source), blake3(rows).hexdigest())):
                 pieces.append((source.name, there))
@@ -161,34 +174,7 @@ def write_pieces(
             blake3=blake3(rows).hexdigest(),
         )
         pieces.append((source.name, piece))
-    return pieces
-
-
-def _cut(source: Source) -> Iterator[Source]:
-    """Parts of a box of at most `CUT` elements, along its first dims: so what does not change, as a frozen expert, has its own pieces."""
-    (offsets, sizes), tensor = source.box, source.tensor
-    dim = next((d for d, size in enumerate(sizes) if size > 1), None)
-    if dim is None or tensor.numel() <= CUT:
-        yield source
-        return
-    rows = max(CUT * sizes[dim] // tensor.numel(), 1)
-    for begin in range(0, sizes[dim], rows):
-        count = min(rows, sizes[dim] - begin)
-        box = (*offsets[:dim], offsets[dim] + begin, *offsets[dim + 1 :]), (*sizes[:dim], count, *sizes[dim + 1 :])
-        part = Source(source.name, box, tensor.narrow(dim, begin, count))
-        yield from _cut(part) if count == 1 else (part,)
-
-
-def is_rounding(of: Tensor, tensor: Tensor, threads: Threads) -> bool:
-    """Whether every bf16 element of `tensor` has the bits of the fp32 one of `of` after rounding; both of one shape."""
-    wide, narrow = (np.frombuffer(bytes_of(each), np.uint8) for each in (of, tensor))
-    if dtype_name(of.dtype) != "float32" or dtype_name(tensor.dtype) != "bfloat16":
-        return False
-
-    def same(begin: int) -> bool:
-        return np.array_equal(codecs.rounded(wide[2 * begin : 2 * begin + 4 * BLOCK]), narrow[begin : begin + 2 * BLOCK])
-
-    return all(threads.in_order(same, range(0, narrow.size, 2 * BLOCK)))
+    return [*pieces, *write_pieces(writer, others, codec, threads, known)] if others else pieces
 
 
 @dataclass(frozen=True)
@@ -219,6 +205,13 @@ class Spent:
                 self.seconds[kind] = self.seconds.get(kind, 0.0) + time.perf_counter() - begin
 
 
+def aligned(length: int) -> Bytes:
+    """Memory that begins where a page does."""
+    memory = np.empty(length + PAGE, np.uint8)
+    begin = -memory.ctypes.data % PAGE
+    return memory[begin : begin + length]
+
+
 class DataFiles:
     """The files of a checkpoint, open for reading; what is read is verified. Raises DamagedError, OSError."""
 
@@ -226,19 +219,23 @@ class DataFiles:
         """spent: counts `read`, `verify` and `decode`."""
         self.directory, self.spent = directory, spent or Spent()
         self._fds: dict[str, int] = {}
+        self._past_cache: dict[str, int] = {}
 
     def __enter__(self) -> DataFiles:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for fd in self._fds.values():
+        for fd in (*self._fds.values(), *self._past_cache.values()):
             os.close(fd)
 
     def open(self, names: Iterable[str]) -> None:
         """Open files, which the other methods then may read from any thread."""
         for name in names:
-            if name not in self._fds and isinstance(self.directory, Path):
-                self._fds[name] = open_regular(self._path(name))
+            path = located(self.directory, name)
+            if name not in self._fds and isinstance(path, Path):
+                self._fds[name] = open_regular(path)
+                with suppress(OSError):  # not every file system can do that
+                    self._past_cache[name] = open_regular(path, PAST_CACHE)
 
     @property
     def is_remote(self) -> bool:
@@ -258,60 +255,62 @@ class DataFiles:
         digests = (row.tobytes() for row in table["digest"])
         return [Block(i, ends[i], ends[i + 1] - ends[i], digest) for i, digest in enumerate(digests)]
 
-    def will_read(self, name: str, offset: int, length: int) -> None:
-        """Let the system begin to read, as far as it can do that."""
-        if name in self._fds and length >= _WORTH_ASKING and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._fds[name], offset, length, os.POSIX_FADV_WILLNEED)
-
     def verify(self, piece: Piece, block: Block, stored: Bytes) -> None:
         """Raise DamagedError unless these are a block's stored bytes."""
         with self.spent("verify"):
             if stored.size != block.length or blake3(stored.data).digest() != block.digest:
                 raise self._damaged(piece.file)
 
-    def elements(self, piece: Piece, block: Block, dtype: str, out: Bytes | None = None, stored: Bytes | None = None) -> Bytes:
-        """The bytes of a block's elements, in `out` if given (which may hold anything after an error); its stored bytes are read unless
-        given."""
+    def elements(self, piece: Piece, block: Block, dtype: str, stored: Bytes, out: Bytes | None = None) -> Bytes:
+        """The bytes of a block's elements from its stored bytes, in `out` if given, which may hold anything after an error."""
         numel = min(BLOCK, piece.numel - block.number * BLOCK)
         if piece.codec == "raw" and block.length != numel * ITEM_SIZE[dtype]:
             raise self._damaged(piece.file)
-        if stored is None:
-            stored = self.read(piece.file, block.offset, block.length, out if piece.codec == "raw" else None)
         self.verify(piece, block, stored)
         if piece.codec == "planes":
             with self.spent("decode"):
                 return codecs.decode(stored, numel, dtype, out)
-        if out is None or stored is out:
+        if out is None:
             return stored
         out[:] = stored
         return out
 
-    def read(self, name: str, offset: int, length: int, out: Bytes | None = None) -> Bytes:
-        """Bytes of a file, in `out` if given."""
+    def read(self, name: str, offset: int, length: int, buffer: Bytes | None = None) -> Bytes:
+        """Bytes of a file. Many are best read into an `aligned` buffer of as many and two pages more: there they begin at the place where
+        they do in their page, and the system reads them past its cache if it can."""
         with self.spent("read"):
+            begin = 0 if buffer is None else offset % PAGE
+            pages = np.empty(length, np.uint8) if buffer is None else buffer
+            data = pages[begin : begin + length]
             if isinstance(file := located(self.directory, name), Remote):
-                return self._requested(file, offset, length, out)
-            data = np.empty(length, np.uint8) if out is None else out
-            view = data.data
-            while len(view):
-                count = os.preadv(self._fds[name], [view], offset)
+                found = file.read_range(offset, length)
+                if len(found) != length:
+                    raise self._shorter(name)
+                data[:] = np.frombuffer(found, np.uint8)  # which itself cannot be written to, nor become a tensor
+                return data
+            done = 0
+            if buffer is not None and name in self._past_cache:
+                done = max(self._read_pages(name, offset - begin, pages[: -(-(begin + length) // PAGE) * PAGE]) - begin, 0)
+            while done < length:
+                count = os.preadv(self._fds[name], [data[done:].data], offset + done)
                 if count == 0:
                     raise self._shorter(name)
-                view, offset = view[count:], offset + count
+                done += count
             return data
 
-    def _requested(self, file: Remote, offset: int, length: int, out: Bytes | None) -> Bytes:
-        data: Bytes = np.frombuffer(file.read_range(offset, length), np.uint8)
-        if data.size != length:
-            raise self._shorter(file.name)
-        out = np.empty(length, np.uint8) if out is None else out  # what a store gives cannot be written to, nor become a tensor
-        out[:] = data
-        return out
-
-    def _path(self, name: str) -> Path:
-        path = located(self.directory, name)
-        assert isinstance(path, Path)
-        return path
+    def _read_pages(self, name: str, offset: int, pages: Bytes) -> int:
+        """Fill whole pages past the cache, as far as that goes -> bytes that are there."""
+        done = 0
+        try:
+            while done < pages.size and done % PAGE == 0:  # else the file ends there
+                count = os.preadv(self._past_cache[name], [pages[done:].data], offset + done)
+                if count == 0:
+                    break
+                done += count
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+        return done
 
     def _shorter(self, name: str) -> DamagedError:
         return DamagedError(f"{self.directory / name} became shorter while it was read; use another checkpoint")

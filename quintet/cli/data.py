@@ -55,7 +55,7 @@ def _tokenizer(data: Data) -> Tokenizer | None:
     if data.tokenizer is not None:
         return Tokenizer.from_file(data.tokenizer, remedy="correct data.tokenizer")
     with suppress(DataError):
-        return Tokenizer.from_file(Path(data.directory).expanduser() / "tokenizer.json")
+        return Tokenizer.from_file(data.folder / "tokenizer.json")
     return None
 
 

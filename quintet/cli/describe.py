@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
@@ -19,6 +19,9 @@ from quintet.spec.curve import Curve
 from quintet.spec.model import Model
 from quintet.spec.run import Run
 from quintet.train.foresee import doubts, refusals
+
+_TABLE_WIDTH = 72
+"""Letters that the phases' table takes."""
 
 
 def model_figures(model: Model, *, sequence_length: int) -> dict[str, Any]:
@@ -100,27 +103,45 @@ def model_tables(figures: dict[str, Any]) -> RenderableType:
 def run_tables(figures: dict[str, Any]) -> RenderableType:
     """`run_figures` for a person, without the recipe."""
     memory = figures["memory_bytes"]
-    phases = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
-    for name in ("phase", "steps", "tokens", "sequence", "batch", "peak learning rate", "memory"):
-        phases.add_column(name, justify="left" if name == "phase" else "right")
-    for p in figures["phases"]:
-        batch = f"{p['first_batch']}" if p["first_batch"] == p["last_batch"] else f"{p['first_batch']} to {p['last_batch']}"
-        phases.add_row(
-            p["name"],
-            f"{p['steps']:,}",
-            count(p["tokens"]),
-            f"{p['sequence_length']:,}",
-            batch,
-            f"{p['peak_learning_rate']:.3g}",
-            num_bytes(p["memory_bytes"]),
-        )
     return Group(
         model_tables(figures),
         Rule(f"memory of a step{_of_phase(figures)}, estimated for {_device(figures['layout'])}", align="left", style="dim"),
         _grid(("total", num_bytes(memory["total"])), ("of which", _parts(memory["by_part"], num_bytes))),
         Rule("schedule", align="left", style="dim"),
-        phases,
+        _Phases(figures["phases"]),
     )
+
+
+class _Phases:
+    """A table with a row for each phase; where a terminal is too narrow for it, a few lines for each."""
+
+    def __init__(self, phases: Sequence[dict[str, Any]]) -> None:
+        self.rows = [_phase_row(phase) for phase in phases]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The rows; called by rich."""
+        if options.max_width < _TABLE_WIDTH:
+            for row in self.rows:
+                yield _grid(*row.items())
+            return
+        table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
+        for name in self.rows[0]:
+            table.add_column(name, justify="left" if name == "phase" else "right")
+        for row in self.rows:
+            table.add_row(*map(Text, row.values()))
+        yield table
+
+
+def _phase_row(p: dict[str, Any]) -> dict[str, str]:
+    return {
+        "phase": p["name"],
+        "steps": f"{p['steps']:,}",
+        "tokens": count(p["tokens"]),
+        "sequence": f"{p['sequence_length']:,}",
+        "batch": f"{p['first_batch']}" if p["first_batch"] == p["last_batch"] else f"{p['first_batch']} to {p['last_batch']}",
+        "peak learning rate": f"{p['peak_learning_rate']:.3g}",
+        "memory": num_bytes(p["memory_bytes"]),
+    }
 
 
 def _of_phase(figures: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from quintet.cli.bar import Bar
-from quintet.cli.options import RunPath, Switch, read
+from quintet.cli.options import ModelPath, Switch, read
 from quintet.monitor.metrics import Evaluated
 
 
@@ -18,8 +18,8 @@ from quintet.monitor.metrics import Evaluated
 class Arguments:
     """Measure the loss of a trained model on held-out documents, per source and domain."""
 
-    model: RunPath
-    """A run's directory (its newest checkpoint), or a checkpoint's."""
+    model: ModelPath
+    """A run's directory (its newest checkpoint), or a checkpoint's; in a store, the URL of the folder of a run's checkpoints, or of one."""
     json: Switch = False
     """Print JSON."""
 
@@ -27,10 +27,11 @@ class Arguments:
 def main(arguments: list[str]) -> int:
     """Run the command and return its exit code."""
     given = read(Arguments, arguments, command="evaluate")
+    from quintet.checkpoint.place import place
     from quintet.evaluate.perplexity import evaluate
 
     with Bar(f"evaluating {given.model}") as bar:
-        evaluated = evaluate(given.model, on_progress=bar)
+        evaluated = evaluate(place(given.model), on_progress=bar)
     if given.json:
         print(json.dumps(asdict(evaluated), indent=2))
     else:

@@ -18,7 +18,7 @@ class Arguments:
     """Write a checkpoint as a DeepseekV3ForCausalLM that transformers, and servers that read V3, load: weights, config, tokenizer."""
 
     model: ModelPath
-    """A run's directory (its newest checkpoint), or a checkpoint's; one in a store by its URL."""
+    """A run's directory (its newest checkpoint), or a checkpoint's; in a store, the URL of the folder of a run's checkpoints, or of one."""
     directory: Directory
     """The directory to make."""
     dtype: Literal["bf16", "fp32"] = "bf16"

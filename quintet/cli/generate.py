@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from quintet.cli.bar import Bar
-from quintet.cli.options import ModelPath, read
+from quintet.cli.options import ModelPath, read, refuse_broken_text
 from quintet.errors import UsageError
 
 
@@ -16,7 +15,7 @@ class Arguments:
     """Continue a prompt with a trained model; the text goes to stdout as it is drawn."""
 
     model: ModelPath
-    """A run's directory (its newest checkpoint), or a checkpoint's; one in a store by its URL."""
+    """A run's directory (its newest checkpoint), or a checkpoint's; in a store, the URL of the folder of a run's checkpoints, or of one."""
     prompt: str
     """The text to continue."""
     tokens: int = 120
@@ -32,7 +31,7 @@ class Arguments:
 def main(arguments: list[str]) -> int:
     """Run the command and return its exit code."""
     given = read(Arguments, arguments, command="generate")
-    refuse_broken_text(given.prompt)
+    refuse_broken_text("--prompt", given.prompt)
     if given.tokens < 0 or not 0 <= given.seed < 2**63:
         raise UsageError(f"--tokens ({given.tokens}) must not be negative, and --seed ({given.seed}) must lie between 0 and 2^63 - 1")
     import torch
@@ -60,17 +59,6 @@ def main(arguments: list[str]) -> int:
         print(piece, end="", flush=True)
     print()
     return 0
-
-
-def refuse_broken_text(prompt: str) -> None:
-    """Raise UsageError for a prompt whose bytes are not UTF-8, which Python hands over as lone surrogates."""
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(
-            f"--prompt is not UTF-8 text: {os.fsencode(prompt[error.start])!r} after {prompt[: error.start][-20:]!r}; convert it, for "
-            "example with iconv -t utf-8"
-        ) from None
 
 
 def pieces(ids: Iterable[int], decode: Callable[[Sequence[int]], str]) -> Iterator[str]:

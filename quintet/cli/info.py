@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+import shlex
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console, Group, RenderableType
@@ -14,14 +15,14 @@ from rich.table import Table
 
 from quintet.checkpoint import hub_config, hub_stored
 from quintet.checkpoint.manifest import step_of
-from quintet.checkpoint.place import Remote, entries
+from quintet.checkpoint.place import Place, Remote, entries, place
 from quintet.cli.describe import foreseen, model_figures, model_tables, run_figures, run_tables, warn
 from quintet.cli.options import Switch, read
 from quintet.errors import UsageError
 from quintet.monitor.metrics import Evaluated, Record, read_events
 from quintet.monitor.status import read_status
 from quintet.spec import parse
-from quintet.train.directory import checkpoints
+from quintet.train.directory import RECIPE, checkpoints, is_held
 from quintet.train.foresee import doubts
 
 
@@ -29,8 +30,9 @@ from quintet.train.foresee import doubts
 class Arguments:
     """Describe a recipe, a run or a Hugging Face model: parameters, operations, memory, schedule, and where a run stands."""
 
-    path: tyro.conf.Positional[Path]
-    """A recipe (.toml), a run's directory, or a directory in Hugging Face's format."""
+    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")]
+    """A recipe (.toml), a run's directory, a directory in Hugging Face's format, or the URL of the folder of a run's checkpoints in a
+    store."""
     json: Switch = False
     """Print JSON."""
 
@@ -38,7 +40,7 @@ class Arguments:
 def main(arguments: list[str]) -> int:
     """Run the command and return its exit code."""
     given = read(Arguments, arguments, command="info")
-    figures = describe(given.path)
+    figures = describe(place(given.path))
     if given.json:
         print(json.dumps(figures, indent=2))
     else:
@@ -47,8 +49,10 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe(path: Place) -> dict[str, Any]:
     """The figures of whatever lies at `path`, with warnings. Raises UsageError for something else."""
+    if isinstance(path, Remote):
+        return stored_figures(path)
     if (path / "recipe.toml").is_file():
         run = parse.read(path / "recipe.toml")
         return {"kind": "run", "path": str(path), **run_figures(run), "progress": progress(path), "warnings": doubts(run)}
@@ -58,6 +62,17 @@ def describe(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} holds neither a recipe.toml (a run) nor a {hub_config.NAME} (a Hugging Face model)")
     run = parse.read(path)
     return {"kind": "recipe", "path": str(path), **run_figures(run), "warnings": foreseen(run)}
+
+
+def stored_figures(path: Remote) -> dict[str, Any]:
+    """The figures of a run by its checkpoints in a store, or by one of them. Raises CheckpointError."""
+    from quintet.checkpoint.load import latest, list_checkpoints, read_extra
+
+    newest = path if step_of(path.name) is not None else latest(path)
+    run = parse.loads(read_extra(newest, RECIPE), origin=f"{newest}/{RECIPE}")
+    found = {"status": None, "last_record": None, "last_evaluation": None}
+    steps = [each.step for each in list_checkpoints(newest.parent) if each.problem is None]
+    return {"kind": "run", "path": str(path), **run_figures(run), "progress": {**found, "checkpoints": steps}, "warnings": doubts(run)}
 
 
 def hub_figures(path: Path) -> dict[str, Any]:
@@ -76,6 +91,10 @@ def hub_figures(path: Path) -> dict[str, Any]:
 def progress(run_directory: Path) -> dict[str, Any]:
     """Where a run stands: its status, last record, last evaluation and checkpoints."""
     status = read_status(run_directory)
+    if status and status.verdict == "running" and not is_held(run_directory):
+        remedy = f"quintet resume {shlex.quote(str(run_directory))}"
+        told = "no process here trains it: it was ended before it could say how, or runs on another machine"
+        status = replace(status, message=told, remedy=remedy)
     metrics = run_directory / "metrics.jsonl"
     events = read_events(metrics) if metrics.exists() else []
     record = next((event for event in reversed(events) if isinstance(event, Record)), None)

@@ -18,6 +18,7 @@ from rich.text import Text
 from quintet.cli.describe import warn
 from quintet.cli.options import Overrides, Recipe, Switch, read_with_recipe
 from quintet.cost.memory import step_memory
+from quintet.cost.pipeline import at_odds
 from quintet.errors import UsageError
 from quintet.monitor.units import count, num_bytes
 from quintet.spec.curriculum import curriculum, main_stretch
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 COORDINATES = ("pp", "dp", "cp", "tp", "ep", "expert_dp")
 SHOWN = 16
 """Ranks that are listed one by one."""
+MOST_RANKS = 1 << 16
+"""Of a layout that is shown, in some tens of seconds."""
 PURPOSES = {
     "tp": "heads, feed-forwards and vocabulary are split; tokens between them",
     "cp": "the sequence is split: latents or keys and values go round",
@@ -66,6 +69,11 @@ def main(arguments: list[str]) -> int:
     layout, rank = given.run.layout, given.rank or 0
     if not 0 <= rank < layout.num_ranks:
         raise UsageError(f"--rank ({rank}) must lie between 0 and {layout.num_ranks - 1}: the layout ({layout}) takes {layout.num_ranks}")
+    if layout.num_ranks > MOST_RANKS:
+        raise UsageError(
+            f"the layout ({layout}) takes {layout.num_ranks:,} ranks; each is numbered and put into its groups here, at most "
+            f"{MOST_RANKS:,} of them: choose smaller degrees, or see what it would cost with quintet plan"
+        )
     from quintet.train.survey import survey
 
     begin = time.perf_counter()
@@ -76,7 +84,7 @@ def main(arguments: list[str]) -> int:
     else:
         out = Console()
         out.width = out.width if out.is_terminal else max(out.width, 140)
-        warn(without_effect(layout))
+        warn([*without_effect(layout), *at_odds(layout, given.run.train)])
         out.print(page(told, holding, in_full=given.rank is not None))
     return 0
 

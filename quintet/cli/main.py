@@ -6,18 +6,21 @@ Nothing heavy is imported before a command is known, so that `quintet --help` an
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 
 import quintet
 from quintet.cli.tell import leave_the_word, speaks_for_all, tell
 from quintet.errors import KEYBOARD_INTERRUPT, QuintetError, UsageError, did_you_mean
+from quintet.monitor.interrupt import remembered
 
 COMMANDS = {
     "prepare": "turn the text of a recipe into token shards, once",
     "data": "say which quality rules a document passes, and why",
     "train": "train a model as a recipe says",
     "resume": "continue a run from its newest checkpoint",
+    "watch": "show where a run stands, live, from another terminal",
     "generate": "continue a prompt with a trained model",
     "evaluate": "measure the loss on held-out documents",
     "checkpoint": "list, inspect, compare, verify, keep and rewrite checkpoints",
@@ -43,8 +46,12 @@ OPTIONS = {
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: this process's own) and return the exit code; errors are told on stderr."""
     arguments = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")  # a letter that the terminal does not have is no reason to stop
     try:
-        return dispatch(arguments)
+        with remembered():
+            return dispatch(arguments)
     except QuintetError as error:
         if speaks_for_all():
             tell(str(error))

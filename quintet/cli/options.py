@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -94,7 +95,7 @@ def _choices(kind: Any, path: Sequence[str]) -> tuple[object, ...]:
 def read_with_recipe(kind: type[R], arguments: Sequence[str], *, command: str) -> R:
     """As `read`, for a `kind` with fields `recipe` and `run`: the recipe's values stand wherever no option replaces them.
 
-    Raises UsageError without a recipe, and what reading the recipe raises.
+    Raises UsageError without a recipe and for words that are not UTF-8, and what reading the recipe raises.
     """
     recipe = _recipe(arguments)
     if recipe is None and not {"-h", "--help"} & set(arguments):
@@ -103,12 +104,24 @@ def read_with_recipe(kind: type[R], arguments: Sequence[str], *, command: str) -
             f"no recipe given; write: quintet {command} RECIPE.toml [OPTIONS]; recipes here: {', '.join(here) or 'none'}; "
             f"all options: quintet {command} --help"
         )
+    for word in arguments:
+        if word != str(recipe):
+            refuse_broken_text("an option's value", word)  # for it becomes part of recipe.toml
     run = unset(Run) if recipe is None else _with_named_sections(parse.read(recipe), arguments)
     default = dataclasses.replace(unset(kind), run=run)  # type: ignore[type-var]
     given = read(kind, arguments, command=command, default=default)
     if given.recipe != recipe:
         raise UsageError(f"{recipe} was read as the recipe, but {given.recipe} stands in its place; put the recipe first")
     return given
+
+
+def refuse_broken_text(name: str, text: str) -> None:
+    """Raise UsageError for text whose bytes are not UTF-8, which Python hands over as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        wrong, before = os.fsencode(text[error.start]), text[: error.start][-20:]
+        raise UsageError(f"{name} is not UTF-8 text: {wrong!r} after {before!r}; convert it, for example with iconv -t utf-8") from None
 
 
 def _recipe(arguments: Sequence[str]) -> Path | None:

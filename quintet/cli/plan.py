@@ -28,7 +28,8 @@ from quintet.spec import parse
 from quintet.spec.cluster import Cluster, as_tree, dumps, named
 from quintet.spec.curriculum import curriculum
 from quintet.spec.curve import Curve
-from quintet.spec.layout import Layout, require_legal
+from quintet.spec.layout import Layout
+from quintet.spec.legal import require_legal
 from quintet.spec.run import Run
 
 GIGA = 1e9
@@ -136,7 +137,7 @@ def plan(given: Arguments, run: Run, cluster: Cluster) -> Planned:
     found = Found() if given.alone else search(base, cluster, model=run.model, top=given.top, goal=given.goal)
     nearest = []
     if (own and not own.fits) or (not given.alone and not found.best):
-        nearest = nearest_possible(base, cluster, model=run.model)
+        nearest = nearest_possible(base, cluster, model=run.model, searched=None if given.alone else found)
     return Planned(cluster=cluster, own=own, found=found, nearest=nearest, notes=notes)
 
 
@@ -148,7 +149,11 @@ def _cluster(given: Arguments, run: Run) -> Cluster:
     num = given.gpus if given.gpus is not None else run.layout.num_ranks
     if num < 1:
         raise UsageError(f"--gpus ({num}) must be at least 1")
-    return named(given.gpu, num_gpus=num).scaled(dict(_factor(word) for word in given.what_if))
+    factors = [_factor(word) for word in given.what_if]
+    names = [name for name, _ in factors]
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise UsageError(f"--what-if names {', '.join(twice)} more than once; give each factor once")
+    return named(given.gpu, num_gpus=num).scaled(dict(factors))
 
 
 def _factor(word: str) -> tuple[str, float]:

@@ -15,17 +15,21 @@ from rich.table import Table
 
 from quintet.cli.options import Switch, read
 from quintet.errors import SpecError, UsageError
+from quintet.monitor.units import num_bytes
 from quintet.plan import costs as plan_costs
 from quintet.plan import draw
 from quintet.plan.break_even import break_even
 from quintet.plan.construct import Found, search
 from quintet.plan.costs import Costs
 from quintet.plan.formulas import Formula, formula
-from quintet.plan.simulate import Simulation, simulate
+from quintet.plan.simulate import Simulation, held_by, simulate
 from quintet.plan.trace import chrome
 from quintet.schedule import NAMES, Schedule, build, check
 from quintet.schedule.text import dumps
 from quintet.schedule.text import read as read_schedule
+from quintet.spec import parse
+from quintet.spec.curriculum import curriculum, main_stretch
+from quintet.spec.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,8 @@ class Arguments:
     """Stages per rank of the interleaved schedules."""
     costs: str = "equal"
     """equal, deepseek-v3, deepseek-v3-trace, a .toml file, or words such as forward=0.05,backward_input=0.06,weight=0.04,pair=0.8."""
+    recipe: Path | None = None
+    """A recipe in TOML, for whose model, micro-batch, layout but for pp and its schedule, and optimizer each rank's peak memory is told."""
     memory: float | None = None
     """For search: the most activations that a rank keeps, in micro-batches of its share (default: P + 1, as DualPipe)."""
     seconds: float = 20.0
@@ -70,6 +76,8 @@ class Arguments:
 
 _MOST_OPS = 2_000_000
 """Ranks times micro-batches of a named schedule: minutes of work."""
+_PROVEN = 10_000
+"""The same, up to which it is checked here, in a second; beyond, tests of smaller ones stand for it."""
 
 
 def main(arguments: list[str]) -> int:
@@ -78,15 +86,16 @@ def main(arguments: list[str]) -> int:
     console = Console()
     costs = plan_costs.read(given.costs)
     schedule, notes = schedule_of(given, costs)
-    if given.name not in NAMES or given.program:  # named ones are proven by tests; simulating finds what cannot finish
+    if given.name not in NAMES or given.program or given.ranks * given.microbatches <= _PROVEN:
         checked = check(schedule)
     if given.order or given.program:
         if given.svg or given.html or given.trace or given.save:
             write(given, [simulate(schedule, costs)])
         print(checked.program if given.program else schedule)
         return 0
-    first = simulate(schedule, costs)
-    others, refused = ([], []) if given.alone else compare(schedule, costs, chunks=given.chunks)
+    run = None if given.recipe is None else parse.read(given.recipe)
+    first = simulated(schedule, costs, run)
+    others, refused = ([], []) if given.alone else compare(first, run, chunks=given.chunks)
     simulations = [first, *others]
     write(given, simulations)
     if given.json:
@@ -96,6 +105,8 @@ def main(arguments: list[str]) -> int:
     for reason in refused:
         console.print(f"left out: {reason}", style="dim", highlight=False)
     console.print(anatomy(first), highlight=False)
+    if any(first.held.states):
+        console.print(fullest(first), highlight=False)
     for line in [*notes, *gains(simulations)]:
         console.print(line, highlight=False)
     console.print(draw.terminal(first.timeline, width=console.width), soft_wrap=True)
@@ -130,16 +141,23 @@ def told(found: Found, memory: float) -> list[str]:
     return lines
 
 
-def compare(schedule: Schedule, costs: Costs, *, chunks: int) -> tuple[list[Simulation], list[str]]:
+def simulated(schedule: Schedule, costs: Costs, run: Run | None) -> Simulation:
+    """The schedule at these costs and, if there is a run, with what its model keeps."""
+    if run is None:
+        return simulate(schedule, costs)
+    length = main_stretch(curriculum(run)).phase.sequence_length
+    return simulate(schedule, costs, held=held_by(schedule, run, sequence_length=length))
+
+
+def compare(first: Simulation, run: Run | None, *, chunks: int) -> tuple[list[Simulation], list[str]]:
     """All other named schedules at the same ranks, micro-batches and costs, and why some are left out."""
-    found, refused = [], []
-    ranks, microbatches = schedule.num_ranks, schedule.num_microbatches
+    found, refused, schedule = [], [], first.timeline.schedule
     for name in NAMES:
         if name != schedule.name:
             try:
-                found.append(simulate(build(name, ranks, microbatches, chunks=chunks), costs))
+                found.append(simulated(build(name, schedule.num_ranks, schedule.num_microbatches, chunks=chunks), first.costs, run))
             except SpecError as error:
-                refused.append(str(error))
+                refused.append(str(error).partition("\nnearest legal layouts")[0])
     return found, refused
 
 
@@ -152,7 +170,7 @@ def formula_of(simulation: Simulation) -> Formula:
 
 
 def figures(simulation: Simulation) -> dict[str, Any]:
-    """A simulation in plain values: seconds, shares and, with `activation_bytes` 1, micro-batches."""
+    """A simulation in plain values: seconds, shares, bytes and, of activations with `activation_bytes` 1, micro-batches."""
     schedule, published = simulation.timeline.schedule, formula_of(simulation)
     return {
         "schedule": schedule.name,
@@ -167,6 +185,8 @@ def figures(simulation: Simulation) -> dict[str, Any]:
         "exposed_p2p_seconds_per_rank": simulation.exposed_p2p,
         "exposed_all_to_all_seconds_per_rank": simulation.exposed_all_to_all,
         "peak_activations_per_rank": simulation.peak_activations,
+        "peak_memory_per_rank": simulation.peak_memory,
+        "states_per_rank": [dict(states) for states in simulation.held.states],
         "copies_of_parameters": published.parameters,
         "anatomy_seconds": simulation.anatomy,
     }
@@ -175,7 +195,8 @@ def figures(simulation: Simulation) -> dict[str, Any]:
 def table(simulations: list[Simulation], *, width: int) -> Table:
     """One row per schedule, the first one's in bold; a narrow terminal gets the figures that matter most."""
     rows = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
-    shown = [name for name in _COLUMNS if width >= _WIDTH.get(name, 0)]
+    left_out = {"memory"} if not any(simulations[0].held.states) else {"(published)"}
+    shown = [name for name in _COLUMNS if width >= _WIDTH.get(name, 0) and name not in left_out]
     for name in shown:
         rows.add_column(name, justify="left" if name in ("schedule", "formula") else "right", no_wrap=True)
     for index, simulation in enumerate(simulations):
@@ -193,6 +214,10 @@ def _expected(simulation: Simulation, published: Formula) -> str:
     return "" if known is None else f"{known * simulation.costs.activation_bytes:.4g}"
 
 
+def _kept(value: float, *, in_bytes: bool) -> str:
+    return num_bytes(value) if in_bytes else f"{value:.4g}"
+
+
 _COLUMNS: dict[str, Callable[[Simulation, Formula], str]] = {
     "schedule": lambda simulation, _: simulation.timeline.schedule.name,
     "step": lambda simulation, _: _seconds(simulation.makespan),
@@ -202,9 +227,10 @@ _COLUMNS: dict[str, Callable[[Simulation, Formula], str]] = {
     "formula": lambda _, published: published.text,
     "exposed p2p": lambda simulation, _: _seconds(max(simulation.exposed_p2p)),
     "exposed a2a": lambda simulation, _: _seconds(max(simulation.exposed_all_to_all)),
-    "activations": lambda simulation, _: f"{max(simulation.peak_activations):.4g}",
+    "activations": lambda simulation, _: _kept(max(simulation.peak_activations), in_bytes=any(simulation.held.states)),
     "(published)": _expected,
     "params": lambda _, published: f"{published.parameters}x",
+    "memory": lambda simulation, _: num_bytes(max(simulation.peak_memory)),
 }
 
 
@@ -217,6 +243,15 @@ def anatomy(simulation: Simulation) -> str:
     parts = ", ".join(f"{draw.NAMES.get(kind, kind)} {draw.seconds(value)}" for kind, value in simulation.anatomy.items() if value)
     low, high = min(simulation.bubble), max(simulation.bubble)
     return f"mean over ranks: {parts}; bubble {low:.1%} to {high:.1%} of a rank's step"
+
+
+def fullest(simulation: Simulation) -> str:
+    """The peak memory of the rank that keeps most, by part, and of the one that keeps least."""
+    peaks = simulation.peak_memory
+    rank, other = peaks.index(max(peaks)), peaks.index(min(peaks))
+    parts = {"activations": simulation.peak_activations[rank], **simulation.held.states[rank]}
+    shown = ", ".join(f"{name.replace('_', ' ')} {num_bytes(size)}" for name, size in parts.items() if size)
+    return f"memory: {num_bytes(peaks[rank])} on rank {rank} ({shown}); least {num_bytes(peaks[other])} on rank {other}"
 
 
 def gains(simulations: list[Simulation]) -> list[str]:

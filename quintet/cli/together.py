@@ -14,6 +14,7 @@ import quintet
 from quintet.cli.describe import warn
 from quintet.cli.tell import tell
 from quintet.errors import QuintetError
+from quintet.monitor.interrupt import raise_if_heard
 from quintet.monitor.sinks import Fanout
 from quintet.spec import parse
 from quintet.spec.layout import Layout
@@ -47,6 +48,7 @@ def together(run: Run, run_directory: Path, *, first: Callable[[], Run], resume:
     from quintet.parallel.rendezvous import PROCESSES_ON_NODE, joined
     from quintet.train import device
 
+    raise_if_heard()
     about = {
         **_values(run),
         "version of Quintet": quintet.__version__,
@@ -57,7 +59,8 @@ def together(run: Run, run_directory: Path, *, first: Callable[[], Run], resume:
     machine = device.prepare(run.train)
     about["kind of device"] = machine.type
     late = lambda text: warn([text])  # noqa: E731
-    with joined(run.layout, about=about, device=machine, seconds=run.train.rank_timeout, notice=late) as ranks:
+    seconds, arrival = run.train.rank_timeout, run.train.arrival_timeout
+    with joined(run.layout, about=about, device=machine, seconds=seconds, arrival=arrival, notice=late) as ranks:
         if ranks.store is None:
             return _on_this_rank(run, run_directory, ranks, resume=resume, phases=phases)
         try:
@@ -73,7 +76,7 @@ def together(run: Run, run_directory: Path, *, first: Callable[[], Run], resume:
 
 
 def _on_this_rank(run: Run, run_directory: Path, ranks: Ranks, *, resume: bool, phases: Phases) -> int:
-    from quintet.cli.watch import watched
+    from quintet.cli.watched import watched
     from quintet.train import trainer
 
     def train(sinks: Fanout) -> int:

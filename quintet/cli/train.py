@@ -37,8 +37,9 @@ def main(arguments: list[str]) -> int:
 
 def show(run: Run) -> int:
     """Print the resolved run, its figures, and what would stop it here; that is no error, for the run may be meant for elsewhere."""
+    tables = run_tables(run_figures(run))  # what cannot be counted is refused before anything is printed
     print(parse.dumps(run))
-    Console().print(run_tables(run_figures(run)))
+    Console().print(tables)
     warn(foreseen(run))
     return 0
 
@@ -53,8 +54,8 @@ def train(run: Run, *, recipe: Path) -> int:
         directory.refuse_existing(run)
         warn(doubts(run))
         prepared = prepare(run, Console(stderr=True), recipe=recipe, on_other="beside")
-        if prepared.directory == Path(run.data.directory).expanduser():
+        if prepared.directory == run.data.folder:
             return run
         return replace(run, data=replace(run.data, directory=str(prepared.directory)))
 
-    return together(run, directory.of(run), first=first, resume=False)
+    return together(run, run.folder, first=first, resume=False)

@@ -21,7 +21,8 @@ from quintet.launch.room import RANKS_PER_CORE, require_room
 from quintet.monitor import machine
 from quintet.schedule import fewest_microbatches
 from quintet.spec.curriculum import Settings
-from quintet.spec.layout import Layout, fewer_ranks, without_effect
+from quintet.spec.layout import Layout, without_effect
+from quintet.spec.legal import fewer_ranks
 from quintet.spec.run import Run
 from quintet.spec.tiny import tiny
 
@@ -103,7 +104,8 @@ def _require_room(run: Run, given: Arguments) -> None:
     whatever = f"allow it all the same with --max-ranks {run.layout.num_ranks}"
     what = "one device, with which the layout is compared,"
     require_room(1, tensor_bytes=held(Layout()), most=given.max_ranks, what=what, remedy=", or ".join([*small, whatever]))
-    fewer = fewer_ranks(run.layout, run.model, [run.phases[0].sequence_length], most=RANKS_PER_CORE * machine.num_cores() // 2)
+    most = min(given.max_ranks or run.layout.num_ranks - 1, run.layout.num_ranks - 1, RANKS_PER_CORE * machine.num_cores() // 2)
+    fewer = fewer_ranks(run.layout, run.model, [run.phases[0].sequence_length], most=most)
     divided = [f"verify what divides the same dimensions on {fewer.num_ranks}, with {fewer.options}"] if fewer else []
     remedy = ", or ".join([*small, *divided, whatever])
     what = f"the layout ({run.layout})"
@@ -195,6 +197,7 @@ def _random_batches(run: Run, sequences: int, steps: int) -> list[Batch]:
         border, end = (torch.randint(1, length + 1, (sequences, 1), generator=generator) for _ in range(2))
         places = torch.arange(length)[None]
         labels = tokens[:, 1:].masked_fill((places >= end) & (torch.arange(sequences)[:, None] % 3 == 1), IGNORED)
-        batches.append(Batch(inputs=tokens[:, :-1].contiguous(), labels=labels, document_ids=(places >= border).int()))
+        sizes = [(first, length + 1 - first, 0) for first in border[:, 0].tolist()]
+        batches.append(Batch(inputs=tokens[:, :-1], labels=labels, sizes=sizes))
     return batches
 

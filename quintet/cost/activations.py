@@ -19,6 +19,15 @@ head of no-position, rotary and value part, F an inner width, K experts per toke
                 routed experts            K/t (D + 3 F_e)    gathered inputs, gate and up, product times the router's gate;
                                                              with expert_tp t times as many rows of D + 3 F_e/t
 
+A pipeline that puts weight gradients off keeps, from the gradient of the input on, the input of every product and the gradient of its
+output instead, whatever was recomputed:
+
+    attention   wq_a and wkv_a            D/t, (r_q + r_kv + p)/t
+                wq_b and wkv_b            r_q + h (n+p), r_kv + h (n+v)
+                wo                        h v + D
+    feed-forward, shared experts          2 D + 3 F/t
+    routed experts                        K/t (2 D + 3 F_e)
+
 and a few numbers in fp32: reciprocal RMS, log-sum-exp, scores. Expert parallelism brings a rank as many rows as it sends, where experts are
 chosen equally often. Each routed expert's rows are padded to a multiple of 16. Under `selective` recompute the norms' outputs, normed
 latents, q, k, v (or the payload) and probabilities are made again (V3 3.2.3), but norm(x) stays where queries are made straight from it,
@@ -31,7 +40,7 @@ from __future__ import annotations
 from typing import Literal
 
 from quintet.cost.expert_comm import ranks_per_token
-from quintet.cost.ring_comm import ring_payload, ring_width
+from quintet.cost.ring_comm import Payload, ring_payload, ring_width
 from quintet.spec.layout import Layout
 from quintet.spec.model import Model
 from quintet.spec.run import Train
@@ -71,6 +80,26 @@ def block_bytes(model: Model, train: Train, layout: Layout, *, moe: bool, sequen
     return size * (kept + (again if train.recompute == "none" else 0)) + FP32 * exact + routed
 
 
+def put_off_bytes(model: Model, train: Train, layout: Layout, *, moe: bool, sequence_length: int) -> int:
+    """Bytes that a micro-batch keeps in one layer, once its input has its gradient, for weight gradients that are put off
+    (`ops.deferred`)."""
+    width, query, latent = model.hidden_size, model.q_lora_rank, model.kv_lora_rank
+    heads, tokens = model.num_heads // layout.tp, tokens_of(train, layout, sequence_length)
+    own, size = tokens // layout.tp, element_bytes(train)
+    elements = own * (width + latent + model.qk_rope_head_dim) + tokens * (heads * (model.qk_head_dim + model.v_head_dim) + width)
+    if query is None:
+        elements += tokens * width if layout.tp > 1 else 0
+    else:
+        elements += (own + tokens) * query
+    if layout.cp == 1 or _ring_payload(model, train, layout, sequence_length=sequence_length) == "kv":  # else the ring multiplies
+        elements += tokens * (latent + heads * (model.qk_nope_head_dim + model.v_head_dim))
+    inner = model.num_shared_experts * model.expert_ffn_size if moe else model.dense_ffn_size
+    elements += tokens * (2 * width + 3 * inner // layout.tp) if inner else 0
+    if moe:
+        elements += _copies(model, layout, tokens=tokens) * (2 * width + 3 * model.expert_ffn_size // layout.expert_tp)
+    return size * elements
+
+
 def _attention(model: Model, train: Train, layout: Layout, *, sequence_length: int, device: Device) -> tuple[int, int, int]:
     """Of one layer: elements that are always kept, those that selective recompute makes again, and numbers in fp32."""
     width, query, latent = model.hidden_size, model.q_lora_rank, model.kv_lora_rank
@@ -84,8 +113,7 @@ def _attention(model: Model, train: Train, layout: Layout, *, sequence_length: i
     else:
         again += own * width
     if layout.cp > 1:
-        size, own_tokens = element_bytes(train), sequence_length // layout.cp
-        payload = ring_payload(model, tokens_per_rank=own_tokens, cp=layout.cp, tp=layout.tp, element_bytes=size)
+        payload = _ring_payload(model, train, layout, sequence_length=sequence_length)
         again += tokens * (heads * model.qk_head_dim + ring_width(model, tp=layout.tp, payload=payload))
         again += tokens * latent if payload == "kv" else 0
         return kept, again, exact + tokens * heads
@@ -101,18 +129,32 @@ def _attention(model: Model, train: Train, layout: Layout, *, sequence_length: i
 def _routed_bytes(model: Model, layout: Layout, *, tokens: int, size: int) -> int:
     """Bytes that the routed experts of one layer keep: copies of rows, gates, and where each row and copy lies."""
     own, per_token = tokens // layout.tp, model.num_experts_per_token
-    sharing = layout.tp if layout.expert_tp > 1 else 1
-    travelled = layout.ep > 1 or sharing > 1
-    slots, experts = own * per_token, model.num_routed_experts // layout.ep
-    copies = slots * sharing
+    sharing, slots = layout.tp if layout.expert_tp > 1 else 1, own * per_token
+    rows = round(own * ranks_per_token(model, layout)) if _travels(layout) else 0
+    per_copy = size * (model.hidden_size + 3 * model.expert_ffn_size // layout.expert_tp) + FP32 + INDEX
+    indices = slots * (3 if _travels(layout) else 2) + rows * (1 + sharing * per_token)
+    return _copies(model, layout, tokens=tokens) * per_copy + slots * FP32 + indices * INDEX
+
+
+def _copies(model: Model, layout: Layout, *, tokens: int) -> int:
+    """Rows of a rank's routed experts, with what they are padded by."""
+    experts = model.num_routed_experts // layout.ep
+    copies = tokens // layout.tp * model.num_experts_per_token * (layout.tp if layout.expert_tp > 1 else 1)
     copies += experts * (ROW_ALIGNMENT - 1) if copies >= 4 * experts * ROW_ALIGNMENT else 0
-    if travelled:  # see ops.permute: copies of what arrived come in few sizes
+    if _travels(layout):  # see ops.permute: copies of what arrived come in few sizes
         step = 1 << max(copies.bit_length() - 4, 0)
         copies = -(-copies // step) * step
-    rows = round(own * ranks_per_token(model, layout)) if travelled else 0
-    per_copy = size * (model.hidden_size + 3 * model.expert_ffn_size // layout.expert_tp) + FP32 + INDEX
-    indices = slots * (3 if travelled else 2) + rows * (1 + sharing * per_token)
-    return copies * per_copy + slots * FP32 + indices * INDEX
+    return copies
+
+
+def _travels(layout: Layout) -> bool:
+    """Whether rows go to experts of other ranks."""
+    return layout.ep > 1 or layout.expert_tp > 1
+
+
+def _ring_payload(model: Model, train: Train, layout: Layout, *, sequence_length: int) -> Payload:
+    own = sequence_length // layout.cp
+    return ring_payload(model, tokens_per_rank=own, cp=layout.cp, tp=layout.tp, element_bytes=element_bytes(train))
 
 
 def outside_bytes(model: Model, train: Train, layout: Layout, *, sequence_length: int, losses: int, modules: int) -> int:
@@ -125,6 +167,11 @@ def outside_bytes(model: Model, train: Train, layout: Layout, *, sequence_length
     per_module = own * (size * width if train.recompute == "full" else 4 * size * width + 2 * FP32)
     looked_up = tokens * (INDEX + 1) * (losses if layout.tp > 1 else 0)  # rows of a split vocabulary, and whether they are here
     return losses * per_loss + modules * per_module + looked_up
+
+
+def put_off_outside_bytes(model: Model, train: Train, layout: Layout, *, sequence_length: int, modules: int) -> int:
+    """As `put_off_bytes`, of what `modules` MTP modules have besides their layers: eh_proj's input and the gradient of its output."""
+    return modules * element_bytes(train) * tokens_of(train, layout, sequence_length) // layout.tp * 3 * model.hidden_size
 
 
 def tokens_of(train: Train, layout: Layout, sequence_length: int) -> int:

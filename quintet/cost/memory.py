@@ -12,23 +12,35 @@ with moments of 4 bytes; bf16 moments take half. What activations are kept: `cos
 of hidden states (counted as activations) and head at once, chunk by chunk.
 
 An estimate: the allocator's rounding, temporaries inside an operation and the working gradients of a single layer are left out, and
-activations are those of one micro-batch; in a pipeline, of as many as the schedule keeps at one time.
+activations are those of one micro-batch; in a pipeline, of as many as the schedule keeps at one time, with what it keeps for weight
+gradients that it puts off.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 
-from quintet.cost.activations import FP32, Device, block_bytes, element_bytes, outside_bytes, tokens_of
+from quintet.cost.activations import (
+    FP32,
+    Device,
+    block_bytes,
+    element_bytes,
+    outside_bytes,
+    put_off_bytes,
+    put_off_outside_bytes,
+    tokens_of,
+)
 from quintet.cost.balance import part_at
 from quintet.cost.pipeline import kept_schedule, named_schedule
 from quintet.cost.ring_comm import ring_payload, ring_width
 from quintet.cost.shard import held, num_shards
 from quintet.cost.zero_comm import bucket_sizes, parts_in_backward
-from quintet.schedule import fewest_microbatches
+from quintet.schedule import Schedule, fewest_microbatches
+from quintet.schedule.held import peak
+from quintet.schedule.op import Work
 from quintet.spec.layout import Layout
 from quintet.spec.model import Model
 from quintet.spec.run import Precision, Train
@@ -53,7 +65,7 @@ class Memory:
     """ZeRO 2 and 3: whole gradients of a few buckets; ZeRO 3: whole weights of what is at work, and of embedding and head; on a CPU also
     what gloo's messages take. As far as they do not take the place of logits, and of activations of layers that backward has left."""
     activations: int
-    """What a micro-batch keeps from forward for backward."""
+    """What a micro-batch keeps from forward for backward; in a pipeline, what the most of them keep at one time."""
     recomputation: int
     """What the largest layer holds besides while backward computes it again; 0 without recompute."""
     logits: int
@@ -77,10 +89,11 @@ def step_memory(
     place: int = 0,
     moments: Precision = "fp32",
     num_microbatches: int | None = None,
+    schedule: Schedule | None = None,
 ) -> Memory:
     """Bytes of a step with micro-batches of `train.micro_batch` sequences of `sequence_length` tokens, on each rank at place `place` of
     the pipeline of a legal `layout` (default: one device); `moments` is the type that the optimizer keeps them in. `num_microbatches` of
-    a step (default: 2 pp) matter to a pipeline, and beyond 2 pp to gpipe alone."""
+    a step (default: 2 pp) matter to a pipeline, and beyond 2 pp to gpipe alone; `schedule` is what it goes by if not the layout's own."""
     layout = layout or Layout()
     part, size, weights = part_at(model, layout, place), element_bytes(train), held(model, layout, place=place)
     whole, shard = sum(weights.total.values()), _shard_of([weights.total], layout)
@@ -96,13 +109,17 @@ def step_memory(
     logits = logits_bytes(model, train, layout, sequence_length=sequence_length, modules=modules) if part.last else 0
     blocks = {f"layers.{layer}": block(layer >= model.num_dense_layers, train) for layer in part.layers}
     blocks |= {f"mtp.{module}": block(True, train) for module in range(modules)}
+    activations = sum(blocks.values()) + outside
+    if layout.pp > 1:
+        stages = stage_bytes(model, train, layout, place=place, sequence_length=sequence_length, device=device)
+        activations = stages.most((schedule or _short(layout, num_microbatches or 2 * layout.pp)).table[place])
     return Memory(
         weights=size * (shard if layout.zero == 3 else whole),
         gradients=FP32 * (shard if layout.zero >= 2 else whole),
         master_weights=FP32 * shard if size < FP32 else 0,
         moments=2 * (2 if moments == "bf16" else FP32) * shard,
         gathered=_gathered(model, layout, blocks, outside + logits, size=size, place=place, copied=device == "cpu"),
-        activations=_in_flight(model, layout, place, blocks, outside, num_microbatches or 2 * layout.pp),
+        activations=activations,
         recomputation=max(recomputed, default=0),
         logits=logits,
         messages=message_bytes(model, train, layout, sequence_length=sequence_length),
@@ -136,28 +153,44 @@ def largest_rank(
     return max(stages, key=lambda memory: memory.total)
 
 
-def _in_flight(model: Model, layout: Layout, place: int, blocks: dict[str, int], outside: int, num_microbatches: int) -> int:
-    """Bytes that the ranks at `place` keep at most: a stage's `blocks`, and the last one's `outside`, from its forward to the end of its
-    backward or weight gradients, in the order of the schedule's row."""
-    if layout.pp == 1:
-        return sum(blocks.values()) + outside
-    kept = {}
+@dataclass(frozen=True, kw_only=True)
+class StageBytes:
+    """What a micro-batch keeps in the stages of a rank of a pipeline, by their numbers."""
+
+    kept: dict[int, int]
+    """From a stage's forward to its backward, or to the gradient of its input."""
+    put_off: dict[int, int]
+    """From there to the weight gradients, if they are put off."""
+
+    def most(self, row: Sequence[Work]) -> int:
+        """Bytes that are kept at once, at most, by a rank's row."""
+        return int(peak(row, kept=self.kept, put_off=self.put_off))
+
+
+def stage_bytes(model: Model, train: Train, layout: Layout, *, place: int, sequence_length: int, device: Device = "cpu") -> StageBytes:
+    """Of the ranks at `place`. What is outside of layers counts with the last stage, with its MTP modules."""
+    kept, put_off = {}, {}
     for number, stage in zip(layout.stages_at(place), part_at(model, layout, place).stages, strict=True):
-        kept[number] = sum(blocks[f"layers.{layer}"] for layer in stage.layers)
-        if stage.last:
-            kept[number] += outside + sum(value for name, value in blocks.items() if name.startswith("mtp."))
-    schedule = kept_schedule(layout, num_microbatches)
-    if schedule is None:  # those of a name need no more for more than 2 pp micro-batches, but for gpipe
-        if layout.pipeline == "gpipe":
-            return num_microbatches * sum(kept.values())
-        count = max(min(num_microbatches, 2 * layout.pp), fewest_microbatches(layout.schedule_for(num_microbatches), layout.pp))
-        schedule = named_schedule(layout, count)
-    now = peak = 0
-    for work in schedule.table[place]:
-        for op in work.ops:  # a pair's forward comes first
-            now += {"F": kept[op.stage], "I": 0}.get(op.kind, -kept[op.stage])
-            peak = max(peak, now)
-    return peak
+        modules = model.num_mtp_modules if stage.last else 0
+        num_dense = sum(layer < model.num_dense_layers for layer in stage.layers)
+        counted = {False: num_dense, True: len(stage.layers) - num_dense + modules}
+        shape = {"sequence_length": sequence_length}
+        kept[number] = sum(n * block_bytes(model, train, layout, moe=moe, device=device, **shape) for moe, n in counted.items() if n)
+        kept[number] += outside_bytes(model, train, layout, losses=stage.last * (1 + modules), modules=modules, **shape)
+        put_off[number] = sum(n * put_off_bytes(model, train, layout, moe=moe, **shape) for moe, n in counted.items() if n)
+        put_off[number] += put_off_outside_bytes(model, train, layout, modules=modules, **shape)
+    return StageBytes(kept=kept, put_off=put_off)
+
+
+def _short(layout: Layout, num_microbatches: int) -> Schedule:
+    """The layout's schedule; a shorter one that keeps as much, where there is one: beyond 2 pp only gpipe keeps more."""
+    kept = kept_schedule(layout, num_microbatches)
+    if kept is not None:
+        return kept
+    if layout.pipeline == "gpipe":
+        return named_schedule(layout, num_microbatches)
+    count = max(min(num_microbatches, 2 * layout.pp), fewest_microbatches(layout.schedule_for(num_microbatches), layout.pp))
+    return named_schedule(layout, count)
 
 
 def _shard_of(counts: Iterable[Counter[str]], layout: Layout) -> int:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
 from quintet.errors import SpecError
 from quintet.schedule import Schedule, build, check, fewest_microbatches
 from quintet.schedule.text import read
-from quintet.spec.layout import ARRANGEMENT, Layout
+from quintet.spec.layout import ARRANGEMENT, Layout, PipelineName
+from quintet.spec.run import Train
+
+PAIRED: tuple[PipelineName, ...] = ("dualpipev", "dualpipe")
+"""Schedules with overlapped pairs."""
 
 
 def schedule_of(layout: Layout, num_microbatches: int) -> Schedule:
@@ -50,28 +55,62 @@ def fewest_sequences(layout: Layout, micro_batch: int) -> int:
     return layout.dp * micro_batch * (fewest - 1 - rounded) + 1
 
 
+def at_odds(layout: Layout, train: Train) -> list[str]:
+    """What a pipeline's schedule and recomputation take from each other, each in a sentence."""
+    if layout.pp == 1 or train.recompute != "full":
+        return []
+    told, name = [], layout.pipeline
+    if name in PAIRED and layout.ep > 1:
+        told.append(
+            f"pairs of {name} hide no all-to-all under train.recompute full, which computes whole blocks again inside of their backward; "
+            "selective lets them"
+        )
+    if name not in ("gpipe", "1f1b", "interleaved"):
+        told.append(
+            f"{name} puts weight gradients off and keeps the inputs of their products until then, which train.recompute full frees; 1f1b "
+            "and interleaved put none off"
+        )
+    return told
+
+
 def require_suited(kept: Schedule, layout: Layout) -> None:
     """Raise SpecError unless the schedule has the layout's ranks, and its stages lie on them as those of `layout.schedule` do."""
     file = f"layout.schedule_file {layout.schedule_file!r}"
     if kept.num_ranks != layout.pp:
         raise SpecError(f"{file} is for {kept.num_ranks} ranks, but layout.pp is {layout.pp}; set layout.pp, or search one for it")
     if kept.routes != _routes(layout):
-        several = kept.num_stages > layout.pp
-        suited = [
-            name
-            for name, arrangement in ARRANGEMENT.items()
-            if (arrangement != "loop" or several) and kept.routes == _routes(_named(layout, name, kept.num_stages))
-        ]
-        remedy = f"set layout.schedule to {' or '.join(suited)}" if suited else "no layout.schedule puts them so"
-        chunks = f" and layout.chunks to {kept.num_stages // layout.pp}" if suited and suited[0].startswith("interleaved") else ""
+        names = suited(kept, layout)
+        remedy = f"set layout.schedule to {' or '.join(names)}" if names else "no layout.schedule puts them so"
+        chunks = f" and layout.chunks to {kept.num_stages // layout.pp}" if names and names[0].startswith("interleaved") else ""
         raise SpecError(
             f"{file} has its stages on the ranks {[list(route) for route in kept.routes]}, {layout.pipeline} on "
             f"{[list(route) for route in _routes(layout)]}; {remedy}{chunks}"
         )
 
 
-def _named(layout: Layout, name: str, num_stages: int) -> Layout:
-    return Layout(pp=layout.pp, schedule=name, chunks=max(num_stages // layout.pp, 1))  # type: ignore[arg-type]
+def suited(schedule: Schedule, layout: Layout) -> list[PipelineName]:
+    """The names of `layout.schedule` whose stages lie on the layout's ranks as those of a schedule do."""
+    several = schedule.num_stages > layout.pp
+    return [
+        name
+        for name, arrangement in ARRANGEMENT.items()
+        if (arrangement != "loop" or several) and schedule.routes == _routes(_named(layout, name, schedule.num_stages))
+    ]
+
+
+def laid_out(schedule: Schedule, layout: Layout) -> Layout:
+    """The layout with this schedule's ranks and stages in place of its own. Raises SpecError where no layout has such."""
+    at = replace(layout, pp=schedule.num_ranks, cut=None, schedule_file=None)
+    names = suited(schedule, at)
+    if not names:
+        lie = f"{schedule.name} has its stages on the ranks {[list(route) for route in schedule.routes]}"
+        raise SpecError(f"{lie}, which no layout has: on one rank it has one stage, on more the stages of a named schedule")
+    name = next((name for name in names if name == schedule.name), names[0])
+    return replace(at, schedule=name, chunks=max(schedule.num_stages // at.pp, 2) if name.startswith("interleaved") else at.chunks)
+
+
+def _named(layout: Layout, name: PipelineName, num_stages: int) -> Layout:
+    return Layout(pp=layout.pp, schedule=name, chunks=max(num_stages // layout.pp, 1))
 
 
 def _routes(layout: Layout) -> tuple[tuple[int, ...], ...]:

@@ -5,8 +5,10 @@ B sequences of a batch, L tokens of a sequence; a row has L + 1 tokens, of which
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
 from types import MappingProxyType
 
 import numpy as np
@@ -27,13 +29,25 @@ class Batch:
     """Sequences of one length."""
 
     inputs: Tensor
-    """Token ids: int64 [B, L]."""
+    """Token ids: int64 [B, L]. Inputs and labels may be views of the same rows."""
     labels: Tensor
     """The next token within the row, `IGNORED` where that is padding: int64 [B, L]."""
-    document_ids: Tensor
-    """Document of each input, counted within its row, -1 at padding: int32 [B, L]."""
+    sizes: Sequence[Sequence[int]]
+    """Tokens of each document of each row, and, at last, of its padding: they add up to L + 1."""
     rows_per_sequence: int = 1
     """Rows that stand in the place of one sequence of the phase's length: more than one in short buckets."""
+
+    @cached_property
+    def document_ids(self) -> Tensor:
+        """Document of each input, counted within its row, -1 at padding: int32 [B, L]."""
+        numbers = [number for row in self.sizes for number in (*range(len(row) - 1), PADDING)]
+        sizes = np.fromiter(chain.from_iterable(self.sizes), np.int64, len(numbers))
+        num_rows, length = self.inputs.shape
+        return torch.from_numpy(np.repeat(np.array(numbers, np.int32), sizes).reshape(num_rows, length + 1)[:, :-1])
+
+    def rows(self, chosen: slice) -> Batch:
+        """The `chosen` rows alone."""
+        return replace(self, inputs=self.inputs[chosen], labels=self.labels[chosen], sizes=self.sizes[chosen])
 
 
 class Loader:
@@ -261,30 +275,19 @@ def held_out_batches(
 def _batch(streams: Iterable[Stream], num_rows: int, sequence_length: int, *, part: int, num_parts: int) -> Batch:
     """One row from each of `num_rows` streams, in order: those at places that are `part` modulo `num_parts`, the others are passed over."""
     taken: list[Row] = []
-    for i, rows in enumerate(streams):
+    for i, stream in enumerate(streams):
         if i % num_parts == part:
-            taken.append(rows.read())
+            taken.append(stream.read())
         else:
-            rows.skip()
-    # In one piece: two arrays whose places differ by 16 bytes modulo a page, as malloc's do, are copied ten times as slowly.
-    inputs, labels = np.empty((2, len(taken), sequence_length), np.int64)
-    document_ids = np.empty(0, np.int32)
+            stream.skip()
+    rows = np.empty((len(taken), sequence_length + 1), np.int64)
     if taken:
-        # The last token of each row is a label only; all others are copied once, straight from the files to where they stay.
-        labels[:, -1] = [row.ids[-1][-1] for row in taken]
-        runs = [run for row in taken for run in (*row.ids[:-1], row.ids[-1][:-1])]
-        np.concatenate(runs, out=inputs.reshape(-1), casting="same_kind")
-        labels[:, :-1] = inputs[:, 1:]
-        for i, row in enumerate(taken):
-            if row.padding:
-                labels[i, -row.padding :] = IGNORED
-        numbers = [number for row in taken for number in (*range(len(row.sizes)), PADDING)]
-        sizes = [size for row in taken for size in _without_last(row)]
-        document_ids = np.repeat(np.array(numbers, np.int32), sizes)
-    ids = torch.from_numpy(document_ids.reshape(inputs.shape))
-    return Batch(inputs=torch.from_numpy(inputs), labels=torch.from_numpy(labels), document_ids=ids)
-
-
-def _without_last(row: Row) -> tuple[int, ...]:
-    """Tokens of each piece and of the padding, but for the last token of the row."""
-    return (*row.sizes, row.padding - 1) if row.padding else (*row.sizes[:-1], row.sizes[-1] - 1, 0)
+        # Every token is copied once, straight from the files to where it stays.
+        np.concatenate([run for row in taken for run in row.ids], out=rows.reshape(-1), casting="same_kind")
+    labels = rows[:, 1:]
+    if padded := [(i, row.padding) for i, row in enumerate(taken) if row.padding]:
+        labels = labels.copy()
+        for i, padding in padded:
+            labels[i, -padding:] = IGNORED
+    sizes = [(*row.sizes, row.padding) for row in taken]
+    return Batch(inputs=torch.from_numpy(rows[:, :-1]), labels=torch.from_numpy(labels), sizes=sizes)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -35,7 +36,6 @@ WINDOW = 4096
 PADDING = -1
 """Document id of padding."""
 _ROUNDS = 8
-_TURNS = (1 << 32) - 1
 
 
 def stream_key(*parts: int | str) -> int:
@@ -56,19 +56,31 @@ def random_bits(key: int, numbers: Ints | _U64) -> _U64:
     return x
 
 
-def permuted(numbers: Ints, *, size: int, key: int) -> Ints:
-    """Where a seeded permutation of range(size) sends each of `numbers`: a Feistel network, walked until the value lies in range."""
-    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    x = numbers.astype(np.uint64)
-    outside = np.ones(len(x), bool)
-    while outside.any():
-        left, right = x[outside] >> half, x[outside] & mask
-        for r in range(_ROUNDS):
-            left, right = right, left ^ random_bits(key + r, right) & mask
-        x[outside] = left << half | right
-        outside = x >= np.uint64(size)
-    return x.astype(np.int64)
+class Permutation:
+    """A seeded permutation of range(size): a Feistel network, walked until the value lies in range."""
+
+    def __init__(self, size: int, *, key: int) -> None:
+        self.size = size
+        self.key = key
+        self._half = max(1, ((size - 1).bit_length() + 1) // 2)
+
+    @cached_property
+    def _rounds(self) -> list[Ints]:
+        """What each round makes of each half: [2^half], a few MB for billions of numbers."""
+        halves, mask = np.arange(1 << self._half), np.uint64((1 << self._half) - 1)
+        return [(random_bits(self.key + r, halves) & mask).astype(np.int64) for r in range(_ROUNDS)]
+
+    def __call__(self, numbers: Ints) -> Ints:
+        """Where each of `numbers` is sent."""
+        x = numbers.copy()
+        outside = np.arange(len(x))
+        while len(outside):
+            left, right = x[outside] >> self._half, x[outside] & (1 << self._half) - 1
+            for round_ in self._rounds:
+                left, right = right, left ^ round_[right]
+            x[outside] = left << self._half | right
+            outside = outside[x[outside] >= self.size]
+        return x
 
 
 def best_fit(lengths: Ints, capacity: int) -> Ints:
@@ -79,19 +91,24 @@ def best_fit(lengths: Ints, capacity: int) -> Ints:
     order = np.argsort(-lengths, kind="stable")
     num_rows = int((lengths == capacity).sum())
     found = list(range(num_rows))
-    rooms: list[int] = []  # Of each row with room: room, turn and row in one number, ascending; of equal rooms the latest comes first.
-    turn = _TURNS
+    rooms: list[int] = []  # That there are, ascending.
+    rows_of: dict[int, list[int]] = {}  # Room -> the rows that have it, of which the latest is taken first.
     for length in lengths[order[num_rows:]].tolist():
-        at = bisect_left(rooms, length << 64)
+        at = bisect_left(rooms, length)
         if at < len(rooms):
-            key = rooms.pop(at)
-            room, row = key >> 64, key & _TURNS
+            room = rooms[at]
+            row = rows_of[room].pop()
+            if not rows_of[room]:
+                del rooms[at], rows_of[room]
         else:
             room, row, num_rows = capacity, num_rows, num_rows + 1
         found.append(row)
-        if room > length:
-            turn -= 1
-            insort(rooms, room - length << 64 | turn << 32 | row)
+        left = room - length
+        if left in rows_of:
+            rows_of[left].append(row)
+        elif left:
+            rows_of[left] = [row]
+            insort(rooms, left)
     rows = np.empty(len(lengths), np.int64)
     rows[order] = found
     return rows
@@ -197,6 +214,10 @@ class _Packed(NamedTuple):
     """Piece -> its first token there; of a rearranged document, as if it were not."""
     end: list[int]
     """Piece -> the token behind its last one."""
+    length: list[int]
+    """Piece -> tokens."""
+    padding: list[int]
+    """Row -> tokens behind its last piece."""
     rearranged: list[bool]
     """Row -> whether a document in it is rearranged; empty where none is."""
 
@@ -216,6 +237,7 @@ class Rows:
         self.num_windows = max(1, round(shard.num_documents / WINDOW))
         self.epoch = self.window = self.offset = 0
         self._packed: _Packed | None = None
+        self._permutation = Permutation(shard.num_documents, key=stream_key(key, 0))
         self._padding = np.full(row_length, eos_id)
 
     def packed(self) -> Window:
@@ -234,6 +256,8 @@ class Rows:
                 run=run.tolist(),
                 begin=begin.tolist(),
                 end=(begin + window.length).tolist(),
+                length=window.length.tolist(),
+                padding=(self.row_length - np.add.reduceat(window.length, window.first[:-1])).tolist(),
                 rearranged=window.rearranged(),
             )
         return self._packed
@@ -241,7 +265,9 @@ class Rows:
     def _pack(self) -> Window:
         size, key = self.shard.num_documents, stream_key(self.key, self.epoch)
         begin, end = (size * w // self.num_windows for w in (self.window, self.window + 1))
-        documents = permuted(np.arange(begin, end), size=size, key=key)
+        if self._permutation.key != key:
+            self._permutation = Permutation(size, key=key)
+        documents = self._permutation(np.arange(begin, end))
         lengths = self.shard.lengths(documents)
         cuts = fim_cuts(documents, lengths, rate=self.fim_rate, key=stream_key(key, "fim")) if self.fim_rate else {}
         if cuts:
@@ -251,18 +277,15 @@ class Rows:
     def read(self) -> Row:
         """The next row; moves on."""
         at, runs = self._current(), self.shard.runs
-        pieces = slice(at.first[self.offset], at.first[self.offset + 1])
-        begins, ends = at.begin[pieces], at.end[pieces]
+        first, behind = at.first[self.offset], at.first[self.offset + 1]
         if at.rearranged and at.rearranged[self.offset]:
-            ids = [view for piece in range(pieces.start, pieces.stop) for view in self._views(at, piece)]
+            ids = [view for piece in range(first, behind) for view in self._views(at, piece)]
         else:
-            ids = [runs[run][begin:end] for run, begin, end in zip(at.run[pieces], begins, ends, strict=True)]
-        sizes = [end - begin for begin, end in zip(begins, ends, strict=True)]
-        padding = self.row_length - sum(sizes)
-        if padding:
+            ids = [runs[at.run[i]][at.begin[i] : at.end[i]] for i in range(first, behind)]
+        if padding := at.padding[self.offset]:
             ids.append(self._padding[:padding])
         self.skip()
-        return Row(ids, sizes, padding)
+        return Row(ids, at.length[first:behind], padding)
 
     def skip(self) -> None:
         """Move on to the next row."""

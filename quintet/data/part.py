@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from quintet.data import clean, contamination, language, minhash, rules
 from quintet.data.shards import ShardWriter, committed_folder, disk_errors, token_dtype
 from quintet.data.sources import Document, File, Reader
-from quintet.data.texts import Texts, Values
+from quintet.data.texts import Texts, Values, reuse_memory
 from quintet.data.tokenizer import Ids, Tokenizer
 from quintet.errors import DataError
 from quintet.spec.run import Data, Domain, Source
@@ -45,10 +45,9 @@ BATCH_BYTES = 4 << 20
 PIECE_BYTES = 1 << 20
 """Longer documents are encoded in pieces, in characters."""
 _BATCH_DOCUMENTS = 4096
-_JUDGED_BYTES = 1 << 18
-"""Text that rules look at together, in bytes; the arrays made from it fit into a core's cache."""
-_JUDGED_TOKENS = 1 << 15
-_FINGERPRINTED_BYTES = 1 << 17
+GROUP_BYTES = 1 << 18
+"""Text that rules and fingerprints look at together, in bytes; the arrays made from it fit into a core's cache."""
+_GROUP_TOKENS = 1 << 15
 _SAMPLES = 5
 _EXCERPT = 400
 
@@ -142,6 +141,7 @@ class Job:
 
 def make(job: Job, progress: Progress | None = None, on_message: Callable[[str], None] = lambda message: None) -> None:
     """Make the part `job.target`, whole or not at all. Raises DataError for bad documents under data.strict and for a full disk."""
+    reuse_memory()
     tokenizer = _tokenizer(job)
     tokenizer.on_message = on_message
     with committed_folder(job.target) as folder:
@@ -215,16 +215,13 @@ def _columns(data: Data, documents: Sequence[Document], raws: Sequence[bytes]) -
         "sizes": np.array([len(raw) for raw in raws], np.uint32),
     }
     if dedup := data.dedup:
-        found = [
-            minhash.bands(Texts(group), ngram=dedup.ngram, bands=dedup.bands, rows=dedup.rows)
-            for group in _grouped(raws, _FINGERPRINTED_BYTES)
-        ]
+        found = [minhash.bands(Texts(group), ngram=dedup.ngram, bands=dedup.bands, rows=dedup.rows) for group in grouped(raws, GROUP_BYTES)]
         columns["exact"] = minhash.exact(raws)
         columns["bands"] = np.concatenate([np.empty((0, dedup.bands), np.uint64), *found]).T
     return columns
 
 
-def _grouped(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+def grouped(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     """The items in runs that are together at least `size` long, the last one apart."""
     begin = total = 0
     for i, item in enumerate(items):
@@ -259,7 +256,7 @@ class Judge:
         if not self.rules:
             return documents, raws
         kept: list[bool] = []
-        for group in _grouped(raws, _JUDGED_BYTES):
+        for group in grouped(raws, GROUP_BYTES):
             kept += self._judged(documents[len(kept) : len(kept) + len(group)], group).tolist()
         return [d for d, keep in zip(documents, kept, strict=True) if keep], [r for r, keep in zip(raws, kept, strict=True) if keep]
 
@@ -268,7 +265,7 @@ class Judge:
         kept = np.ones(len(documents), bool)
         if self.token_rules and documents:
             decided, begin = [], 0
-            for group in _grouped(encoded, _JUDGED_TOKENS):
+            for group in grouped(encoded, _GROUP_TOKENS):
                 end = begin + len(group)
                 lengths = np.array([len(ids) for ids in group])
                 measured = [(rule, rule.measure(np.concatenate(group), lengths)) for rule in self.token_rules]
@@ -299,7 +296,7 @@ class Judge:
 
     def _cleaned(self, documents: Sequence[Document]) -> tuple[list[Document], list[bytes]]:
         kept = [self._edited(document) for document in documents] if self.edits else list(documents)
-        self._read_bytes += sum(len(document.raw) for document in kept)
+        self._read_bytes += sum([len(document.raw) for document in kept])
         if self.edits:
             full = [document for document in kept if document.raw.strip()]
             self._emptied += len(kept) - len(full)
@@ -313,7 +310,7 @@ class Judge:
         if text == document.text:
             return document
         self._changed += 1
-        return document._replace(text=text, raw=text.encode())
+        return msgspec.structs.replace(document, text=text, raw=text.encode())
 
     def _judged(self, documents: Sequence[Document], raws: Sequence[bytes]) -> NDArray[np.bool_]:
         texts = Texts(raws)

@@ -149,7 +149,7 @@ def prepare(
     Raises DataError for missing or empty sources, bad documents under data.strict, a tokenizer that does not fit, a full disk.
     """
     progress = progress or NoProgress()
-    directory = Path(data.directory).expanduser()
+    directory = data.folder
     with _locked(directory):
         plan = _plan(data, directory, vocab_size=vocab_size, seed=seed, progress=progress, on_message=on_message)
         others = _others(directory, plan.origins, plan.fingerprint)
@@ -317,7 +317,8 @@ def _select(
     decision = None
     if data.dedup:
         parts = [(name, Fingerprints(target)) for name, found in targets.items() for target in found]
-        decision = dedup.decide(data.dedup, parts, [known for path in data.dedup.against for known in _known(path, data)])
+        known = [fingerprints for path in data.dedup.against for fingerprints in _known(path, data)]
+        decision = dedup.decide(data.dedup, parts, known, scratch=directory)
     begin = 0
     for source in data.sources:
         found = targets[source.name]
@@ -332,7 +333,7 @@ def _select(
 
 def _known(path: str, data: Data) -> Iterator[Fingerprints]:
     """The fingerprints of the documents that another prepared directory keeps."""
-    directory = Path(path).expanduser()
+    directory = Path(os.path.expanduser(path))
     folders = sorted(folder.parent for folder in directory.glob("[!.]*/source.json"))
     if not folders:
         raise DataError(f"data.dedup.against: {path} holds no prepared data; prepare it first, or correct the path")
@@ -451,7 +452,7 @@ def foresee(data: Data, *, vocab_size: int) -> list[str]:
             check_trainable(vocab_size)
     except DataError as error:
         found.append(str(error))
-    directory = Path(data.directory).expanduser()
+    directory = data.folder
     if obstacle := obstacle_to(directory):
         found.append(f"{directory} cannot be made or written: {obstacle} is no folder that may be written; set data.directory elsewhere")
     return found
@@ -468,9 +469,10 @@ def open_prepared(data: Data, vocab_size: int, *, recipe: Path | str = "RECIPE")
 
     Raises DataError if it is missing, damaged, made from another recipe or by another tokenizer, or does not fit `vocab_size`.
     """
-    directory = Path(data.directory).expanduser()
+    directory = data.folder
     if not (directory / "tokenizer.json").is_file():
-        raise DataError(f"{directory} holds no prepared data; run: quintet prepare {recipe}")
+        elsewhere = "" if directory.is_absolute() else f" (working folder {Path.cwd()}; a run's data is looked for from where it was begun)"
+        raise DataError(f"{directory} holds no prepared data{elsewhere}; run: quintet prepare {recipe}")
     tokenizer = Tokenizer.from_file(directory / "tokenizer.json")
     if data.tokenizer is not None and (asked := _given_tokenizer(data.tokenizer)).fingerprint != tokenizer.fingerprint:
         raise DataError(
@@ -533,7 +535,7 @@ def _plan(data: Data, directory: Path, *, vocab_size: int, seed: int, progress: 
 
 def _known_hash(path: str) -> list[str]:
     """What decides over the documents that a prepared directory keeps."""
-    folders = sorted(folder.parent for folder in Path(path).expanduser().glob("[!.]*/source.json"))
+    folders = sorted(folder.parent for folder in Path(os.path.expanduser(path)).glob("[!.]*/source.json"))
     return [hash_of([folder.name, done.origin.spec, done.origin.text]) for folder in folders if (done := _read_done(folder))]
 
 

@@ -24,9 +24,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple, Protocol, get_args
+from typing import IO, Any, Literal, Protocol, get_args
 
 import fsspec
+import msgspec
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -78,6 +79,9 @@ _STDLIB_BAD_FILES = frozenset(["test_source_encoding.py"])
 _DOCS_WITHOUT = _STDLIB_WITHOUT | frozenset("test tests idle_test".split())
 _SPECIAL = ("python:stdlib", "python:docs")
 
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "hf": "hf"}
+"""What a URL's store needs, as an extra of this package."""
+
 _CHUNK = 1 << 20
 _BOMB_BYTES, _BOMB_RATIO = 1 << 28, 250
 _PARQUET_ROWS = 64
@@ -121,8 +125,8 @@ class Listing:
         return sum(file.num_bytes for file in self.files)
 
 
-class Document(NamedTuple):
-    """One piece of text."""
+class Document(msgspec.Struct, frozen=True, gc=False):
+    """One piece of text; a Struct, because there are very many."""
 
     text: str
     """Not empty, and without NUL."""
@@ -241,8 +245,12 @@ def _remote_files(path: str, source: Source) -> tuple[list[File], int]:
         system, inner = fsspec.core.url_to_fs(path)
         system.invalidate_cache()  # what this process saw there before may have changed
         infos = system.glob(inner, detail=True) if glob.has_magic(inner) else system.find(inner, detail=True)
-    except (ImportError, ValueError) as error:
-        raise DataError(f"source {source.name!r}: {path!r} cannot be reached: {error}; install that package, or correct the URL") from None
+    except ImportError as error:
+        extra = _EXTRAS.get(path.partition(":")[0])
+        remedy = f"install it: pip install -c constraints.txt 'quintet[{extra}]'" if extra else "install that package"
+        raise DataError(f"source {source.name!r}: {path!r} needs a package that is missing ({error}); {remedy}") from None
+    except ValueError as error:
+        raise DataError(f"source {source.name!r}: {path!r} cannot be reached: {error}; correct the URL") from None
     except Exception as error:  # every store has errors of its own
         raise DataError(f"source {source.name!r}: {path!r} cannot be listed: {error}; check the URL and the credentials") from None
     found = [info for name, info in sorted(infos.items()) if info["type"] == "file"]

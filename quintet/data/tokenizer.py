@@ -12,6 +12,7 @@ sees them, and what panics inside a library arrives as DataError.
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,6 +25,7 @@ from typing import Any
 
 import gigatoken
 import numpy as np
+import orjson
 import tokenizers
 from blake3 import blake3
 from numpy.typing import NDArray
@@ -102,8 +104,7 @@ class Tokenizer:
         names = next((names for names in _FIM_NAMES if all(name in ids for name in names)), None)
         self.fim: Fim | None = Fim(begin=ids[names[0]], hole=ids[names[1]], end=ids[names[2]]) if names else None
         """Fill-in-the-middle tokens; None: it has none."""
-        canonical = json.dumps(self._spec, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        self.fingerprint: str = blake3(canonical.encode(errors="surrogatepass")).hexdigest()
+        self.fingerprint: str = blake3(_canonical(self._spec)).hexdigest()
         """blake3 of the canonical JSON, hexadecimal."""
 
     @classmethod
@@ -118,7 +119,7 @@ class Tokenizer:
 
         Raises DataError if it is missing or too large, with `remedy`, or not a byte-level BPE.
         """
-        path = Path(path).expanduser()
+        path = Path(os.path.expanduser(path))
         path = path / "tokenizer.json" if path.is_dir() else path
         try:
             if (size := path.stat().st_size) > _MAX_JSON_BYTES:
@@ -208,7 +209,7 @@ class Tokenizer:
 
     @cached_property
     def _can_cut(self) -> bool:
-        return is_certain(json.loads(self._plain))
+        return is_certain(orjson.loads(self._plain))
 
     @cached_property
     def _plain(self) -> str:
@@ -218,7 +219,7 @@ class Tokenizer:
         hidden = {token["content"]: f"\0{token['id']}\0" for token in added if token.get("special") or _CONTROL.fullmatch(token["content"])}
         spec["added_tokens"] = [dict(token, content=hidden.get(token["content"], token["content"])) for token in added]
         spec["model"] = dict(spec["model"], vocab={hidden.get(name, name): id for name, id in spec["model"]["vocab"].items()})
-        return json.dumps(spec, ensure_ascii=False)
+        return orjson.dumps(spec).decode()
 
     def _notice(self, why: str) -> None:
         self.on_message(f"{self.origin}: {why}; encoding with Hugging Face tokenizers instead, which is many times slower")
@@ -300,6 +301,14 @@ def _encode_fast(encoder: gigatoken.Tokenizer, texts: Sequence[str]) -> list[Ids
 
 def _encode_reference(encoder: tokenizers.Tokenizer, texts: Sequence[str]) -> list[Ids]:
     return [np.asarray(encoding.ids, np.uint32) for encoding in encoder.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+def _canonical(spec: dict[str, Any]) -> bytes:
+    """The JSON with sorted keys and no spaces."""
+    try:
+        return orjson.dumps(spec, option=orjson.OPT_SORT_KEYS)
+    except TypeError:  # a number of more than 64 bits, or half a surrogate pair
+        return json.dumps(spec, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode(errors="surrogatepass")
 
 
 def _first(ids: dict[str, int], names: Iterable[str]) -> int | None:

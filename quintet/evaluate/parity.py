@@ -94,8 +94,7 @@ def trace_steps(
     built = build(run, mesh, device, on_message=lambda text: None)
     traces = []
     for step, batch in enumerate(batches, 1):
-        rows = slice(mesh.at.dp, None, mesh.layout.dp)
-        own = Batch(inputs=batch.inputs[rows], labels=batch.labels[rows], document_ids=batch.document_ids[rows])
+        own = batch.rows(slice(mesh.at.dp, None, mesh.layout.dp))
         with ExitStack() as choosing:
             if note is not None:
                 choosing.enter_context(note.noting(built.model))

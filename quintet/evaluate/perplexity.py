@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from quintet.checkpoint.huggingface import OnProgress
+from quintet.checkpoint.place import Place
 from quintet.data.prepare import open_prepared
 from quintet.monitor.metrics import Evaluated
 from quintet.train.directory import RECIPE, refuse_other_tokenizer
@@ -14,14 +15,14 @@ from quintet.train.held_out import held_out_loss
 from quintet.train.trained import open_trained
 
 
-def evaluate(path: Path, *, on_progress: OnProgress = lambda done, total: None) -> Evaluated:
+def evaluate(path: Place, *, on_progress: OnProgress = lambda done, total: None) -> Evaluated:
     """Cross-entropy per source of a run's newest checkpoint, or of the checkpoint `path`, at the sequence length of its phase.
 
     The same sequences as in the run's own evaluations; `on_progress` hears of them. Raises CheckpointError, and DataError where the
     prepared data is gone or of another tokenizer.
     """
     trained = open_trained(path)
-    recipe = path / RECIPE  # of a run or, among its files, of a checkpoint
+    recipe = (path if isinstance(path, Path) else trained.run.folder) / RECIPE  # of a run or, among its files, of a checkpoint
     prepared = open_prepared(trained.run.data, trained.run.model.vocab_size, recipe=recipe)
     refuse_other_tokenizer(trained.tokenizer, prepared, recipe=recipe)
     length = trained.phase.sequence_length

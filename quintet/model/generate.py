@@ -19,8 +19,10 @@ def choose(logits: Tensor, *, temperature: float, top_p: float, generator: torch
         return logits.argmax(-1)
     probabilities = (logits.float() / temperature).softmax(-1)
     ordered, indices = probabilities.sort(-1, descending=True)
-    # A token stays if the likelier ones before it do not fill top_p yet, so at least one does.
-    ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0.0)
+    # A token stays if the likelier ones before it do not fill top_p yet; the first one does however small that is.
+    filled = ordered.cumsum(-1) - ordered >= top_p
+    filled[:, 0] = False
+    ordered = ordered.masked_fill(filled, 0.0)
     return indices.gather(-1, torch.multinomial(ordered, 1, generator=generator))[:, 0]
 
 

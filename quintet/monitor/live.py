@@ -1,10 +1,14 @@
-"""The live view of a run in the terminal: progress, losses, speed and health in one panel that redraws a few times a second."""
+"""The live view of a run in the terminal: progress, losses, speed and health in one panel that redraws a few times a second.
+
+The process that trains draws it from its own events, `quintet watch` from those that it finds in the run's files.
+"""
 
 from __future__ import annotations
 
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live as Screen
@@ -27,29 +31,38 @@ class Live:
         self._console, self._title, self._clock, self._interval = console, title, clock, 1 / per_second
         self._screen: Screen | None = None
         self._drawn = -float("inf")
-        self._began = clock()
+        self.began = clock()
+        """When the process that trains began, by the clock."""
+        self.note = ""
+        """A line at the panel's foot."""
         self._record: Record | None = None
         self._evaluated: Evaluated | None = None
         self._saved: tuple[Saved, float] | None = None
-        self._losses: deque[float] = deque(maxlen=_HISTORY)
+        self._losses: deque[tuple[int, float]] = deque(maxlen=_HISTORY)
         self._pace = Pace()
 
     def write(self, event: Event) -> None:
-        if self._screen is None:
-            # Redrawn by hand below: a thread would compete with the step for the cores.
-            self._screen = Screen(console=self._console, auto_refresh=False, vertical_overflow="crop")
-            self._screen.start()
+        self._open()
+        self.take(event, self._clock())
+        if isinstance(event, Message | Resumed):
+            self._console.print(event.text, markup=False, highlight=False)
+        if self._clock() - self._drawn >= self._interval or not isinstance(event, Record):
+            self._draw()
+
+    def take(self, event: Event, when: float) -> None:
+        """Know of an event of the time `when`, by the clock, and draw nothing."""
         match event:
             case Record():
-                self._take(event)
+                self._take_record(event)
             case Evaluated():
                 self._evaluated = event
             case Saved():
-                self._saved = (event, self._clock())
-            case Message() | Resumed():
-                self._console.print(event.text, markup=False, highlight=False)
-        if self._clock() - self._drawn >= self._interval or not isinstance(event, Record):
-            self._draw()
+                self._saved = (event, when)
+
+    def refresh(self) -> None:
+        """Draw though nothing happened: time has passed."""
+        self._open()
+        self._draw()
 
     def close(self) -> None:
         if self._screen is not None:
@@ -64,13 +77,22 @@ class Live:
         if self._record is not None:
             body = [self._progress(self._record), Text(""), self._figures(self._record)]
             title = f"{self._title} · {self._record.phase}"
-        return Panel(Group(*body), title=Text(title, style="bold"), title_align="left", border_style="blue", padding=(0, 1))
+        foot: Any = {"subtitle": Text(self.note), "subtitle_align": "left"} if self.note else {}
+        return Panel(Group(*body), title=Text(title, style="bold"), title_align="left", border_style="blue", padding=(0, 1), **foot)
 
-    def _take(self, record: Record) -> None:
+    def _open(self) -> None:
+        if self._screen is None:
+            # Redrawn by hand: a thread would compete with the step for the cores.
+            self._screen = Screen(console=self._console, auto_refresh=False, vertical_overflow="crop")
+            self._screen.start()
+
+    def _take_record(self, record: Record) -> None:
         known = self._record.step if self._record else record.step - 1 if record.step == 1 else record.step
         self._pace = self._pace.after(steps=record.step - known, seconds=record.seconds)
         self._record = record
-        self._losses.append(record.main_loss)
+        while self._losses and self._losses[-1][0] >= record.step:
+            self._losses.pop()  # a resumed run goes over these steps again
+        self._losses.append((record.step, record.main_loss))
 
     def _draw(self) -> None:
         assert self._screen is not None
@@ -86,7 +108,7 @@ class Live:
         row.add_row(
             Text(f"step {record.step}/{record.num_steps}", style="bold"),
             ProgressBar(total=record.num_steps, completed=record.step),
-            Text(f"{record.step / record.num_steps:.0%}   {duration(self._clock() - self._began)} gone   {duration(left)} left"),
+            Text(f"{record.step / record.num_steps:.0%}   {duration(self._clock() - self.began)} gone   {duration(left)} left"),
         )
         return row
 
@@ -94,7 +116,8 @@ class Live:
         table = Table.grid(padding=(0, 2), expand=True)
         table.add_column(style="dim", no_wrap=True)
         table.add_column(no_wrap=True, ratio=1, overflow="ellipsis")
-        smooth = smoothed(list(self._losses))[-1]
+        losses = [loss for _, loss in self._losses]
+        smooth = smoothed(losses)[-1]
         width = max(8, min(40, self._console.width - 60))
         table.add_row(
             "loss",
@@ -102,7 +125,7 @@ class Live:
                 (f"{record.main_loss:.4f}", "bold"),
                 f"   smooth {smooth:.4f}   ",
                 f"MTP {record.mtp_loss:.4f}   " if record.mtp_loss is not None else "",
-                (sparkline(self._losses, width=width), "cyan"),
+                (sparkline(losses, width=width), "cyan"),
             ),
         )
         table.add_row("held out", self._held_out())

@@ -175,6 +175,36 @@ def read_events(path: Path) -> list[Event]:
         raise DataError(f"no metrics at {path}; a run writes them from its first step") from None
 
 
+class Tail:
+    """A metrics.jsonl that grows while it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._offset = path, 0
+
+    def read(self) -> tuple[list[Event], bool]:
+        """The events since the call before, and whether they are all from the beginning: at first, and after a resume has cut the file.
+
+        A missing file has no events. Raises DataError as `read_events`.
+        """
+        if self._offset and not self._still_there():
+            self._offset = 0
+        begin, events = self._offset, list[Event]()
+        if self._path.exists():
+            for end, tree in _lines(self._path, begin):
+                events.append(from_json(tree))
+                self._offset = end
+        return events, begin == 0
+
+    def _still_there(self) -> bool:
+        """Whether the file still has a line that ends where reading has come to."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset - 1)
+                return file.read(1) == b"\n"
+        except FileNotFoundError:
+            return False
+
+
 def truncate_after(path: Path, step: int) -> None:
     """Cut the file before the first event of a step after `step`, so that it tells one history when a run resumes from there.
 
@@ -195,10 +225,10 @@ def truncate_after(path: Path, step: int) -> None:
         file.writelines(json.dumps(tree) + "\n" for tree in saved)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(offset behind the line, its JSON object) for each complete line."""
-    offset = 0
+def _lines(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(offset behind the line, its JSON object) for each complete line from `offset` on; errors count lines from there."""
     with path.open("rb") as file:
+        file.seek(offset)
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 return

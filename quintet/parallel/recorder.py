@@ -9,6 +9,7 @@ every rank did last.
 from __future__ import annotations
 
 import json
+import math
 import re
 import threading
 import time
@@ -26,8 +27,11 @@ from quintet.schedule.op import Work
 
 TELL_SECONDS = 1.0
 """How often a rank tells the others where it is: one that stays silent hangs."""
+_LEFT = "at the end of its work"
 _TOLD_PER_SECOND = 500
 """By all ranks together, so that the store is not kept busy."""
+SILENT_SECONDS = 10.0
+"""After which a rank that tells nothing is named, long before a message is given up."""
 KEPT = 64
 """Ops that a rank remembers."""
 SHOWN = 16
@@ -129,6 +133,19 @@ class Recorder:
                 heard.append((told[0], rank, told[1]))
         return heard
 
+    def _fallen_silent(self, news: dict[int, tuple[float, float]]) -> list[int]:
+        """The ranks whose last word has just become too old. `news`, kept from call to call: what time each told last, by its own clock,
+        and when that was new here; infinite for those that were named already."""
+        now, silent = self.clock(), []
+        for told, rank, text in self._heard():
+            before, since = news.setdefault(rank, (told, now))
+            if told != before or text == _LEFT:
+                news[rank] = (told, now)
+            elif now - since > SILENT_SECONDS and rank != self.rank:
+                silent.append(rank)
+                news[rank] = (told, math.inf)
+        return silent
+
     def tell(self) -> None:
         """Let the others know where this rank is."""
         if self.store is None or not (self.steps or self.doing):
@@ -142,19 +159,25 @@ class Recorder:
             self.store.set(f"step-{self.rank}", json.dumps((time.time(), text)))
 
     @contextmanager
-    def telling(self) -> Iterator[None]:
-        """Tell now and then, in a thread of its own, if there is somebody to tell."""
+    def telling(self, notice: Callable[[str], None] | None = None) -> Iterator[None]:
+        """Tell now and then, in a thread of its own, if there is somebody to tell. `notice` hears there which ranks have fallen silent."""
         done = threading.Event()
 
         def keep_telling() -> None:
+            news: dict[int, tuple[float, float]] = {}
             while not done.wait(max(TELL_SECONDS, len(self.ranks) / _TOLD_PER_SECOND)):
                 self.tell()
+                if notice and (silent := self._fallen_silent(news)):
+                    notice(f"{_ranks(silent)} said nothing for {SILENT_SECONDS:.0f} s; is it stopped, or its node overloaded or gone?")
 
         thread = threading.Thread(target=keep_telling, daemon=True)
         if self.store is not None:
             thread.start()
         try:
             yield
+            self.steps.clear()
+            self.doing = _LEFT
+            self.tell()
         finally:
             done.set()
             if self.store is not None:

@@ -27,10 +27,11 @@ from quintet.parallel.recorder import first_sentence, is_of_ranks, operation
 from quintet.spec.layout import Layout
 
 T = TypeVar("T")
+Notice = Callable[[str], None]
 
-ARRIVAL_SECONDS = 60.0
-"""How long ranks wait for each other at the start."""
-NOTICE_SECONDS = 10.0
+ARRIVAL_SECONDS, ARRIVAL_SECONDS_HERE = 60.0, 20.0
+"""How long ranks wait at the start, from one's arrival to the next: those of several nodes, and those that were all started here."""
+NOTICE_SECONDS = 5.0
 """After which rank 0 names those that it still waits for."""
 _TELLERS = 8
 """Ranks that tell what befell them; of thousands all would say much the same."""
@@ -43,13 +44,19 @@ _BEAT_SECONDS = 1.0
 _LAUNCH = "start the ranks with torchrun, or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each"
 
 
+def _nobody(text: str) -> None:
+    """Hears nothing."""
+
+
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others: its mesh, and the store through which they speak; `seconds` is how long one may be silent."""
+    """This process among the others: its mesh, and the store through which they speak; `seconds` is how long one may be silent. On rank 0
+    `notice` hears, from any thread, who is late or silent."""
 
     mesh: Mesh
     store: Store | None
     seconds: float = 600.0
+    notice: Notice = _nobody
 
     @property
     def is_lead(self) -> bool:
@@ -82,7 +89,8 @@ class Ranks:
         """Raise UsageError, on rank 0, where ranks have different values; the others leave quietly. `what` is used once in a run."""
         if self.store is not None:
             ranks = len(self.mesh["world"].ranks)
-            _report(PrefixStore(what, self.store), self.mesh.rank, ranks, self.mesh.layout, {what: value}, self.seconds, lambda text: None)
+            about, name = {what: value}, f" with its {what}"
+            _report(PrefixStore(what, self.store), self.mesh.rank, ranks, self.mesh.layout, about, self.seconds, self.notice, name=name)
 
     def first_to_tell(self, message: str) -> bool:
         """Whether no other rank has told this yet, and not many have told something; from now on this one has."""
@@ -101,17 +109,11 @@ class Ranks:
             yield
 
     def _await_lead(self, store: Store, name: str) -> None:
-        beats, since, pause = -1, time.monotonic(), 0.01
-        while not store.check([name]):
-            if (heard := store.add(f"{name}.beats", 0)) != beats:
-                beats, since = heard, time.monotonic()
-            elif time.monotonic() - since > self.seconds:
-                raise RankError(
-                    f"rank {self.mesh.rank} waits for rank 0 ({name}) and has heard nothing of it for {self.seconds:.0f} s; look at what "
-                    "rank 0 said, end it if it still runs, and start again"
-                )
-            time.sleep(pause)
-            pause = min(1.5 * pause, 0.5)
+        if not _heard_of(store, name, self.seconds):
+            raise RankError(
+                f"rank {self.mesh.rank} waits for rank 0 ({name}) and has heard nothing of it for {self.seconds:.0f} s; look at what "
+                "rank 0 said, end it if it still runs, and start again"
+            )
 
 
 @contextmanager
@@ -121,14 +123,14 @@ def joined(
     about: dict[str, str],
     device: torch.device,
     seconds: float,
-    arrival: float = ARRIVAL_SECONDS,
-    notice: Callable[[str], None] = lambda text: None,
+    arrival: float | None = None,
+    notice: Notice = _nobody,
 ) -> Iterator[Ranks]:
     """The ranks of a run, from meeting to parting; collectives give up after `seconds`.
 
     `about` says by name what must be equal on all ranks (the recipe's values or their digests, versions). On rank 0 `notice` hears who is
-    late. Raises UsageError for a number of processes
-    that the layout does not take and for ranks that differ, RankError for ranks that do not arrive within `arrival` seconds and for a
+    late. Raises UsageError for a number of processes that the layout does not take and for ranks that differ, RankError where none of those
+    that are missing arrives for `arrival` seconds (by default `ARRIVAL_SECONDS`, fewer where all were started on this node) and for a
     collective that fails because another rank is gone.
     """
     rank, count = started()
@@ -136,6 +138,8 @@ def joined(
     if count == 1:
         yield Ranks(make_mesh(layout), None)
         return
+    if arrival is None:
+        arrival = ARRIVAL_SECONDS_HERE if os.environ.get("LOCAL_WORLD_SIZE") == str(count) else ARRIVAL_SECONDS
     clean = False
     store = _open_store(rank, count, arrival)
     try:
@@ -150,7 +154,7 @@ def joined(
                 world_size=count,
                 timeout=timedelta(seconds=seconds),
             )
-            yield Ranks(make_mesh(layout, seconds=seconds, device=device), PrefixStore("run", store), seconds)
+            yield Ranks(make_mesh(layout, seconds=seconds, device=device), PrefixStore("run", store), seconds, notice)
             dist.barrier()  # none leaves while another still needs it
             clean = True
     except BaseException:
@@ -206,40 +210,46 @@ def _open_store(rank: int, count: int, arrival: float) -> Store:
 
 
 def _report(
-    store: Store, rank: int, count: int, layout: Layout, about: dict[str, str], arrival: float, notice: Callable[[str], None]
+    store: Store,
+    rank: int,
+    count: int,
+    layout: Layout,
+    about: dict[str, str],
+    arrival: float,
+    notice: Notice,
+    *,
+    name: str = "",
 ) -> None:
     """Tell the others that this rank is here, and what it is about; rank 0 waits for all and gives the verdict."""
     store.set(f"here-{rank}", json.dumps(about))
     if rank == 0:
-        store.set("verdict", json.dumps(_missing(store, count, layout, arrival, notice) or _different(store, count)))
-    else:
-        # Rank 0 may be the one that does not come.
-        deadline, pause = time.monotonic() + arrival + 5, 0.01
-        while not store.check(["verdict"]):
-            if time.monotonic() > deadline:
-                raise RankError(f"rank 0 of {count} did not arrive within {arrival:.0f} s; look at what it said, and start again")
-            time.sleep(pause)
-            pause = min(1.5 * pause, 0.5)
+        with _beating(store, "verdict"):
+            verdict = _missing(store, count, layout, arrival, notice, name=name) or _different(store, count)
+        store.set("verdict", json.dumps(verdict))
+    elif not _heard_of(store, "verdict", arrival + 5):  # rank 0 may be the one that does not come
+        raise RankError(f"rank 0 of {count} did not arrive{name} within {arrival:.0f} s; look at what it said, and start again")
     kind, text = json.loads(store.get("verdict")) or ("", "")
     if kind:
         error = RankError if kind == "missing" else UsageError
         raise error(text) if rank == 0 else SystemExit(error.exit_code)
 
 
-def _missing(
-    store: Store, count: int, layout: Layout, arrival: float, notice: Callable[[str], None]
-) -> tuple[str, str] | None:
-    begin, left, pause, noticed = time.monotonic(), list(range(count)), 0.01, False
-    while left := [rank for rank in left if not store.check([f"here-{rank}"])]:
-        waited, who = time.monotonic() - begin, f"{_listed(left)} of {count} (node {_few(layout.nodes_of(left))})"
-        if waited > arrival:
+def _missing(store: Store, count: int, layout: Layout, arrival: float, notice: Notice, *, name: str) -> tuple[str, str] | None:
+    """Who has not come when nobody has for `arrival` seconds: ranks that share cores come one after the other."""
+    since, left, pause, noticed = time.monotonic(), list(range(count)), 0.01, False
+    while missing := [rank for rank in left if not store.check([f"here-{rank}"])]:
+        now, who = time.monotonic(), f"{_listed(missing)} of {count} (node {_few(layout.nodes_of(missing))})"
+        if len(missing) < len(left):
+            since, left = now, missing
+        if now - since > arrival:
             return "missing", (
-                f"{who} did not arrive within {arrival:.0f} s; look at what they said, and whether as many processes were started on each "
-                "node as it has devices"
+                f"{who} did not arrive{name} within {arrival:.0f} s; look at what they said, and whether as many processes were started "
+                "on each node as it has devices; where they only need longer, raise "
+                f"train.{'rank' if name else 'arrival'}_timeout"
             )
-        if waited > NOTICE_SECONDS and not noticed:
+        if now - since > NOTICE_SECONDS and not noticed:
             noticed = True
-            notice(f"still waiting for {who}; giving up after {arrival:.0f} s")
+            notice(f"still waiting for {who}{name}; giving up where none arrives for {arrival:.0f} s")
         time.sleep(pause)
         pause = min(1.5 * pause, 0.5)
     return None
@@ -263,6 +273,19 @@ def _listed(ranks: list[int]) -> str:
 def _few(numbers: Sequence[int]) -> str:
     more = f" and {len(numbers) - 8} more" if len(numbers) > 8 else ""
     return f"{', '.join(map(str, numbers[:8]))}{more}"
+
+
+def _heard_of(store: Store, name: str, seconds: float) -> bool:
+    """Wait until `name` is in the store; False when whoever sets it gives no sign of life for so long."""
+    beats, since, pause = -1, time.monotonic(), 0.01
+    while not store.check([name]):
+        if (heard := store.add(f"{name}.beats", 0)) != beats:
+            beats, since = heard, time.monotonic()
+        elif time.monotonic() - since > seconds:
+            return False
+        time.sleep(pause)
+        pause = min(1.5 * pause, 0.5)
+    return True
 
 
 @contextmanager

@@ -13,6 +13,8 @@ from quintet.plan.rates import attention_seconds, exchange_seconds, gather_secon
 from quintet.plan.setup import SIZE, Precision
 from quintet.plan.software import Software
 from quintet.spec.cluster import Cluster
+from quintet.spec.layout import Layout
+from quintet.spec.model import Model
 
 KERNELS = {"dense": (26, 44), "moe": (70, 110)}
 """Kernels of a block, forward and backward, that a host launches one by one: counted in traces of Megatron-style blocks, assumed alike."""
@@ -36,6 +38,8 @@ class Policy:
     expert_tp: int
     expert_stride: int
     """How far apart neighbours of an ep group lie."""
+    own: tuple[Model, Layout] | None = None
+    """On a CPU, where messages are those of Quintet's runtime (`cost`): its model and layout."""
     gather_rows: bool
     """Whether rows are gathered over tp behind the all-to-all, or tokens before it."""
     precision: Precision
@@ -102,7 +106,7 @@ def block_time(a: Architecture, policy: Policy, cluster: Cluster, software: Soft
     plain = (*a.attention, *((*a.router, *a.shared) if moe else a.dense))
     products = _products(plain, tokens=tokens, tp=tp, policy=policy, cluster=cluster, software=software)
     grouped = _experts(a, policy, cluster, software) if moe else (0.0, 0.0, 0.0)
-    attention, attention_backward = _attention(a, policy, cluster)
+    attention, attention_backward = _attention(a, policy, cluster, software)
     moved, moved_backward = _moved(a, policy, cluster, software, moe=moe)
     scale = 1 / (software.pace * (1.0 if policy.precision in ("bf16", "fp32") else software.low_pace))
     tensor, ring = _tensor(a, policy, cluster, software, moe=moe), _ring(a, policy, cluster, attention, attention_backward)
@@ -112,9 +116,9 @@ def block_time(a: Architecture, policy: Policy, cluster: Cluster, software: Soft
     moved, moved_backward = moved + kernels[0] * LEAST_SECONDS, moved_backward + kernels[1] * LEAST_SECONDS
     forward = (products[0] + grouped[0] + attention + moved) * scale
     backward = (sum(products[1:]) + sum(grouped[1:]) + attention_backward + moved_backward) * scale
-    waits = moe and software.waits_for_host
-    launch, launch_backward = (n * software.launch - (0.0 if waits else own) for n, own in zip(kernels, (forward, backward), strict=True))
-    launch, launch_backward = max(0.0, launch), max(0.0, launch_backward)
+    host = software.launch_moe if moe else software.launch
+    launch, launch_backward = (max(0.0, n * host - own) for n, own in zip(kernels, (forward, backward), strict=True))
+    launch += software.wait if moe else 0.0
     again, dispatch_again = 0.0, 0.0
     if policy.recompute == "full":
         share = policy.recompute_share
@@ -202,7 +206,7 @@ def _products(
 def _experts(a: Architecture, policy: Policy, cluster: Cluster, software: Software) -> tuple[float, float, float]:
     """The routed experts of this rank, each with its mean share of rows."""
     sharing = policy.expert_tp
-    rows = policy.tokens * sharing / policy.tp * a.experts_per_token
+    rows = policy.tokens * sharing / policy.tp * a.experts_per_token * _uneven(policy, software)
     local = max(1, a.num_experts // policy.ep)
     total = [0.0, 0.0, 0.0]
     for p in a.expert:
@@ -222,14 +226,19 @@ def _experts(a: Architecture, policy: Policy, cluster: Cluster, software: Softwa
     return total[0], total[1], total[2]
 
 
-def _attention(a: Architecture, policy: Policy, cluster: Cluster) -> tuple[float, float]:
-    """A ring works on pairs of parts, of which causality leaves half; each part has two pieces of 1 / (2 cp) of the sequence."""
+def _uneven(policy: Policy, software: Software) -> float:
+    return 1 + software.imbalance if policy.ep > 1 else 1.0
+
+
+def _attention(a: Architecture, policy: Policy, cluster: Cluster, software: Software) -> tuple[float, float]:
+    """A ring works on pairs of parts of 1 / cp of the sequence, of which causality leaves half of the keys, as of a whole sequence."""
     flops = policy.tokens * a.attention_flops(keys=policy.sequence_length / 2) / policy.tp
-    keys = policy.sequence_length / (policy.cp if policy.cp == 1 else 2 * policy.cp)
-    width = min(1.0, (a.qk_head_dim / 128) ** 0.5) if a.qk_head_dim < 128 else 1.0  # narrow heads feed the tensor cores less well
+    keys = policy.sequence_length / policy.cp
+    narrow = min(1.0, a.qk_head_dim / 128) ** 0.5  # the fastest kernels are fed less well by narrow heads
+    reached = narrow if software.attention == 1.0 else software.attention
     return (
-        attention_seconds(cluster.gpu, flops, keys=keys, backward=False) / width,
-        attention_seconds(cluster.gpu, 2.5 * flops, keys=keys, backward=True) / width,
+        attention_seconds(cluster.gpu, flops, keys=keys, backward=False) / reached,
+        attention_seconds(cluster.gpu, 2.5 * flops, keys=keys, backward=True) / reached,
     )
 
 
@@ -303,7 +312,7 @@ def all_to_alls(a: Architecture, policy: Policy, cluster: Cluster, software: Sof
         return 0.0, 0.0
     near_ranks = within(cluster, ranks=policy.ep, stride=policy.expert_stride)
     domains = math.ceil(policy.ep / near_ranks)
-    tokens = policy.tokens / policy.tp * (1 if policy.gather_rows else policy.expert_tp)
+    tokens = policy.tokens / policy.tp * (1 if policy.gather_rows else policy.expert_tp) * _uneven(policy, software)
     chosen = a.experts_per_token
     far = chosen * (domains - 1) / domains
     if software.once_per_node and domains > 1:

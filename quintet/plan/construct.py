@@ -71,7 +71,7 @@ def search(
         raise SpecError(f"memory ({memory:g}) holds no schedule of {num_ranks} ranks; choose at least {_least(num_ranks, costs):g}")
     annealing = _Annealing(_fastest(found, costs)[0], costs, limit, rng)
     tried += annealing.run(seconds / 4)
-    best = annealing.best
+    best = annealing.best if annealing.best.name in NAMES else replace(annealing.best, name="found")
     check(best)
     return Found(
         simulation=simulate(best, costs),
@@ -184,8 +184,6 @@ class _Annealing:
                 if kind == "F":
                     forwards[n] += 1
                     kept += size[n]
-                    if kept > self.limit:
-                        return False
                 elif kind == "W":
                     put_off[n] -= 1
                     kept -= size[n] * self.kept
@@ -197,6 +195,8 @@ class _Annealing:
                         return False
                     put_off[n] += kind == "I"
                     kept -= size[n] * (1.0 if kind == "B" else 1 - self.kept)
+                if kept > self.limit:
+                    return False
         return True
 
 

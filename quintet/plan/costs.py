@@ -62,7 +62,14 @@ class Costs:
     activation_bytes: float = 1.0
     """Bytes that a rank's share keeps of one micro-batch for the backward; 1 counts micro-batches."""
     kept_for_weight: float = 1.0
-    """The share of them that is still kept between I and W."""
+    """What is kept between I and W, the inputs of products and the gradients of their outputs, as a share of them: about 1 where nothing is
+    recomputed, and several times as much where whole layers are."""
+    weight_bytes: float = 0.0
+    """Bytes of weights of a rank's share; DualPipe holds two shares."""
+    gradient_bytes: float = 0.0
+    """Bytes of their gradients, which add up over the micro-batches."""
+    optimizer_bytes: float = 0.0
+    """Bytes of master weights and moments of a rank's share, which DualPipe's mirrors divide between them."""
     message_bytes: float = 0.0
     """Bytes of one message from stage to stage."""
     p2p_latency: float = 0.0
@@ -100,6 +107,8 @@ class Stage:
     all_to_all: float
     """Of F, and of I: seconds in which the compute stream waits for dispatch or combine, if nothing is overlapped."""
     activation_bytes: float
+    share: float
+    """Of the whole model, in parts of a rank's mean: 1 where a rank holds 1/P of it."""
 
 
 DEEPSEEK_V3 = Costs(
@@ -204,6 +213,7 @@ def stages(costs: Costs, *, num_ranks: int, num_stages: int) -> list[Stage]:
                 weight=n * share.weight,
                 all_to_all=n * share.all_to_all,
                 activation_bytes=n * costs.activation_bytes,
+                share=n,
             )
         )
     return found
@@ -217,8 +227,9 @@ def share_of_rank(costs: Costs) -> Stage:
         forward = costs.layers * (layer.attention_forward + layer.mlp_forward) + all_to_all
         backward_input = costs.layers * (layer.attention_backward_input + layer.mlp_backward_input) + all_to_all
         weight = costs.layers * (layer.attention_weight + layer.mlp_weight)
+    activation_bytes = costs.activation_bytes
     return Stage(
-        forward=forward, backward_input=backward_input, weight=weight, all_to_all=all_to_all, activation_bytes=costs.activation_bytes
+        forward=forward, backward_input=backward_input, weight=weight, all_to_all=all_to_all, activation_bytes=activation_bytes, share=1.0
     )
 
 

@@ -12,11 +12,15 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 from quintet.cost.architecture import Architecture, Product
+from quintet.cost.expert_comm import expert_bytes, mean_rows, ranks_per_token, shared_bytes
+from quintet.cost.ring_comm import ring_bytes, ring_payload
 from quintet.cost.shard import NUM_BUCKETS
 from quintet.plan.block_time import BlockTime, Policy, moved_bytes
 from quintet.plan.setup import Setup
 from quintet.plan.software import Software
 from quintet.spec.cluster import Calls, Cluster, Eager
+from quintet.spec.layout import Layout
+from quintet.spec.model import Model
 
 QUERY_BLOCK = 128
 """Queries that attention takes at a time: that of `ops.attention`, which needs torch."""
@@ -41,8 +45,8 @@ def eager_block(a: Architecture, policy: Policy, cluster: Cluster, software: Sof
     kept = eager.accumulate.seconds(calls=0, num_bytes=BF16 * common / policy.tp)
     kept_experts = eager.accumulate.seconds(calls=0, num_bytes=BF16 * experts / (policy.ep * policy.expert_tp))
     tensor, tensor_backward = _tensor(a, policy, eager, moe=moe)
-    ring, ring_backward = _ring_messages(a, policy, eager)
-    dispatch = _dispatch(a, policy, eager) if moe else 0.0
+    ring, ring_backward = _ring_messages(policy, eager)
+    dispatch = _dispatch(policy, eager) if moe else 0.0
     forward = scale * (plain[0] + grouped[0] + core + moved + rest[0].call)
     again = again_messages = 0.0
     if policy.recompute == "full":
@@ -99,8 +103,10 @@ def eager_zero(setup: Setup, cluster: Cluster, common: float, experts: float) ->
     eager, zero, m = _of(cluster), setup.layout.zero, setup.num_microbatches
     layered = setup.architecture.num_layers / setup.layout.pp
     buckets = layered if zero == 3 else NUM_BUCKETS
+    a = setup.architecture
+    root = a.vocab_size * a.hidden_size / setup.layout.tp * (1 if a.tie_embeddings else 2) if zero == 3 else 0.0
     gradients = weights = 0.0
-    for numel, ranks in ((common, setup.replicas), (experts, setup.expert_replicas)):
+    for numel, whole, ranks in ((common, root, setup.replicas), (experts, 0.0, setup.expert_replicas)):
         if ranks == 1 or not numel:
             continue
         sent = numel * (ranks - 1) / ranks
@@ -110,6 +116,7 @@ def eager_zero(setup: Setup, cluster: Cluster, common: float, experts: float) ->
             times = m if zero >= 2 and setup.layout.pp == 1 else 1
             gradients += times * eager.scatter.seconds(calls=buckets, num_bytes=FP32 * sent)
             weights += (2 * m if zero == 3 else 1) * eager.gather.seconds(calls=buckets, num_bytes=BF16 * sent)
+            weights -= (2 * m - 1) * eager.gather.seconds(calls=0, num_bytes=BF16 * whole * (ranks - 1) / ranks)  # gathered once
     return gradients, weights
 
 
@@ -188,39 +195,55 @@ def _core(a: Architecture, policy: Policy, eager: Eager) -> tuple[float, float]:
     return forward, backward + eager.product.seconds(calls=policy.cp, flops=(1 + 0.75 * others) * grown)
 
 
-def _ring_messages(a: Architecture, policy: Policy, eager: Eager) -> tuple[float, float]:
-    """Payloads that go round, and in backward their gradients in fp32 as well."""
+def _own(policy: Policy) -> tuple[Model, Layout, int]:
+    """What `cost` counts messages by: model, layout and bytes of an element."""
+    assert policy.own is not None
+    return *policy.own, FP32 if policy.precision == "fp32" else BF16
+
+
+def _ring_messages(policy: Policy, eager: Eager) -> tuple[float, float]:
+    """Payloads that go round, and in backward their gradients as well."""
     if policy.cp == 1:
         return 0.0, 0.0
-    expanded = a.num_heads / policy.tp * (a.qk_head_dim + a.v_head_dim)
-    width = min(expanded, a.kv_lora_rank + a.qk_rope_head_dim) if a.kv_lora_rank else expanded
-    payload = BF16 * policy.tokens * width
-    one, gradient = eager.send.seconds(num_bytes=payload), eager.send.seconds(num_bytes=2 * payload)
-    return (policy.cp - 1) * one, (policy.cp - 1) * one + policy.cp * gradient
+    (model, _, size), own = _own(policy), policy.sequence_length // policy.cp
+    payload = ring_payload(model, tokens_per_rank=own, cp=policy.cp, tp=policy.tp, element_bytes=size)
+    sequences = policy.tokens // own
+    sent = ring_bytes(
+        model, tokens_per_rank=own, sequences=sequences, cp=policy.cp, tp=policy.tp, payload=payload, element_bytes=size
+    )
+    forward = eager.send.seconds(calls=policy.cp - 1, num_bytes=sent.forward)
+    return forward, eager.send.seconds(calls=2 * policy.cp - 1, num_bytes=sent.backward)
 
 
 def _tensor(a: Architecture, policy: Policy, eager: Eager, *, moe: bool) -> tuple[float, float]:
     """Gathers of tokens and scatters of sums; backward has the other one of each."""
     if policy.tp == 1:
         return 0.0, 0.0
-    share = BF16 * policy.tokens * (policy.tp - 1) / policy.tp
-    latents = (a.q_lora_rank or a.hidden_size) + a.kv_lora_rank + a.qk_rope_head_dim if a.kv_lora_rank is not None else a.hidden_size
-    feeds = (1 if not moe or a.shared_ffn_size else 0) + (1 if moe and policy.expert_tp > 1 else 0)
-    gathered = [latents, *[a.hidden_size] * feeds]
-    scattered = [a.hidden_size] * (1 + feeds)
-    forward = sum(eager.gather.seconds(num_bytes=share * w) for w in gathered) + sum(
-        eager.scatter.seconds(num_bytes=share * w) for w in scattered
-    )
-    backward = sum(eager.scatter.seconds(num_bytes=share * w) for w in gathered) + sum(
-        eager.gather.seconds(num_bytes=share * w) for w in scattered
-    )
+    model, layout, size = _own(policy)
+    share = size * policy.tokens * (policy.tp - 1) / policy.tp
+    latents = (a.q_lora_rank or a.hidden_size) + (a.kv_lora_rank or 0) + a.qk_rope_head_dim
+    feeds = 1 if not moe or a.shared_ffn_size else 0
+    gathered, scattered = [latents, *[a.hidden_size] * feeds], [a.hidden_size] * (1 + feeds)
+
+    def both(gathered: list[int], scattered: list[int]) -> float:
+        return sum(eager.gather.seconds(num_bytes=share * w) for w in gathered) + sum(
+            eager.scatter.seconds(num_bytes=share * w) for w in scattered
+        )
+
+    forward, backward = both(gathered, scattered), both(scattered, gathered)
+    if moe and policy.expert_tp > 1:  # rows go on to the ranks that share their experts, and terms of their results come back
+        here = policy.tokens / policy.tp * ranks_per_token(model, layout)
+        sent = shared_bytes(model, layout, rows_here=here, rows_there=(policy.tp - 1) * here, element_bytes=size)
+        forward += eager.exchange.seconds(calls=2, num_bytes=sent.forward)
+        backward += eager.exchange.seconds(calls=2, num_bytes=sent.backward)
     return forward, backward
 
 
-def _dispatch(a: Architecture, policy: Policy, eager: Eager) -> float:
-    """One of the two all-to-alls of a forward: a row per token and rank that has some of its experts."""
+def _dispatch(policy: Policy, eager: Eager) -> float:
+    """One of the two all-to-alls of a forward or backward, in the mean: a row per token and rank that has some of its experts."""
     if policy.ep == 1:
         return 0.0
-    reached = policy.ep * (1 - (1 - 1 / policy.ep) ** a.experts_per_token)
-    sent = BF16 * a.hidden_size * policy.tokens / policy.tp * reached * (policy.ep - 1) / policy.ep
-    return eager.exchange.seconds(calls=1 + SHARED_NUMBERS / 2, num_bytes=sent)
+    model, layout, size = _own(policy)
+    rows = mean_rows(model, layout, tokens=policy.tokens // policy.tp)
+    sent = expert_bytes(model, layout, rows_out=rows, rows_in=rows, element_bytes=size)
+    return eager.exchange.seconds(calls=1 + SHARED_NUMBERS / 2, num_bytes=sent.total / 4)

@@ -39,7 +39,8 @@ FORMULAS = {
     "block.attention": "2 x S/2 x H x (q + v) operations per token / (bf16 peak x {attention:.3g} x S / (S + {attention_half:.0f}))",
     "block.moved": "bytes of norms, residuals, rotary embedding, activations and routing of {tokens} tokens, x {moved} for what is not "
     "fused, / {memory_rate:.4g} B/s",
-    "block.launch": "kernels x {launch:.2g} s of the host: where experts wait for counts all of it shows, elsewhere what exceeds the work",
+    "block.launch": "what kernels x {launch:.2g} s of the host exceed the work; in mixtures of experts {launch_moe:.2g} s, and forward a "
+    "wait of {wait:.2g} s",
     "block.again": "recompute {recompute}: what backward computes again",
     "block.tensor": "gathers and scatters of {tokens} tokens over tp = {tp}, {tp_shown:.0%} of them shown",
     "block.ring": "what a ring step's message takes longer than its attention, x (cp - 1), cp = {cp}",
@@ -53,7 +54,8 @@ FORMULAS = {
     "memory.gathered": "ZeRO 3: whole weights and gradients of two layers",
     "memory.activations": "{in_flight:.3g} micro-batches of the rank's share in flight, counted in the schedule "
     "{schedule}, x {layers} layers x "
-    "{layer_bytes:.4g} bytes that a layer keeps under recompute {recompute} (plan/memory.py, cost/activations.py), and what losses keep",
+    "{layer_bytes:.4g} bytes that a layer keeps under recompute {recompute} (plan/memory.py, cost/activations.py), or "
+    "keeps for weight gradients that are put off, and what losses keep",
     "memory.recomputation": "what one layer holds besides while backward computes it again",
     "memory.logits": "logits in bf16 and fp32 and their gradient, of the tokens of a loss chunk, vocabulary / tp",
     "memory.messages": "the largest message and its copy, and two of the pipeline",
@@ -126,6 +128,8 @@ def _context(found: Estimate) -> dict[str, object]:
         "tokens": setup.tokens,
         "moved": software.moved,
         "launch": software.launch,
+        "launch_moe": software.launch_moe,
+        "wait": software.wait,
         "tp": layout.tp,
         "tp_shown": 1 - software.tp_hidden,
         "cp": layout.cp,
@@ -136,7 +140,7 @@ def _context(found: Estimate) -> dict[str, object]:
         "all_to_all": software.all_to_all,
         "weights": common + experts,
         "shard3": ", divided by its replicas" if layout.zero == 3 else "",
-        "in_flight": peaks[fullest] / per_rank,
+        "in_flight": max(kept + put_off for kept, put_off in peaks[fullest]) / per_rank,
         "layers": found.timed.parts[fullest].num_blocks * per_rank,
         "layer_bytes": block_bytes(setup, policy_of(setup), moe=bool(a.num_moe_layers)),
         "imbalance": IMBALANCE,

@@ -89,7 +89,8 @@ class _State:
         if forward and backward:
             self.start(rank, now, Pair(forward, backward._replace(kind="B")))
         elif backward and next_forward - now > self.policy.backward_waits * unit:
-            self.start(rank, now, backward)
+            put_off = self.kept[rank] + (self.kept_for_weight - 1) * self.size[backward.stage]
+            self.start(rank, now, backward if put_off <= self.limit else backward._replace(kind="B"))
         elif forward and next_backward - now > self.policy.forward_waits * unit:
             self.start(rank, now, forward)
         elif self.weights[rank] and self.durations.weight[self.weights[rank][0].stage] <= 1.5 * (soon - now):

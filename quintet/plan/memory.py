@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from operator import attrgetter
+from typing import TypeAlias
 
 from quintet.cost import activations
 from quintet.cost.activations import Device
@@ -26,8 +27,8 @@ from quintet.plan.setup import Setup
 from quintet.plan.stages import Part, policy_of, ranks_of
 from quintet.plan.step_time import reads_embedding_again, unsplit_weights, weights_of
 from quintet.schedule import build
-from quintet.schedule.check import in_flight
 from quintet.schedule.classic import rounds
+from quintet.schedule.held import fullest
 from quintet.spec.run import Train
 
 BF16, FP32, INDEX = 2, 4, 8
@@ -82,14 +83,14 @@ def _sum_of_parts(one: RankMemory) -> float:
 def rank_memory(setup: Setup, parts: tuple[Part, ...], *, device: Device = "cuda") -> tuple[RankMemory, ...]:
     """Of each rank of the pipeline, first to last."""
     held = ranks_of(setup.layout)
-    peaks = peaks_in_flight(setup.schedule, setup.layout.pp, setup.num_microbatches, setup.chunks)
+    in_flight = peaks_in_flight(setup.schedule, setup.layout.pp, setup.num_microbatches, setup.chunks)
     policy = policy_of(setup)
     kinds = {moe: _block(setup, policy, moe=moe, device=device) for moe in (False, True)}
     routed, messages = _routed_bytes(setup, policy), _message_bytes(setup)
-    known: dict[tuple[float, tuple[Part, ...]], RankMemory] = {}
+    known: dict[tuple[Moments, tuple[Part, ...]], RankMemory] = {}
     found = []
     for rank, stages in enumerate(held):
-        key = (peaks[rank], tuple(parts[stage] for stage in stages))
+        key = (in_flight[rank], tuple(parts[stage] for stage in stages))
         if key not in known:
             one = _of_rank(setup, key[1], in_flight=key[0], kinds=kinds, routed=routed, messages=messages)
             known[key] = one if device == "cuda" else replace(one, framework=CPU_FRAMEWORK_BYTES)
@@ -97,12 +98,26 @@ def rank_memory(setup: Setup, parts: tuple[Part, ...], *, device: Device = "cuda
     return tuple(found)
 
 
-def _block(setup: Setup, policy: Policy, *, moe: bool, device: Device) -> tuple[float, float]:
-    """What a layer keeps, and what it holds besides while it is computed again."""
+@dataclass(frozen=True, kw_only=True)
+class _Block:
+    """Bytes of a layer."""
+
+    kept: float
+    """From forward for backward."""
+    again: float
+    """Besides, while it is computed again."""
+    put_off: float
+    """For weight gradients that are put off."""
+
+
+def _block(setup: Setup, policy: Policy, *, moe: bool, device: Device) -> _Block:
     kept = block_bytes(setup, policy, moe=moe, device=device)
     if (train := setup.policy) is not None:
-        return kept, _own_block(setup, replace(train, recompute="none"), moe=moe, device=device) - kept
-    return kept, _full_bytes(setup, policy, moe=moe) - kept
+        assert setup.model is not None
+        put_off = activations.put_off_bytes(setup.model, train, setup.layout, moe=moe, sequence_length=setup.sequence_length)
+        return _Block(kept=kept, again=_own_block(setup, replace(train, recompute="none"), moe=moe, device=device) - kept, put_off=put_off)
+    whole = _full_bytes(setup, policy, moe=moe)
+    return _Block(kept=kept, again=whole - kept, put_off=whole)  # inputs of products, and gradients of outputs for what else was kept
 
 
 def _own_block(setup: Setup, train: Train, *, moe: bool, device: Device) -> float:
@@ -112,7 +127,7 @@ def _own_block(setup: Setup, train: Train, *, moe: bool, device: Device) -> floa
 
 
 def _of_rank(
-    setup: Setup, held: tuple[Part, ...], *, in_flight: float, kinds: dict[bool, tuple[float, float]], routed: float, messages: float
+    setup: Setup, held: tuple[Part, ...], *, in_flight: Moments, kinds: dict[bool, _Block], routed: float, messages: float
 ) -> RankMemory:
     layout, a = setup.layout, setup.architecture
     common, experts = (sum(both) for both in zip(*(weights_of(setup, part) for part in held), strict=True))
@@ -128,8 +143,10 @@ def _of_rank(
     modules = sum(part.num_mtp for part in held)
     num_moe = sum(part.num_moe for part in held) + (modules if a.num_experts else 0)
     num_dense = sum(part.num_dense for part in held) + (0 if a.num_experts else modules)
-    share = in_flight / len(held)  # of each of the rank's stages
-    kept = num_dense * kinds[False][0] + num_moe * kinds[True][0] + sum(_end_bytes(setup, part) for part in held)
+    kept = num_dense * kinds[False].kept + num_moe * kinds[True].kept + sum(_end_bytes(setup, part) for part in held)
+    put_off = num_dense * kinds[False].put_off + num_moe * kinds[True].put_off + _put_off_outside(setup, modules)
+    in_all = max(whole * kept + half * put_off for whole, half in in_flight) / len(held)  # as much of each of the rank's stages
+    share = max(whole + half for whole, half in in_flight) / len(held)
     present = [moe for moe, num in ((False, num_dense), (True, num_moe)) if num]
     logits = _logits_bytes(setup) if any(part.head for part in held) else 0.0
     largest = max((sum(a.block_weights(moe=moe)) for moe in present), default=0) / layout.tp / (layout.ep if num_moe else 1)
@@ -139,12 +156,12 @@ def _of_rank(
         master_weights=0.0 if setup.precision == "fp32" else FP32 * (shared if layout.zero else whole),
         moments=2 * setup.moments_bytes * (shared if layout.zero else whole),
         gathered=2 * (_word(setup) + FP32) * largest if layout.zero == 3 else 0.0,
-        activations=share * kept,
-        recomputation=max((kinds[moe][1] for moe in present), default=0.0),
+        activations=in_all,
+        recomputation=max((kinds[moe].again for moe in present), default=0.0),
         logits=logits,
         messages=messages,
         imbalance=IMBALANCE * share * num_moe * routed if layout.ep > 1 and setup.recompute != "full" else 0.0,
-        fragmentation=FRAGMENTATION * (share * kept + logits + messages),
+        fragmentation=FRAGMENTATION * (in_all + logits + messages),
         framework=FRAMEWORK_BYTES,
     )
 
@@ -159,12 +176,16 @@ def _sharded(setup: Setup, common: float, experts: float) -> float:
     return common / layout.zero_ranks + experts / max(1, layout.zero_ranks * setup.expert_replicas // setup.replicas)
 
 
-def peaks_in_flight(schedule: str, num_ranks: int, num_microbatches: int, chunks: int) -> tuple[float, ...]:
-    """Per rank, the most stage activations that are kept at once, counted in the schedule itself."""
+Moments: TypeAlias = tuple[tuple[int, int], ...]
+"""At which a rank may keep most: stages' micro-batches whose input has no gradient yet, and those whose weight gradients are put off."""
+
+
+def peaks_in_flight(schedule: str, num_ranks: int, num_microbatches: int, chunks: int) -> tuple[Moments, ...]:
+    """Per rank, counted in the schedule itself."""
     if num_ranks == 1:
-        return (1.0,)
+        return (((1, 0),),)
     if schedule == "gpipe":
-        return (float(num_microbatches),) * num_ranks
+        return (((num_microbatches, 0),),) * num_ranks
     # The peak does not grow any more once the pipeline has been full; interleaved schedules fill it with a first round, of P or a few more.
     m, p = num_microbatches, num_ranks
     if schedule.startswith("interleaved"):
@@ -178,8 +199,8 @@ def peaks_in_flight(schedule: str, num_ranks: int, num_microbatches: int, chunks
 
 
 @lru_cache(maxsize=4096)
-def _counted_peaks(schedule: str, num_ranks: int, num_microbatches: int, chunks: int) -> tuple[float, ...]:
-    return tuple(float(peak) for peak in in_flight(build(schedule, num_ranks, num_microbatches, chunks=chunks)))
+def _counted_peaks(schedule: str, num_ranks: int, num_microbatches: int, chunks: int) -> tuple[Moments, ...]:
+    return tuple(fullest(row) for row in build(schedule, num_ranks, num_microbatches, chunks=chunks).table)
 
 
 def block_bytes(setup: Setup, policy: Policy, *, moe: bool, device: Device = "cuda") -> float:
@@ -256,6 +277,15 @@ def _end_bytes(setup: Setup, part: Part) -> float:
     return (
         losses * tokens * width * _word(setup) * (1 + 1 / setup.layout.tp)
         + part.num_mtp * 4 * tokens * width * _word(setup) / setup.layout.tp
+    )
+
+
+def _put_off_outside(setup: Setup, modules: int) -> float:
+    """What MTP modules keep besides their layers for weight gradients that are put off."""
+    if setup.model is None or (train := setup.policy) is None:
+        return modules * _word(setup) * setup.tokens / setup.layout.tp * 3 * setup.architecture.hidden_size
+    return activations.put_off_outside_bytes(
+        setup.model, train, setup.layout, sequence_length=setup.sequence_length, modules=modules
     )
 
 

@@ -35,9 +35,17 @@ class PipelineTime:
 
 
 def pipeline_time(
-    layout: Layout, num_microbatches: int, stages: Sequence[StageTime], *, hop: float, p2p_hidden: float, pair_waits: float = 1.0
+    layout: Layout,
+    num_microbatches: int,
+    stages: Sequence[StageTime],
+    *,
+    hop: float,
+    p2p_hidden: float,
+    paired: Sequence[StageTime] = (),
+    pair_waits: float = 1.0,
 ) -> PipelineTime:
-    """`stages` are all stages in the order of the model; `hop` is a message to the next rank.
+    """`stages` are all stages in the order of the model, `paired` what they take inside of overlapped pairs, where that differs; `hop` is a
+    message to the next rank.
 
     The steady state takes as long as the slowest rank; filling and draining takes what the schedule's formula says for the mean rank.
     Exact for equal stages and 1F1B (tested against the simulator).
@@ -59,13 +67,12 @@ def pipeline_time(
     ranks = [[stages[s] for s in held] for held in ranks_of(layout)]
     each = m / 2 if schedule == "dualpipe" else m  # half of the micro-batches take each of the two directions
     slowest = max(ranks, key=lambda held: sum(stage.whole for stage in held))
-    mean = 1 / p
-    forward, backward_input, weight = (mean * sum(getattr(s, name) for s in stages) for name in ("forward", "input", "weight"))
-    all_to_all, again = mean * sum(s.all_to_all for s in stages), mean * sum(s.all_to_all_again for s in stages)
+    forward, backward_input, weight, all_to_all, again = _of_mean_rank(stages, p)
     one_after_other = forward + backward_input + weight + 2 * all_to_all + again
     pair, saved = one_after_other, 0.0
     if schedule.startswith("dualpipe"):
-        pair = min(one_after_other, pair_waits * pair_seconds(forward, backward_input + again, weight, all_to_all))
+        f, i, w, moving, moving_again = _of_mean_rank(paired or stages, p)
+        pair = min(one_after_other, pair_waits * pair_seconds(f, i + moving_again, w, moving))
         saved = pairs_per_microbatch(schedule, p, m) * m * (one_after_other - pair)
     bubble = bubble_seconds(
         schedule,
@@ -76,9 +83,7 @@ def pipeline_time(
         weight=weight,
         pair=pair,
     )
-    own = {
-        name: sum(getattr(stage, name) for stage in slowest) for name in ("forward", "input", "weight", "all_to_all", "all_to_all_again")
-    }
+    own = {name: sum(getattr(stage, name) for stage in slowest) for name in _TERMS}
     # On the way in and out every hop shows; while the pipeline is full, a loop's messages run beside its work as well as they can.
     looped = 2 * m * chunks * (1 - p2p_hidden) if schedule.startswith("interleaved") else 0.0
     shown = hop * (2 * (p - 1) + looped)
@@ -92,6 +97,13 @@ def pipeline_time(
         p2p=shown,
         pair=pair,
     )
+
+
+_TERMS = ("forward", "input", "weight", "all_to_all", "all_to_all_again")
+
+
+def _of_mean_rank(stages: Sequence[StageTime], num_ranks: int) -> tuple[float, ...]:
+    return tuple(sum(getattr(stage, name) for stage in stages) / num_ranks for name in _TERMS)
 
 
 def pair_seconds(forward: float, backward_input: float, weight: float, all_to_all: float, *, num_layers: int = 4) -> float:

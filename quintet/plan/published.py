@@ -1,7 +1,7 @@
 """Published training runs, as a table of their columns, turned into setups: what the planner is held against.
 
-A row says what ran where; `read` leaves out what it cannot describe and says why. Shapes that the columns have no place for (widths of
-heads, shared experts, layers without experts) are those of the models' public configurations.
+A row says what ran where; `read` leaves out what it cannot describe and says why. Shapes that the columns have no place for, or that are
+left blank, are those of the models' public configurations (`plan.shapes`).
 """
 
 from __future__ import annotations
@@ -17,57 +17,20 @@ from quintet.cost.architecture import Architecture
 from quintet.errors import SpecError, UsageError
 from quintet.plan.memory import rank_memory
 from quintet.plan.setup import Precision, Setup
+from quintet.plan.shapes import UNKNOWN, beside, filled
 from quintet.plan.software import Software, generation
 from quintet.plan.step_time import step_time
-from quintet.spec.cluster import CATALOGUE, Cluster
+from quintet.spec.cluster import CATALOGUE, POWER, Cluster
 from quintet.spec.layout import Layout, PipelineName
 from quintet.spec.run import Recompute
 
 Row = Mapping[str, str]
 
-SHAPES: tuple[tuple[str, Mapping[str, Any]], ...] = (
-    (r"qwen3-next|mamba|hybrid|nemotron-h|nemotron-3", {}),
-    (r"qwen3", {"qk_head_dim": 128, "v_head_dim": 128}),
-    (r"gpt-?oss", {"qk_head_dim": 64, "v_head_dim": 64}),
-    (r"llama-?4-maverick", {"shared_ffn_size": 8192, "num_dense_layers": 24}),
-    (r"llama-?4-scout", {"shared_ffn_size": 8192, "num_dense_layers": 0}),
-    (r"qwen2-57b", {"shared_ffn_size": 20480, "ffn_size": 0, "num_dense_layers": 0}),
-    (
-        r"deepseek-v3-16b|v2-lite|moonlight",
-        dict(kv_lora_rank=512, qk_rope_head_dim=64, qk_head_dim=192, v_head_dim=128, shared_ffn_size=2816, num_dense_layers=1),
-    ),
-    (
-        r"deepseek-v3",
-        dict(
-            q_lora_rank=1536,
-            kv_lora_rank=512,
-            qk_rope_head_dim=64,
-            qk_head_dim=192,
-            v_head_dim=128,
-            shared_ffn_size=2048,
-            num_dense_layers=3,
-            groups_per_token=4,
-            num_mtp_modules=1,
-        ),
-    ),
-    (
-        r"kimi-?k2",
-        dict(
-            q_lora_rank=1536,
-            kv_lora_rank=512,
-            qk_rope_head_dim=64,
-            qk_head_dim=192,
-            v_head_dim=128,
-            shared_ffn_size=2048,
-            num_dense_layers=1,
-        ),
-    ),
-)
-"""Pattern of a model's name -> fields of its architecture that the columns do not hold. An empty one is not modelled."""
-
 GPUS = (
     (r"a100.*40", "a100-40gb"),
+    (r"a800", "a800"),
     (r"a100", "a100"),
+    (r"h20(?!0)", "h20"),
     (r"h100", "h100"),
     (r"h800", "h800"),
     (r"h200", "h200"),
@@ -75,6 +38,8 @@ GPUS = (
     (r"gb200", "gb200"),
     (r"b300", "b300"),
     (r"b200", "b200"),
+    (r"mi325", "mi325x"),
+    (r"mi35", "mi355x"),
     (r"mi3|instinct", "mi300x"),
 )
 """Pattern of a device's name -> its name in the catalogue."""
@@ -149,6 +114,7 @@ def published(row: Row) -> Published:
         micro_batch=min(micro, max(1, int(batch) // layout.dp)),
         precision=precision,
         recompute=_recompute(row["recompute"].lower()),
+        recompute_share=0.5 if "selective ac" in row["recompute"].lower() else 1.0,
         mtp=_mtp(row, architecture, sequence),
         gradient_bytes=2 if re.search("NVIDIA", row["source"]) else 4,  # their recipes reduce gradients in bf16
         software=_traits(generation(name, device=cluster.gpu.name), notes),
@@ -183,11 +149,11 @@ def _fitting(setup: Setup, cluster: Cluster, *, some_layers: bool, always_select
 def _traits(software: Software, notes: str) -> Software:
     """What a row tells of its software: CUDA graphs, and all-to-alls that send a token once per node."""
     if "full-iteration cuda graph" in notes:
-        software = replace(software, launch=0.0)
+        software = replace(software, launch=0.0, launch_moe=0.0, wait=0.0)
     elif "cuda graph" in notes:  # of attention and router only
-        software = replace(software, launch=software.launch / 2)
+        software = replace(software, launch=software.launch / 2, launch_moe=software.launch_moe / 2)
     if "token-drop" in notes or "maxtext" in notes:
-        software = replace(software, waits_for_host=False)
+        software = replace(software, wait=0.0)
     # DeepEP came into NVIDIA's recipes for V3-like models in the middle of 2025.
     if re.search(r"hybridep|deepep|dgxc-benchmarking v25\.(0[7-9]|1)", notes):
         software = replace(software, once_per_node=True)
@@ -221,18 +187,15 @@ def family(row: Row) -> str:
     text = f"{row['source']} {row['overlap_notes'] if 'MaxText' in row['overlap_notes'] else ''}|{row['overlap_notes']}|{row['gpu']}"
     if "llm-foundry" in text:
         return f"llm-foundry {row['gpu'].split()[0].lower()}"
-    return next((name for pattern, name in FAMILIES if re.search(pattern, text)), "megatron 2021")
+    unknown = "megatron 2021" if row["gpu"].startswith("A") else "plain"
+    return next((name for pattern, name in FAMILIES if re.search(pattern, text)), unknown)
 
 
 def _architecture(row: Row) -> Architecture:
     name = row["model"].lower()
-    known: Mapping[str, Any] = {}
-    for pattern, fields in SHAPES:
-        if re.search(pattern, name):
-            if not fields:
-                raise NotDescribed("hybrid models are not modelled")
-            known = fields
-            break
+    if re.search(UNKNOWN, name):
+        raise NotDescribed("hybrid models are not modelled")
+    row, known = filled(row), beside(name)
     hidden, layers, heads = _whole(row, "hidden"), _whole(row, "layers"), _whole(row, "heads")
     if not hidden or not layers or not heads:
         raise NotDescribed("no shape")
@@ -310,8 +273,9 @@ def _layout(row: Row) -> Layout:
 
 
 def _recompute(text: str) -> Recompute:
-    """Experts that are computed again take their all-to-alls with them: nearly a whole layer."""
-    if text.startswith("full") or "moe" in text:
+    """Experts that are computed again take their all-to-alls with them: nearly a whole layer. torchtitan's selective checkpointing
+    keeps every second product."""
+    if text.startswith("full") or "moe" in text or "selective ac" in text:
         return "full"
     return "selective" if "mla" in text else "none"
 
@@ -329,7 +293,8 @@ def _cluster(row: Row) -> Cluster:
         raise NotDescribed(f"no device like {row['gpu']!r} in the catalogue")
     cluster = CATALOGUE[name]
     if "HBM2e" in row["gpu"]:  # torchtitan's H100 has 500 W and slower memory
-        gpu = replace(cluster.gpu, memory_bandwidth=2.4e12, memory_bytes=96e9, watts=500)
+        sustained = cluster.gpu.sustained * (500 / cluster.gpu.watts) ** POWER
+        gpu = replace(cluster.gpu, memory_bandwidth=2.4e12, memory_bytes=96e9, watts=500, sustained=sustained)
         cluster = replace(cluster, gpu=gpu)
     return replace(cluster, num_gpus=_whole(row, "num_gpus") or 1)
 

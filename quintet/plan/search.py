@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 from quintet.errors import SpecError
@@ -78,33 +80,57 @@ def search(
 ) -> Found:
     """The best `top` setups that fit, of different layouts; `base` gives all that the search does not choose.
 
-    Of policies that differ only in recomputation, the first that fits is the fastest. A layout whose products alone take longer than the
-    best found so far by 30 % is passed over.
+    Layouts whose products alone take least time, or whose states least memory, come first. What cannot be among the best any more is passed
+    over by these, or by its step before its memory is counted. Of policies that differ only in recomputation, the first that fits is the
+    fastest, and the last keeps least.
     """
     space, found = space or Space(), Found(least_bytes=least_bytes(base, Layout(dp=cluster.num_gpus, zero=3)))
     if found.least_bytes > cluster.gpu.memory_bytes:
         return found
+    if goal == "memory":
+        space = replace(space, recompute=space.recompute[::-1])
     best: dict[tuple[object, ...], Estimate] = {}
     key = GOALS[goal]
-    limit = math.inf
-    for layout in layouts(model, cluster, base, space):
+    limit, limit_bytes = math.inf, cluster.gpu.memory_bytes
+    for layout in _promising_first(model, cluster, base, space, found, goal):
         found.num_layouts += 1
         if progress:
             progress(found.num_layouts)
-        if least_bytes(base, layout) > cluster.gpu.memory_bytes:
-            found.num_too_large += 1
+        if least_bytes(base, layout) > limit_bytes:
             continue
-        for setup in _choices(base, layout, space, cluster, limit=1.3 * limit):
-            kept = _first_that_fits(setup, cluster, space, found, limit=1.3 * limit)
+        too_large: set[tuple[str, int, str]] = set()
+        for setup in _choices(base, layout, space, cluster, limit=limit):
+            kept = _first_that_fits(setup, cluster, space, found, too_large, limit=limit)
             if kept is None:
                 continue
-            if goal != "memory":  # all devices are equal, so the fastest is also the cheapest
-                limit = min(limit, kept.seconds / kept.setup.batch_sequences)
             name = (layout.tp, layout.pp, layout.ep, layout.cp, layout.zero, kept.setup.schedule if top > 20 else "")
             if name not in best or key(kept) < key(best[name]):
                 best[name] = kept
+                if goal != "memory":  # all devices are equal, so the fastest is also the cheapest
+                    limit = _limit(best.values(), top)
+                elif len(best) >= top:
+                    limit_bytes = heapq.nsmallest(top, map(key, best.values()))[-1]
     found.best = sorted(best.values(), key=key)[:top]
     return found
+
+
+def _promising_first(model: Model, cluster: Cluster, base: Setup, space: Space, found: Found, goal: Goal) -> list[Layout]:
+    """The legal layouts whose states alone fit, those whose products take least time first, or whose states least memory."""
+
+    def least(layout: Layout) -> float:
+        setup = replace(base, layout=layout, micro_batch=1, recompute=space.recompute[0])
+        return least_seconds(setup, blocks(setup, cluster))
+
+    legal = list(layouts(model, cluster, base, space))
+    small = [layout for layout in legal if least_bytes(base, layout) <= cluster.gpu.memory_bytes]
+    found.num_layouts = found.num_too_large = len(legal) - len(small)
+    return sorted(small, key=partial(least_bytes, base) if goal == "memory" else least)
+
+
+def _limit(kept: Iterable[Estimate], top: int) -> float:
+    """Seconds per sequence of the last of the best, which others must beat; before there are enough, 30 % more than the first's."""
+    seconds = heapq.nsmallest(top, (one.seconds / one.setup.batch_sequences for one in kept))
+    return seconds[-1] if len(seconds) == top else 1.3 * seconds[0]
 
 
 GOALS: dict[str, Callable[[Estimate], float]] = {
@@ -186,9 +212,14 @@ def allowed(setup: Setup) -> bool:
     return setup.schedule != "interleaved" or m >= layout.pp
 
 
-def _first_that_fits(setup: Setup, cluster: Cluster, space: Space, found: Found, *, limit: float) -> Estimate | None:
-    timed = None
+def _first_that_fits(
+    setup: Setup, cluster: Cluster, space: Space, found: Found, too_large: set[tuple[str, int, str]], *, limit: float
+) -> Estimate | None:
+    """`too_large` holds the schedules and policies of the layout that smaller micro-batches did not fit with: fewer in flight of twice the
+    size keep no less."""
     for recompute in space.recompute:
+        if (setup.schedule, setup.chunks, recompute) in too_large:
+            continue
         tried = replace(setup, recompute=recompute)
         timed = step_time(tried, cluster)
         found.num_estimated += 1
@@ -199,14 +230,17 @@ def _first_that_fits(setup: Setup, cluster: Cluster, space: Space, found: Found,
         if one.fits:
             return one
         found.num_too_large += 1
+        too_large.add((setup.schedule, setup.chunks, recompute))
         if found.tightest is None or one.fullest.total < found.tightest.fullest.total:
             found.tightest = one
     return None
 
 
-def nearest_possible(wanted: Setup, cluster: Cluster, *, model: Model, space: Space | None = None) -> list[tuple[str, Estimate]]:
+def nearest_possible(
+    wanted: Setup, cluster: Cluster, *, model: Model, space: Space | None = None, searched: Found | None = None
+) -> list[tuple[str, Estimate]]:
     """What would fit, each changing one thing more than the last: the wanted layout with more recomputation, smaller micro-batches or more
-    ZeRO; another layout on the same devices; the same on more devices."""
+    ZeRO; another layout on the same devices, of those already `searched` if they were; on fewer, rounder numbers of devices; on more."""
     found: list[tuple[str, Estimate]] = []
     layout = wanted.layout
     for what, change in (
@@ -219,16 +253,19 @@ def nearest_possible(wanted: Setup, cluster: Cluster, *, model: Model, space: Sp
         if tried != wanted and allowed(tried) and (one := estimate(tried, cluster)).fits:
             found.append((what, one))
             break
-    if others := search(wanted, cluster, model=model, space=space, top=1).best:
-        found.append(("another layout", others[0]))
-    for factor in (2, 4, 8, 16, 32):
-        larger = replace(cluster, num_gpus=cluster.num_gpus * factor)
-        if found and found[-1][0] == "another layout":
-            break
-        batch = max(wanted.batch_sequences, 1)
-        if best := search(replace(wanted, batch_sequences=batch), larger, model=model, space=space, top=1).best:
-            found.append((f"{factor} x the devices", best[0]))
-            break
+    searched = searched or search(wanted, cluster, model=model, space=space, top=1)
+    if searched.best:
+        found.append(("another layout", searched.best[0]))
+        return found
+    n = cluster.num_gpus
+    rounder = {n - n % (cluster.domain * times): f"{n % (cluster.domain * times)} devices fewer" for times in (1, 8, 32)}
+    more = {n * factor: f"{factor} x the devices" for factor in (2, 4, 8, 16, 32)}
+    for sizes in (rounder, more):
+        for size, what in sizes.items():
+            other = replace(cluster, num_gpus=size) if 0 < size != n else cluster
+            if other is not cluster and (best := search(wanted, other, model=model, space=space, top=1).best):
+                found.append((what, best[0]))
+                break
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from quintet.cost.architecture import Architecture, of_model
@@ -55,37 +56,37 @@ class Setup:
                 f"{self.layout.dp * self.micro_batch}; use fewer replicas, smaller micro-batches or a larger batch"
             )
 
-    @property
+    @cached_property
     def num_microbatches(self) -> int:
         """Micro-batches of a replica in a step."""
         return self.layout.num_microbatches(self.batch_sequences, self.micro_batch)
 
-    @property
+    @cached_property
     def schedule(self) -> PipelineName:
         """The layout's pipeline schedule; without stages the plainest, where it makes no difference."""
         return self.layout.schedule_for(self.num_microbatches) if self.layout.pp > 1 else "1f1b"
 
-    @property
+    @cached_property
     def chunks(self) -> int:
         """Stages of each rank."""
         return self.layout.num_stages // self.layout.pp
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """Of a micro-batch, on the ranks of one tp group."""
         return self.micro_batch * self.sequence_length // self.layout.cp
 
-    @property
+    @cached_property
     def replicas(self) -> int:
         """Ranks, at one place of tp, that hold the same weights: with DualPipe those of two places of the pipeline."""
         return self.layout.num_replicas * (2 if self.layout.arrangement == "mirror" else 1)
 
-    @property
+    @cached_property
     def expert_replicas(self) -> int:
         """Ranks that hold the same part of the same experts."""
         return max(1, self.replicas * self.layout.tp // (self.layout.ep * self.layout.expert_tp))
 
-    @property
+    @cached_property
     def policy(self) -> Train | None:
         """How Quintet would train the micro-batches, where it can: its own model, in fp32 or bf16."""
         if self.model is None or self.precision not in ("fp32", "bf16"):
@@ -94,7 +95,7 @@ class Setup:
         chunk = self.loss_chunk or self.tokens
         return Train(micro_batch=self.micro_batch, precision=precision, recompute=self.recompute, loss_chunk=chunk)
 
-    @property
+    @cached_property
     def num_mtp(self) -> int:
         """MTP modules that run."""
         return self.architecture.num_mtp_modules if self.mtp else 0

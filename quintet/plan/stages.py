@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 
 from quintet.cost.architecture import Architecture
 from quintet.cost.balance import cut, layer_costs
+from quintet.errors import SpecError
 from quintet.plan.block_time import BlockTime, Policy, block_time, ends_time
 from quintet.plan.eager_time import eager_block, eager_end
 from quintet.plan.setup import Setup
@@ -43,10 +44,14 @@ class Blocks:
     head: BlockTime
 
 
-def blocks(setup: Setup, cluster: Cluster) -> Blocks:
-    """Of one micro-batch."""
-    a, policy, software = setup.architecture, policy_of(setup), setup.software
-    block, end = (block_time, _end) if cluster.eager is None else (eager_block, eager_end)
+def blocks(setup: Setup, cluster: Cluster, *, paired: bool = False) -> Blocks:
+    """Of one micro-batch, on its own or `paired` with another whose messages run beside it."""
+    a, policy, software = setup.architecture, policy_of(setup), setup.software if paired else setup.software.alone
+    block, end = block_time, _end
+    if cluster.eager is not None:
+        if setup.model is None:
+            raise SpecError("a measured CPU is planned for Quintet's own models only; give the setup a model, or plan on another device")
+        block, end, policy = eager_block, eager_end, replace(policy, own=(setup.model, setup.layout))
     return Blocks(
         dense=block(a, policy, cluster, software, moe=False) if a.num_layers > a.num_moe_layers else BlockTime(),
         moe=block(a, policy, cluster, software, moe=True) if a.num_moe_layers else BlockTime(),

@@ -69,8 +69,9 @@ def step_time(setup: Setup, cluster: Cluster) -> Timed:
     found = blocks(setup, cluster)
     layout, a = setup.layout, setup.architecture
     cut = parts(setup, found)
-    times = {part: stage_time(part, found, moe=bool(a.num_experts)) for part in set(cut)}
-    stages = tuple(times[part] for part in cut)
+    stages = paired = _stage_times(setup, cut, found)
+    if setup.schedule.startswith("dualpipe") and setup.software.alone != setup.software:
+        paired = _stage_times(setup, cut, blocks(setup, cluster, paired=True))
     stride = layout.num_ranks // layout.pp
     sent = setup.tokens / layout.tp * a.hidden_size * 2
     hop = 0.0
@@ -82,6 +83,7 @@ def step_time(setup: Setup, cluster: Cluster) -> Timed:
         stages,
         hop=hop,
         p2p_hidden=setup.software.p2p_hidden,
+        paired=paired,
         pair_waits=setup.software.pair_waits,
     )
     gradients, weights = _zero_seconds(setup, cluster, cut, stages)
@@ -102,6 +104,11 @@ def step_time(setup: Setup, cluster: Cluster) -> Timed:
         straggling=busy * setup.software.straggle * doublings,
     )
     return Timed(step=step, blocks=found, parts=cut, stages=stages, pipeline=pipeline)
+
+
+def _stage_times(setup: Setup, cut: tuple[Part, ...], found: Blocks) -> tuple[StageTime, ...]:
+    times = {part: stage_time(part, found, moe=bool(setup.architecture.num_experts)) for part in set(cut)}
+    return tuple(times[part] for part in cut)
 
 
 def weights_of(setup: Setup, part: Part) -> tuple[float, float]:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from quintet.errors import SpecError
 from quintet.schedule.clock import unit, walk
+from quintet.schedule.held import peak
 from quintet.schedule.lower import Exchange, Program, Transfer, add_transfers
-from quintet.schedule.op import UPSTREAM, Op, Work, does, needs
+from quintet.schedule.op import UPSTREAM, Op, does, needs
 from quintet.schedule.table import Schedule
 
 
@@ -38,13 +39,19 @@ def check(schedule: Schedule) -> Checked:
     return Checked(
         program=program,
         peak_activations=in_flight(schedule),
-        peak_deferred=tuple(_peak(row, begin="I", end="W") for row in schedule.table),
+        peak_deferred=_peaks(schedule, kept=0, put_off=1),
     )
 
 
 def in_flight(schedule: Schedule) -> tuple[int, ...]:
     """Per rank, the most stage activations kept at once: from a forward to the end of its weight gradient."""
-    return tuple(_peak(row, begin="F", end="BW") for row in schedule.table)
+    return _peaks(schedule, kept=1, put_off=1)
+
+
+def _peaks(schedule: Schedule, *, kept: int, put_off: int) -> tuple[int, ...]:
+    stages = range(schedule.num_stages)
+    sizes = {"kept": dict.fromkeys(stages, kept), "put_off": dict.fromkeys(stages, put_off)}
+    return tuple(int(peak(row, **sizes)) for row in schedule.table)
 
 
 def check_complete(schedule: Schedule) -> None:
@@ -152,14 +159,3 @@ def _complete(rank: int, step: Exchange, open_: list[set[Transfer]], happened: l
                     raise SpecError(f"rank {here} has {end} before it was made")
             if not open_[peer]:
                 yield peer
-
-
-def _peak(row: tuple[Work, ...], *, begin: str, end: str) -> int:
-    """The most that are open at once, if ops of the kinds in `begin` open one and those in `end` close one when they are over."""
-    now = peak = 0
-    for work in row:
-        kinds = [op.kind for op in work.ops]
-        now += sum(kind in begin for kind in kinds)
-        peak = max(peak, now)
-        now -= sum(kind in end for kind in kinds)
-    return peak

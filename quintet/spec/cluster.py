@@ -92,7 +92,8 @@ class Gpu:
     reachable: Rates
     """The share of each peak that the best matrix product reaches."""
     sustained: float = 0.9
-    """Share of that rate which products keep up inside a step, under the power limit and beside other kernels; fitted per generation."""
+    """Share of that rate which products keep up inside a step, under the power limit and beside other kernels; fitted for Hopper and
+    Blackwell, assumed for others."""
     memory_bytes: float
     """Bytes of device memory, as its driver tells them: an H100 of 80 "GB" has 81,559 MiB."""
     memory_bandwidth: float
@@ -277,6 +278,9 @@ def _positive(section: object, *names: str) -> None:
             raise SpecError(f"{name} ({getattr(section, name)}) must be larger than 0 and finite")
 
 
+POWER = 0.4
+"""Exponent of the clock in the power that it takes: power goes with clock x voltage squared, voltage nearly with the clock; assumed."""
+
 AMPERE = Attention(forward=0.66, forward_half=400, backward=0.58, backward_half=800)
 """FlashAttention-2 on an A100 with heads of 128, read off its figures (arXiv 2307.08691)."""
 HOPPER = Attention(forward=0.680, forward_half=885, backward=0.574, backward_half=1420)
@@ -328,7 +332,7 @@ _A100 = _gpu(
     terabytes_per_second=2.04,
     cores=108,
     attention=AMPERE,
-    sustained=0.85,
+    sustained=0.93,
     watts=400,
     dollars=1.5,
 )
@@ -342,7 +346,7 @@ _H100 = _gpu(
     terabytes_per_second=3.35,
     cores=132,
     attention=HOPPER,
-    sustained=0.945,
+    sustained=0.957,
     watts=700,
     dollars=2.5,
 )
@@ -357,7 +361,7 @@ _B200 = _gpu(
     terabytes_per_second=7.7,
     cores=148,
     attention=BLACKWELL,
-    sustained=0.758,
+    sustained=0.755,
     watts=1000,
     dollars=4.5,
 )
@@ -372,7 +376,7 @@ _GB200 = _gpu(
     terabytes_per_second=8.0,
     cores=152,
     attention=BLACKWELL,
-    sustained=0.758,
+    sustained=0.755,
     watts=1200,
     dollars=5.0,
 )
@@ -390,6 +394,35 @@ _MI300X = _gpu(
     watts=750,
     dollars=2.2,
 )
+_MI355X = _gpu(
+    "MI355X",
+    bf16=2516,
+    reach=0.57,
+    fp8=5033,
+    fp8_reach=0.48,
+    nvfp4=10066,
+    gigabytes=309,
+    terabytes_per_second=8.0,
+    cores=256,
+    attention=CDNA3,
+    sustained=0.85,
+    watts=1400,
+    dollars=4.0,
+)
+"""Its shares of the peak are assumed to be its predecessor's; nvfp4 stands for its mxfp4."""
+_H20 = replace(
+    _H100,
+    name="H20",
+    peak=Rates(fp32=74 * TERA, bf16=148 * TERA, fp8=296 * TERA),
+    reachable=Rates(fp32=0.92, bf16=0.92, fp8=0.92),
+    memory_bytes=102.6 * GIGA,
+    memory_bandwidth=4.0 * TERA,
+    sustained=0.98,
+    num_cores=78,
+    watts=500,
+    dollars_per_hour=1.5,
+)
+"""Its few cores are far from any power limit; the shares of its peak are assumed."""
 _NIC_400 = Link(bandwidth=50 * GIGA, share=0.86, latency=12e-6)
 """One 400 Gbit/s card per device; DeepEP reaches 43 to 58 GB/s over it, a plain all-to-all 45 (arXiv 2603.07685)."""
 
@@ -398,12 +431,20 @@ def _hopper_link(bandwidth: float) -> Link:
     return Link(bandwidth=bandwidth, share=0.8, latency=6e-6)
 
 
+def _under_power(gpu: Gpu, watts: float) -> float:
+    """The sustained share of a like device with another power limit."""
+    return min(1.0, gpu.sustained * (watts / gpu.watts) ** POWER)
+
+
 CATALOGUE: dict[str, Cluster] = {
     "a100": Cluster(gpu=_A100, link=Link(bandwidth=300 * GIGA), network=Link(bandwidth=25 * GIGA, share=0.85, latency=12e-6)),
     "a100-40gb": Cluster(
         gpu=replace(_A100, name="A100 40GB", memory_bytes=42.9 * GIGA, memory_bandwidth=1.555 * TERA),
         link=Link(bandwidth=300 * GIGA),
         network=Link(bandwidth=25 * GIGA, share=0.85, latency=12e-6),
+    ),
+    "a800": Cluster(
+        gpu=replace(_A100, name="A800"), link=Link(bandwidth=200 * GIGA), network=Link(bandwidth=25 * GIGA, share=0.85, latency=12e-6)
     ),
     "h100": Cluster(gpu=_H100, link=_hopper_link(450 * GIGA), network=_NIC_400),
     "h800": Cluster(gpu=replace(_H100, name="H800", dollars_per_hour=2.0), link=_hopper_link(200 * GIGA), network=_NIC_400),
@@ -419,6 +460,7 @@ CATALOGUE: dict[str, Cluster] = {
         link=_hopper_link(450 * GIGA),
         network=_NIC_400,
     ),
+    "h20": Cluster(gpu=_H20, link=_hopper_link(450 * GIGA), network=_NIC_400),
     "b200": Cluster(gpu=_B200, link=_hopper_link(900 * GIGA), network=_NIC_400),
     "b300": Cluster(
         gpu=replace(
@@ -428,6 +470,7 @@ CATALOGUE: dict[str, Cluster] = {
             reachable=replace(_B200.reachable, bf16=0.786, fp8=0.745),
             memory_bytes=288 * GIGA,
             memory_bandwidth=8 * TERA,
+            sustained=_under_power(_B200, 1100),
             watts=1100,
             dollars_per_hour=5.5,
         ),
@@ -441,6 +484,7 @@ CATALOGUE: dict[str, Cluster] = {
             name="GB300",
             peak=replace(_GB200.peak, nvfp4=14700 * TERA),
             memory_bytes=279 * GIGA,
+            sustained=_under_power(_GB200, 1400),
             watts=1400,
             dollars_per_hour=6.0,
         ),
@@ -449,6 +493,19 @@ CATALOGUE: dict[str, Cluster] = {
         network=replace(_NIC_400, bandwidth=100 * GIGA),
     ),
     "mi300x": Cluster(gpu=_MI300X, link=Link(bandwidth=448 * GIGA, share=0.7, latency=10e-6), network=_NIC_400),
+    "mi325x": Cluster(
+        gpu=replace(
+            _MI300X,
+            name="MI325X",
+            memory_bytes=275 * GIGA,
+            memory_bandwidth=6 * TERA,
+            sustained=_under_power(_MI300X, 1000),
+            watts=1000,
+        ),
+        link=Link(bandwidth=448 * GIGA, share=0.7, latency=10e-6),
+        network=_NIC_400,
+    ),
+    "mi355x": Cluster(gpu=_MI355X, link=Link(bandwidth=538 * GIGA, share=0.7, latency=10e-6), network=_NIC_400),
 }
 """Clusters of 8 devices by the name of their device; `named` makes them larger."""
 

@@ -14,10 +14,9 @@ The pipeline schedule decides how the model's stages lie on the P places of pp:
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from quintet.errors import SpecError, did_you_mean
@@ -344,20 +343,12 @@ def _numbers(values: Iterable[int]) -> str:
 
 
 def _divisible(what: str, count: int, by: str, degree: int, *, each: int = 1) -> str:
-    choices = [d * each for d in range(1, count // each + 1) if count % (d * each) == 0]
+    small = [d for d in range(1, math.isqrt(count) + 1) if count % d == 0]
+    choices = [d for d in {*small, *(count // d for d in small)} if d % each == 0]
     near = sorted(sorted(choices, key=lambda d: abs(math.log(d / degree)))[:8])
     axis, values = by.removeprefix(f"{each} x "), ", ".join(str(choice // each) for choice in near)
     more = " ..." if len(choices) > len(near) else ""
     return f"{what} ({count}) must be divisible by {by} ({degree}); choose {axis} from {values}{more}"
-
-
-def require_legal(layout: Layout, model: Model, sequence_lengths: Iterable[int]) -> None:
-    """Raise SpecError with every broken rule and the nearest legal layouts."""
-    lengths = tuple(sequence_lengths)
-    if broken := broken_rules(layout, model, lengths):
-        near = nearest_legal(layout, model, lengths)
-        remedy = "".join(f"\n  {other} ({other.num_ranks} rank{'s' * (other.num_ranks > 1)})" for other in near)
-        raise SpecError("\n".join(broken) + (f"\nnearest legal layouts:{remedy}" if near else ""))
 
 
 def without_effect(layout: Layout) -> list[str]:
@@ -373,71 +364,3 @@ def without_effect(layout: Layout) -> list[str]:
     if layout.zero_ranks == layout.num_replicas:
         told.append(f"layout.zero_ranks ({layout.zero_ranks}) has no effect: there are as many replicas, which is the default")
     return told
-
-
-def nearest_legal(layout: Layout, model: Model, sequence_lengths: Iterable[int], *, count: int = 3) -> list[Layout]:
-    """Legal layouts that differ least, by the sum of the degrees' ratios in octaves; those of the same number of ranks come first."""
-    lengths = tuple(sequence_lengths)
-
-    def around(degree: int) -> list[int]:
-        powers = {2**i for i in range(14) if degree / 8 <= 2**i <= degree * 4}
-        divisors = {d for d in range(1, degree + 1) if degree % d == 0 and d >= degree / 8}
-        return sorted({1, degree, max(degree - 1, 1), degree + 1} | powers | divisors)
-
-    def distance(other: Layout) -> tuple[float, float]:
-        axes: tuple[Degree, ...] = ("dp", "tp", "pp", "ep", "cp")
-        octaves = sum(abs(math.log2(other.degree(axis) / layout.degree(axis))) for axis in axes)
-        return octaves + 0.5 * (other.num_ranks != layout.num_ranks), other.num_ranks
-
-    legal: dict[Layout, tuple[float, float]] = {}
-    choices = [around(layout.degree(axis)) for axis in ("dp", "tp", "pp", "ep", "cp")]
-    ordered = sorted(
-        itertools.product(*choices),
-        key=lambda values: sum(abs(math.log2(v / layout.degree(a))) for v, a in zip(values, ("dp", "tp", "pp", "ep", "cp"), strict=True)),
-    )
-    for dp, tp, pp, ep, cp in ordered[:20_000]:
-        expert_tp = tp if layout.expert_tp > 1 else 1
-        zero_ranks = layout.zero_ranks if layout.zero_ranks and (dp * cp) % layout.zero_ranks == 0 and layout.zero else None
-        zero = min(layout.zero, 1) if pp > 1 else layout.zero
-        file = layout.schedule_file if pp == layout.pp > 1 else None
-        other = replace(layout, dp=dp, tp=tp, pp=pp, ep=ep, cp=cp, expert_tp=expert_tp, zero_ranks=zero_ranks, zero=zero, cut=None)
-        other = replace(other, schedule_file=file)
-        if not broken_rules(other, model, lengths):
-            legal[other] = distance(other)
-            if len(legal) >= 40:
-                break
-    return sorted(legal, key=legal.__getitem__)[:count]
-
-
-def fewer_ranks(layout: Layout, model: Model, sequence_lengths: Iterable[int], *, most: int) -> Layout | None:
-    """The legal layout of at most `most` ranks, as many as can be, that divides what this one divides: each degree above 1 stays above 1,
-    and so, if it can be, do an expert's replicas. None where there is none."""
-    lengths = tuple(sequence_lengths)
-
-    def below(degree: int) -> list[int]:
-        return [d for d in range(min(degree, most), 1, -1) if degree % d == 0 or d & (d - 1) == 0] if degree > 1 else [1]
-
-    def smaller(degrees: tuple[int, ...]) -> Layout:
-        dp, tp, pp, ep, cp = degrees
-        shared = next((s for s in below(layout.zero_ranks) if dp * cp % s == 0), dp * cp) if layout.zero_ranks else None
-        return replace(
-            layout,
-            dp=dp,
-            tp=tp,
-            pp=pp,
-            ep=ep,
-            cp=cp,
-            expert_tp=tp if layout.expert_tp > 1 else 1,
-            zero_ranks=shared,
-            cut=None,
-            schedule_file=layout.schedule_file if pp == layout.pp else None,
-        )
-
-    axes: tuple[Degree, ...] = ("dp", "tp", "pp", "ep", "cp")
-    fitting = (smaller(degrees) for degrees in itertools.product(*(below(layout.degree(axis)) for axis in axes)))
-    legal = [other for other in fitting if other.num_ranks <= most and not broken_rules(other, model, lengths)]
-
-    def good(other: Layout) -> tuple[int, ...]:
-        return int((other.expert_dp > 1) == (layout.expert_dp > 1)), other.num_ranks, other.ep, other.pp
-
-    return max(legal, key=good, default=None)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from quintet.errors import SpecError
 
 _MOST_LAYERS = 10_000
+_LARGEST = 2**31 - 1
+"""Of any count or width, as token ids and the indices of many kernels are 32 bits wide."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,9 @@ class Yarn:
             raise SpecError(f"yarn.factor ({self.factor}) must be at least 1 and finite")
         if self.original_context < 1:
             raise SpecError(f"yarn.original_context ({self.original_context}) must be at least 1 token")
+        for name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise SpecError(f"yarn.{name} ({getattr(self, name)}) must be finite and not negative")
         if self.beta_fast <= self.beta_slow:
             raise SpecError(f"yarn.beta_fast ({self.beta_fast}) must be larger than yarn.beta_slow ({self.beta_slow})")
 
@@ -105,6 +110,9 @@ class Model:
         for name in positive:
             if not 0 < getattr(self, name) < math.inf:
                 raise SpecError(f"{name} ({getattr(self, name)}) must be larger than 0 and finite")
+        for name, value in vars(self).items():
+            if isinstance(value, int) and value > _LARGEST:
+                raise SpecError(f"{name} ({value}) must be at most {_LARGEST}")
         for name in ("num_dense_layers", "num_shared_experts", "num_mtp_modules"):
             if getattr(self, name) < 0:
                 raise SpecError(f"{name} ({getattr(self, name)}) must not be negative")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import tomllib
 import types
@@ -20,15 +21,17 @@ from quintet.spec.run import Run
 def read(path: Path) -> Run:
     """The run that a recipe file describes. Raises UsageError for a missing file or broken TOML, SpecError for its content."""
     try:
-        text = path.read_bytes().decode()
+        text = path.read_bytes().decode("utf-8-sig")  # some editors begin a file with a byte order mark
     except FileNotFoundError:
         here = sorted(str(p) for p in (path.parent if path.parent.is_dir() else Path()).glob("*.toml"))
         raise UsageError(f"no recipe at {path}{did_you_mean(str(path), here)}; recipes there: {', '.join(here) or 'none'}") from None
     except IsADirectoryError:
         here = sorted(str(p) for p in path.glob("*.toml"))
         raise UsageError(f"cannot read the recipe {path}: it is a folder; recipes in it: {', '.join(here) or 'none'}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the recipe {path}: {error}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"cannot read the recipe {path}: {error}; save it as UTF-8") from None
+    except OSError as error:
+        raise UsageError(f"cannot read the recipe {path}: {error.strerror}") from None
     return loads(text, origin=str(path))
 
 
@@ -38,6 +41,8 @@ def loads(text: str, *, origin: str) -> Run:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{origin} is not valid TOML: {error}") from None
+    except RecursionError:
+        raise UsageError(f"{origin} is no recipe: its values are nested hundreds of levels deep") from None
     return build(tree, origin=origin)
 
 
@@ -53,7 +58,7 @@ def build(tree: dict[str, Any], *, origin: str) -> Run:
 
 
 def _right_form(tree: dict[str, Any], place: str, message: str) -> str:
-    """What to write instead, where a list, a table or a string is wanted; empty where nothing can be said."""
+    """What to write instead, where a list, a table, a string or a number is wanted; empty where nothing can be said."""
     value: Any = tree
     for key in re.findall(r"[^.\[\]]+", place):
         value = value[int(key) if isinstance(value, list) else key]
@@ -67,7 +72,24 @@ def _right_form(tree: dict[str, Any], place: str, message: str) -> str:
         return f"; write [{place}] once instead of [[{place}]]"
     if message.startswith("Expected `array") and not isinstance(value, list):
         return f"; write {place.rpartition('.')[2]} = [{_quoted(value)}]"
-    return f"; write it as {_quoted(value)}" if message.startswith("Expected `str`") and isinstance(value, int | float) else ""
+    if message.startswith("Object missing required field"):
+        return f"; add {message.split('`')[1]} = ..." + (f" under [{place}]" if place else "")
+    if message.startswith("Expected `str`") and isinstance(value, int | float):
+        return f"; write it as {_quoted(f'{value} steps' if place.endswith('.length') else value)}"
+    if message.startswith(("Expected `int", "Expected `float")) and (number := _number(value, whole=message.startswith("Expected `int"))):
+        return f"; write it as {number}"
+    return ""
+
+
+def _number(value: Any, *, whole: bool) -> str:
+    """A number that was written in another form, such as "8" or 8.0, as it should be; empty if it is none."""
+    try:
+        number = float(value) if isinstance(value, str | float) else math.nan
+    except ValueError:
+        return ""
+    if not math.isfinite(number) or (whole and number != int(number)):
+        return ""
+    return str(int(number) if whole else number)
 
 
 def _choices(place: str) -> list[str]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 from quintet.errors import SpecError, did_you_mean
 from quintet.spec.curve import Curve, Place
-from quintet.spec.layout import Layout, require_legal
+from quintet.spec.layout import Layout
+from quintet.spec.legal import require_legal
 from quintet.spec.model import Model
 from quintet.spec.quality import Dedup, Quality
 
@@ -17,12 +20,20 @@ Domain = Literal["code", "prose"]
 Precision = Literal["bf16", "fp32"]
 Recompute = Literal["none", "selective", "full"]
 _MOST_THREADS = 4096
+_MOST_SEQUENCES = 10**9
+_LONGEST_NAME = 200
+"""Bytes, as file systems allow 255, of which a temporary directory's name takes some."""
 
 
 def _positive(section: object, *names: str) -> None:
     for name in names:
         if not 0 < getattr(section, name) < math.inf:
             raise SpecError(f"{name} ({getattr(section, name)}) must be larger than 0 and finite")
+
+
+def _refuse_blank(name: str, directory: str, *, such_as: str) -> None:
+    if not directory.strip() or "\0" in directory:
+        raise SpecError(f"{name} ({directory!r}) names no folder; name one, such as {such_as}")
 
 
 def _share(section: object, *names: str) -> None:
@@ -93,10 +104,16 @@ class Data:
         names = [source.name for source in self.sources]
         if len(set(names)) < len(names):
             raise SpecError(f"source names must differ, got {names}")
+        _refuse_blank("directory", self.directory, such_as="prepared/mine")
         _share(self, "held_out", "fim_rate")
         _positive(self, "max_document_bytes")
         if any(a >= b for a, b in zip((0, *self.buckets), self.buckets, strict=False)):
             raise SpecError(f"buckets {list(self.buckets)} must be lengths in tokens, larger than 0 and ascending")
+
+    @property
+    def folder(self) -> Path:
+        """`directory`, with a ~ at its beginning resolved."""
+        return Path(os.path.expanduser(self.directory))
 
     def weights(self, mixture: Mapping[str, float], *, phase: str = "") -> tuple[float, ...]:
         """The weight of every source where `mixture` replaces some. Raises SpecError for an unknown source, or if nothing is left."""
@@ -168,8 +185,9 @@ class Phase:
                 raise SpecError(f"phase {self.name!r}, {name}: {error}") from None
             if min(min(s.start, s.end) for s in curve.segments) < 0:
                 raise SpecError(f"phase {self.name!r}, {name} goes below 0")
-        if min(min(s.start, s.end) for s in Curve.parse(self.batch).segments) < 1:
-            raise SpecError(f"phase {self.name!r}, batch must be at least 1 sequence")
+        batches = [size for s in Curve.parse(self.batch).segments for size in (s.start, s.end)]
+        if not 1 <= min(batches) <= max(batches) <= _MOST_SEQUENCES:
+            raise SpecError(f"phase {self.name!r}, batch {list(self.batch)} must lie between 1 and {_MOST_SEQUENCES} sequences")
         if len(self.weights) < len(self.mixture):
             raise SpecError(f"phase {self.name!r}, mixture {list(self.mixture)} names a source twice")
 
@@ -216,13 +234,16 @@ class Train:
     micro-batches of half or double the size where a step could."""
     rank_timeout: float = 600.0
     """Seconds that a rank waits in a collective before it gives the others up."""
+    arrival_timeout: float | None = None
+    """Seconds that ranks wait at the start, from one's arrival to the next; absent: 20 where all are started on one node, else 60."""
 
     def __post_init__(self) -> None:
         _positive(self, "micro_batch", "loss_chunk", "rank_timeout")
         if not 0 <= self.balance_weight < math.inf:
             raise SpecError(f"balance_weight ({self.balance_weight}) must be finite and not negative")
-        if self.steps is not None:
-            _positive(self, "steps")
+        for name in ("steps", "arrival_timeout"):
+            if getattr(self, name) is not None:
+                _positive(self, name)
         if self.num_threads is not None:
             _positive(self, "num_threads")
             if self.num_threads > _MOST_THREADS:  # OpenMP ends the process where it cannot start them
@@ -333,6 +354,9 @@ class Run:
     def __post_init__(self) -> None:
         if not self.name or not all(c.isalnum() or c in "-_." for c in self.name) or self.name.startswith("."):
             raise SpecError(f"name {self.name!r} may hold only letters, digits, '-', '_' and '.', and not begin with '.'")
+        if (length := len(self.name.encode())) > _LONGEST_NAME:
+            raise SpecError(f"name {self.name[:20]!r}... ({length} bytes) must have at most {_LONGEST_NAME}: it is a directory's name, too")
+        _refuse_blank("directory", self.directory, such_as="runs")
         if not self.phases:
             raise SpecError("phases is empty; add a [[phases]] table with name, length, sequence_length, batch and learning_rate")
         for phase in self.phases:
@@ -358,6 +382,11 @@ class Run:
         require_legal(self.layout, self.model, (*self.data.buckets, *(phase.sequence_length for phase in self.phases)))
         if not 0 <= self.seed < 2**63:
             raise SpecError(f"seed ({self.seed}) must lie between 0 and 2^63 - 1")
+
+    @property
+    def folder(self) -> Path:
+        """Where the run lives: in `directory`, with a ~ at its beginning resolved, under its name."""
+        return Path(os.path.expanduser(self.directory)) / self.name
 
     def model_in(self, phase: Phase) -> Model:
         """The model as it is in a phase: before its context is extended it has no YaRN, and the original context."""

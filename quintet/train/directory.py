@@ -20,22 +20,17 @@ from quintet.errors import DataError, UsageError
 from quintet.spec import parse
 from quintet.spec.run import Run
 
-RECIPE, TOKENIZER, CHECKPOINTS, METRICS = "recipe.toml", "tokenizer.json", "checkpoints", "metrics.jsonl"
+RECIPE, TOKENIZER, CHECKPOINTS, METRICS, LOCK = "recipe.toml", "tokenizer.json", "checkpoints", "metrics.jsonl", ".lock"
 """Names in a run's directory; the first two stand in each checkpoint too."""
 SHARED_SECONDS = 10.0
 """How long a network file system may hide a new directory from another node."""
-
-
-def of(run: Run) -> Path:
-    """Where the run lives."""
-    return Path(run.directory) / run.name
 
 
 def checkpoints(directory: Path, run: Run) -> Place:
     """Where the checkpoints of the run in `directory` are. Raises UsageError for a URL that this installation cannot reach."""
     if run.checkpoint.directory is None:
         return directory / CHECKPOINTS
-    root = place(run.checkpoint.directory) / run.name
+    root = place(os.path.expanduser(run.checkpoint.directory)) / run.name
     if isinstance(root, Remote):
         root.system()
     return root
@@ -43,15 +38,15 @@ def checkpoints(directory: Path, run: Run) -> Place:
 
 def refuse_existing(run: Run) -> None:
     """Raise UsageError if the run's directory exists, for a run is never overwritten, or if a look tells that it cannot be made."""
-    if of(run).exists():
+    if run.folder.exists():
         raise UsageError(
-            f"{of(run)} exists already and is not overwritten; continue it with: quintet resume {of(run)}, or choose another --name"
+            f"{run.folder} exists already and is not overwritten; continue it with: quintet resume {run.folder}, or choose another --name"
         )
-    if obstacle := obstacle_to(of(run)):
+    if obstacle := obstacle_to(run.folder):
         raise UsageError(
-            f"cannot make the run's directory {of(run)}: {obstacle} is no folder that may be written; choose another --directory"
+            f"cannot make the run's directory {run.folder}: {obstacle} is no folder that may be written; choose another --directory"
         )
-    _refuse_others(checkpoints(of(run), run))
+    _refuse_others(checkpoints(run.folder, run))
 
 
 def _refuse_others(root: Place) -> None:
@@ -67,7 +62,7 @@ def _refuse_others(root: Place) -> None:
 def create(run: Run, tokenizer: Tokenizer) -> Path:
     """Make the run's directory with its recipe and tokenizer, whole or not at all. Raises UsageError if it exists or cannot be made."""
     refuse_existing(run)
-    directory = of(run)
+    directory = run.folder
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -96,14 +91,14 @@ def rewrite_recipe(directory: Path, run: Run) -> None:
 def shared(run: Run) -> Path:
     """The directory that rank 0 has made, as another rank sees it, network file systems given some seconds. Raises UsageError."""
     deadline = time.monotonic() + SHARED_SECONDS
-    while not (of(run) / RECIPE).is_file():
+    while not (run.folder / RECIPE).is_file():
         if time.monotonic() > deadline:
             raise UsageError(
-                f"{of(run).absolute()}, which rank 0 has made, is not there on {socket.gethostname()}; all nodes must see one --directory, "
-                "for example on a network file system"
+                f"{run.folder.absolute()}, which rank 0 has made, is not there on {socket.gethostname()}; all nodes must see one "
+                "--directory, for example on a network file system"
             )
         time.sleep(0.1)
-    return of(run)
+    return run.folder
 
 
 def refuse_other_tokenizer(own: Tokenizer, prepared: Prepared, *, recipe: Path | None = None) -> None:
@@ -120,12 +115,24 @@ def refuse_other_tokenizer(own: Tokenizer, prepared: Prepared, *, recipe: Path |
         )
 
 
+def is_held(directory: Path) -> bool:
+    """Whether a process trains in the run's directory, as far as its file system tells this machine."""
+    try:
+        with (directory / LOCK).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 @contextmanager
 def held(directory: Path) -> Iterator[None]:
     """Hold the run's directory; a second trainer on it gets UsageError. The lock ends with the process, however that ends."""
     if not (directory / RECIPE).is_file():
         raise UsageError(f"{directory} is not a run's directory: it has no {RECIPE}")
-    with (directory / ".lock").open("a+") as file:
+    with (directory / LOCK).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from quintet.cost.memory import step_memory
-from quintet.cost.pipeline import fewest_sequences, read_schedule, require_suited
+from quintet.cost.pipeline import at_odds, fewest_sequences, read_schedule, require_suited
 from quintet.data.prepare import foresee
 from quintet.errors import QuintetError, SpecError
 from quintet.monitor import machine
@@ -30,7 +30,18 @@ def refusals(run: Run) -> list[str]:
 
 def doubts(run: Run) -> list[str]:
     """What `train` would try here although it bodes ill: more memory than there is, more threads than cores, options without effect."""
-    return [message for message in (_memory(run), _threads(run.train), *without_effect(run.layout)) if message]
+    told = (_memory(run), _threads(run.train), _adaptive(run), *without_effect(run.layout), *at_odds(run.layout, run.train))
+    return [message for message in told if message]
+
+
+def _adaptive(run: Run) -> str | None:
+    if not run.train.adaptive:
+        return None
+    if run.layout.pp == 1:
+        return "train.adaptive has no effect: it evens out the stages of a pipeline, and layout.pp is 1"
+    if run.checkpoint.every is None:
+        return "train.adaptive has no effect: it acts at checkpoints amid the run, and checkpoint.every is absent"
+    return None
 
 
 def require_schedule(run: Run) -> None:

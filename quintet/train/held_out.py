@@ -72,7 +72,7 @@ def held_out_loss(
 
 def _micro_batch(batch: Batch, mesh: Mesh, device: torch.device, *, document_mask: bool) -> MicroBatch:
     """This rank's part of each sequence."""
-    inputs, labels = (shard_tokens(x, mesh["cp"], dim=1).to(device) for x in (batch.inputs, batch.labels))
+    inputs, labels = (shard_tokens(x, mesh["cp"], dim=1).contiguous().to(device) for x in (batch.inputs, batch.labels))
     return MicroBatch(inputs, labels[None], batch.document_ids.to(device) if document_mask else None)
 
 

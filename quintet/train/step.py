@@ -105,7 +105,7 @@ def accumulate(built: Built, batch: Batch, *, settings: Settings, train: Train, 
 
     def mine(x: Tensor) -> Tensor:
         """This rank's part of each sequence, from whole ones [.., S]."""
-        return shard_tokens(x, mesh["cp"], dim=-1).to(device)
+        return shard_tokens(x, mesh["cp"], dim=-1).contiguous().to(device)
 
     # A rank whose share of the batch is smaller goes through its last micro-batch with fewer rows, or none: the others wait for it there.
     micro_batches = [

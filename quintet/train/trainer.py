@@ -29,6 +29,7 @@ from quintet.data.prepare import Prepared, open_prepared
 from quintet.data.tokenizer import Tokenizer
 from quintet.errors import DONE, INTERRUPTED
 from quintet.model.generate import generate
+from quintet.monitor.interrupt import raise_if_heard
 from quintet.monitor.meter import Meter
 from quintet.monitor.metrics import Message, Record, Resumed, Saved, truncate_after
 from quintet.monitor.report import write_report
@@ -187,7 +188,8 @@ class _Session:
 
     def loop(self, position: Position, *, first_step_done: Callable[[], None] | None = None) -> int:
         """Train from `position` to the end or to a signal."""
-        with _stop_signals() as stop, self.recorder.telling(), self._saves_finished():
+        notice = self.ranks.notice if self.ranks.is_lead else None
+        with _stop_signals() as stop, self.recorder.telling(notice), self._saves_finished():
             clock = _Clock(self.device, position.tokens)
             while position.step < self.num_steps:
                 if self.curves.is_over(position.phase_steps, position.phase_tokens):
@@ -438,6 +440,7 @@ class _Stop:
 
 @contextmanager
 def _stop_signals() -> Iterator[_Stop]:
+    raise_if_heard()
     stop = _Stop()
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from quintet.checkpoint import durable
 from quintet.checkpoint.load import latest, list_checkpoints, load, verify
@@ -110,10 +112,53 @@ def test_a_refusal_while_a_long_file_is_synced_early_makes_the_save_fail(tmp_pat
     verify(save(small_state(), tmp_path, step=1))
 
 
-def test_a_short_write_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.write
-    monkeypatch.setattr(os, "write", lambda fd, data: real(fd, data[: max(1, len(data) // 3)]))
-    verify(save(small_state(), tmp_path, step=1))
+LONG = {"w": torch.arange(30001.0), "x": torch.arange(50, dtype=torch.uint8)}
+"""More than seven of the buffers below, and no whole number of pages."""
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=["ENOSPC", "EIO"])
+def test_a_refusal_of_any_part_of_a_long_file_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    monkeypatch.setattr(durable, "_BUFFER", 16384)
+    with pytest.MonkeyPatch.context() as patch:
+        fault = Fault(patch, "write", at=-1, act=lambda: None)
+        older = save(LONG, tmp_path, step=1, codec="raw")
+    assert fault.calls >= 9
+    for at in range(1, fault.calls + 1):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(CheckpointError, match=os.strerror(code)):
+            Fault(patch, "write", at=at, act=_refuse(code))
+            save(LONG, tmp_path, step=2, codec="raw")
+        assert list(tmp_path.iterdir()) == [older]
+    verify(save(LONG, tmp_path, step=2, codec="raw"))
+
+
+@pytest.mark.parametrize("portion", ["third", "pages", "cannot", "refuses"])
+def test_short_writes_and_disks_that_are_always_cached_make_no_difference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, portion: str
+) -> None:
+    monkeypatch.setattr(durable, "_BUFFER", 16384)
+    real, control, lengths = os.write, fcntl.fcntl, list[int]()
+
+    def write(fd: int, data: memoryview) -> int:
+        direct = bool(control(fd, fcntl.F_GETFL) & os.O_DIRECT)
+        if portion == "refuses" and direct:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        most = {"third": max(1, len(data) // 3), "pages": 4096}.get(portion, len(data))
+        lengths.append(real(fd, data[:most]))
+        return lengths[-1]
+
+    def unable(fd: int, command: int, flags: int = 0) -> int:
+        if command == fcntl.F_SETFL and flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return control(fd, command, flags)
+
+    monkeypatch.setattr(os, "write", write)
+    if portion == "cannot":
+        monkeypatch.setattr(fcntl, "fcntl", unable)
+    target = {name: torch.zeros_like(tensor) for name, tensor in LONG.items()}
+    path = save(LONG, tmp_path, step=1, codec="raw")
+    load(target, path)
+    assert all(torch.equal(target[name], LONG[name]) for name in LONG)
+    assert sum(lengths) == sum(file.stat().st_size for file in path.iterdir())
 
 
 def test_leftovers_are_ignored_by_loading_and_swept_by_saving_but_a_living_save_is_not_disturbed(tmp_path: Path) -> None:

@@ -33,8 +33,7 @@ def settings_at(step: int, run: Run) -> Settings:
 
 
 def rows_of(batch: Batch, run: Run, rank: int) -> Batch:
-    rows = slice(run.layout.coordinates(rank).dp, None, run.layout.dp)
-    return Batch(inputs=batch.inputs[rows], labels=batch.labels[rows], document_ids=batch.document_ids[rows])
+    return batch.rows(slice(run.layout.coordinates(rank).dp, None, run.layout.dp))
 
 
 def stretch(run: Run, root: Path, *, begin: int, end: int, copy: Path | None = None) -> None:

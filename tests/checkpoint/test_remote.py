@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from quintet.checkpoint.load import candidates, latest, list_checkpoints, load, 
 from quintet.checkpoint.pieces import Pieces
 from quintet.checkpoint.place import Remote, place
 from quintet.checkpoint.save import save
+from quintet.cli.main import main
 from quintet.errors import CheckpointError, UsageError
 from quintet.spec.run import Checkpoint
 from tests.checkpoint.states import blank, small_state
@@ -258,7 +260,7 @@ def test_a_url_of_files_is_a_path() -> None:
 
 
 def test_a_run_whose_checkpoints_are_in_a_store_resumes_from_there_bit_for_bit(
-    bucket: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bucket: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs.make_quick(monkeypatch)
     plain = runs.tiny_run(runs.corpus(tmp_path / "corpus"), tmp_path / "runs")
@@ -277,3 +279,14 @@ def test_a_run_whose_checkpoints_are_in_a_store_resumes_from_there_bit_for_bit(
     assert runs.records(run) == runs.records(plain)
     with pytest.raises(UsageError, match="holds the checkpoints of another run"):
         runs.train(replace(run, directory=str(tmp_path / "elsewhere")))
+
+    def told(*words: str) -> Any:
+        capsys.readouterr()
+        assert main([*words, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    described = told("info", root.url)
+    assert described["progress"]["checkpoints"] == [4, 6] and described["name"] == "stored"
+    assert described["parameters"] == told("info", str(runs.where(plain)))["parameters"]
+    assert told("evaluate", root.url)["losses"] == told("evaluate", str(runs.where(plain)))["losses"]
+    assert told("evaluate", f"{root}/step-00000004")["step"] == 4

@@ -43,9 +43,9 @@ class Reads:
         self.num_bytes = 0
         real = DataFiles.read
 
-        def read(files: DataFiles, name: str, offset: int, length: int, out: Bytes | None = None) -> Bytes:
+        def read(files: DataFiles, name: str, offset: int, length: int, buffer: Bytes | None = None) -> Bytes:
             self.num_bytes += length
-            return real(files, name, offset, length, out)
+            return real(files, name, offset, length, buffer)
 
         pytest.MonkeyPatch().setattr(DataFiles, "read", read)
 

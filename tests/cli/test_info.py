@@ -20,6 +20,7 @@ from quintet.monitor.status import StatusFile
 from quintet.spec import parse
 from quintet.spec.layout import Layout
 from quintet.spec.run import Run
+from quintet.train.directory import held
 from tests.monitor.events import evaluated, record
 
 
@@ -86,6 +87,16 @@ def test_a_run_tells_where_it_stands(capsys: pytest.CaptureFixture[str], tmp_pat
     assert "interrupted: stopped by a signal" in words
     assert "step 2/10, loss 3.8000" in words
     assert "stdlib 4.2500, docs 5.5000, after step 2" in words
+
+
+def test_a_run_that_was_killed_is_told_from_one_that_goes_on(capsys: pytest.CaptureFixture[str], tmp_path: Path, root: Path) -> None:
+    shutil.copy(root / "recipes" / "laptop.toml", tmp_path / "recipe.toml")
+    StatusFile(tmp_path).write(record(1))
+    with held(tmp_path):
+        assert figures(capsys, tmp_path)["progress"]["status"]["message"] == "training"  # type: ignore[index]
+    status = figures(capsys, tmp_path)["progress"]["status"]
+    assert "it was ended before it could say how" in status["message"]  # type: ignore[index]
+    assert status["remedy"] == f"quintet resume {tmp_path}"  # type: ignore[index]
 
 
 def test_a_run_without_metrics_yet_is_described(capsys: pytest.CaptureFixture[str], tmp_path: Path, root: Path) -> None:

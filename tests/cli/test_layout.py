@@ -78,6 +78,7 @@ def test_one_device_has_no_groups(capsys: pytest.CaptureFixture[str]) -> None:
         (["--layout.dp", "127"], "layout.dp x cp (127) must be divisible by layout.ep (64)"),
         (["--layout.dp", "64", "--layout.ep", "48"], "nearest legal layouts:"),
         (["--rank", "2048"], "--rank (2048) must lie between 0 and 2047"),
+        (["--layout.dp", "65536"], "takes 1,048,576 ranks; each is numbered and put into its groups here, at most 65,536"),
     ],
 )
 def test_what_cannot_be_is_refused(flags: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -75,7 +75,7 @@ def test_version(told: TellMain) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "meant"), [("trian", "train"), ("evalute", "evaluate"), ("--verison", "--version"), ("gen", None), ("xyzzy", None)]
+    ("given", "meant"), [("trian", "train"), ("Train", "train"), ("evalute", "evaluate"), ("--verison", "--version"), ("gen", None)]
 )
 def test_an_unknown_command_answers_did_you_mean(told: TellMain, given: str, meant: str | None) -> None:
     code, out, err = told(given)
@@ -213,6 +213,35 @@ def test_what_plans_and_describes_imports_no_torch(recipe: str, arguments: str) 
     code, modules = loaded(*(recipe if word == "RECIPE" else word for word in arguments.split()))
     assert code == 0
     assert not modules & {"torch", "transformers", "matplotlib", "tensorboard"}
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8:strict"])
+def test_letters_that_a_terminal_lacks_are_no_reason_to_stop(recipe: str, encoding: str) -> None:
+    command = [sys.executable, "-m", "quintet.cli.main", "train", recipe, "--dry-run", "--name", "öl"]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding}, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (b"\\xf6l" if encoding == "ascii" else "öl".encode()) in done.stdout
+
+
+def test_a_value_that_is_not_utf_8_is_a_usage_error_for_it_would_stand_in_a_recipe(told: TellMain, recipe: str) -> None:
+    code, out, err = told("train", recipe, "--dry-run", "--data.directory", os.fsdecode(b"caf\xe9"))
+    assert (code, out) == (2, "") and "an option's value is not UTF-8 text: b'\\xe9' after 'caf'" in err
+
+
+def test_on_a_narrow_terminal_the_schedule_is_told_in_lines(told: TellMain, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    code, out, _ = told("train", recipe, "--dry-run")
+    assert code == 0 and "peak learning rate  0.003" in out and "…" not in out.partition("schedule")[2]
+
+
+def test_a_dry_run_that_cannot_be_counted_prints_nothing_but_the_error(
+    told: TellMain, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(run: Run) -> dict[str, object]:
+        raise DataError("cannot be counted")
+
+    monkeypatch.setattr("quintet.cli.train.run_figures", refuse)
+    assert told("train", recipe, "--dry-run") == (10, "", "error: cannot be counted")
 
 
 def test_output_into_a_closed_pipe_is_no_error(recipe: str) -> None:

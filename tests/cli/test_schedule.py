@@ -48,6 +48,27 @@ def test_json_has_every_figure_per_rank(capsys: pytest.CaptureFixture[str]) -> N
     assert max(figures["peak_activations_per_rank"]) == figures["formula"]["activations"] == 17
 
 
+def test_a_recipe_tells_the_peak_memory_of_every_rank(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    shape = ("dualpipe", "--ranks", "4", "--microbatches", "8", "--recipe", "recipes/v3-16b.toml")
+    code, out, _ = told(capsys, *shape)
+    assert code == 0
+    assert "memory" in out.splitlines()[0]
+    assert all("GiB" in line for line in out.splitlines()[1:9])
+    _, out, _ = told(capsys, *shape, "--alone", "--json")
+    (figures,) = json.loads(out)
+    parts = (figures[f"{name}_per_rank"] for name in ("peak_memory", "peak_activations", "states"))
+    for peak, activations, states in zip(*parts, strict=True):
+        assert peak == activations + sum(states.values())
+        assert {"weights", "gradients", "master_weights", "moments"} <= set(states)
+
+
+def test_a_recipe_whose_layers_do_not_suffice_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = told(capsys, "zbv", "--ranks", "16", "--microbatches", "32", "--recipe", "recipes/laptop.toml")
+    assert code == 2
+    assert "must be at most model.num_layers" in err
+
+
 def test_the_order_and_the_program_are_printed_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert told(capsys, "gpipe", "--ranks", "2", "--microbatches", "1", "--order") == (0, "rank 0: 0F0 0B0\nrank 1: 1F0 1B0\n", "")
     _, out, _ = told(capsys, "gpipe", "--ranks", "2", "--microbatches", "1", "--program")

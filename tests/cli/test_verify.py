@@ -57,6 +57,11 @@ def test_what_cannot_be_verified_is_refused(options: list[str], expected: str, c
     assert expected in " ".join(capsys.readouterr().err.split())
 
 
+def test_no_smaller_layout_is_named_where_there_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(LAPTOP), "--tiny", "--layout.dp", "2", "--max-ranks", "1"]) == 2
+    assert "--max-ranks allows 1; allow it all the same with --max-ranks 2\n" in capsys.readouterr().err
+
+
 def test_the_published_model_in_small_is_verified_on_its_own_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = LAPTOP.with_name("v3-671b.toml")
     layout = ["--layout.pp", "1", "--layout.dp", "2", "--layout.ep", "2", "--layout.zero", "1"]

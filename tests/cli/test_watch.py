@@ -1,100 +1,112 @@
-"""What surrounds training and generation: the verdict in status.json, refusals, and text that is printed as it is drawn."""
+"""`quintet watch` shows a run from its files alone, live, as lines or as a picture, and ends as the run ends."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from rich.console import Console
 
-from quintet.cli.generate import pieces, refuse_broken_text
 from quintet.cli.main import main
-from quintet.cli.watch import watched
-from quintet.errors import CheckpointError, NumericsError, UsageError
-from quintet.monitor.metrics import read_events
-from quintet.monitor.sinks import Fanout
-from quintet.monitor.status import Status, read_status
-from quintet.spec import parse
-from quintet.spec.run import Run
-from tests.monitor.events import record
+from quintet.cli.watch import follow, past
+from quintet.monitor.metrics import Event, Message
+from quintet.monitor.sinks import JsonLines
+from quintet.monitor.status import StatusFile, read_status, write_status
+from quintet.train.directory import held
+from tests.monitor.events import evaluated, record, saved
 
 
 @pytest.fixture
-def run(root: Path) -> Run:
-    return parse.read(root / "recipes" / "laptop.toml")
+def directory(root: Path, tmp_path: Path) -> Path:
+    (tmp_path / "recipe.toml").write_text((root / "recipes" / "laptop.toml").read_text())
+    return tmp_path
 
 
-def status_of(directory: Path) -> Status:
+def write(directory: Path, *events: Event, exit_code: int | None = None) -> None:
+    """What a process that trains leaves: its events, and a verdict where it has ended."""
+    status, lines = StatusFile(directory, resumed=True, every_seconds=0), JsonLines(directory / "metrics.jsonl")
+    for event in events:
+        lines.write(event)
+        status.write(event)
+    if exit_code is not None:
+        status.finish(exit_code, "as it had to be")
+    lines.close()
+
+
+def followed(directory: Path, happenings: list[Callable[[], None]], *, terminal: bool) -> tuple[int, str]:
+    """The exit code and the output of watching, where at each wait the next thing happens."""
+    output = StringIO()
+    console = Console(file=output, force_terminal=terminal, width=100)
+    return follow(directory, console, wait=lambda _: happenings.pop(0)()), output.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_run_is_followed_from_before_its_first_step_to_its_end(directory: Path, terminal: bool) -> None:
+    happenings = [
+        lambda: write(directory, record(1)),
+        lambda: write(directory, Message(text="a new phase"), record(2), saved(2)),
+        lambda: write(directory, record(3), exit_code=75),
+    ]
+    code, text = followed(directory, happenings, terminal=terminal)
+    assert (code, happenings) == (75, [])
+    assert [word in text for word in ("step 1/10", "a new phase", "step 2/10", "step 3/10")] == [True] * 4
+    assert "interrupted: as it had to be; quintet resume" in text
+
+
+def test_watching_begins_with_what_was_before_and_goes_back_with_a_resumed_run(directory: Path) -> None:
+    write(directory, *(record(step) for step in range(1, 7)))
+
+    def resumed() -> None:
+        (directory / "metrics.jsonl").unlink()
+        write(directory, *(record(step) for step in range(1, 4)))
+
+    happenings = [resumed, lambda: write(directory, record(4), exit_code=0)]
+    code, text = followed(directory, happenings, terminal=True)
+    shown = [line.split("step ")[1].split("/")[0] for line in text.splitlines() if "step " in line and "/10" in line]
+    assert (code, list(dict.fromkeys(shown))) == (0, ["6", "3", "4"])
+
+
+def test_a_look_shows_the_panel_and_how_the_run_ended(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(directory, record(9), evaluated(9), exit_code=12)
+    assert main(["watch", str(directory), "--once"]) == 0
+    text = capsys.readouterr().out
+    assert "step 9/10" in text and "stdlib 4.2500" in text and "failed, " in text
+
+
+def test_a_run_whose_process_was_killed_is_told_from_one_that_is_slow(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(directory, record(1))
     status = read_status(directory)
     assert status is not None
-    return status
+    write_status(directory, replace(status, updated=time.time() - 60))
+    with held(directory):
+        assert main(["watch", str(directory), "--once"]) == 0
+    assert "last news 1m 00s ago ─" in capsys.readouterr().out
+    assert main(["watch", str(directory), "--once"]) == 0
+    assert "last news 1m 00s ago; no process here trains it ─" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("exit_code", "verdict", "told"), [(0, "done", ""), (75, "interrupted", "continue with: quintet resume")])
-def test_the_exit_code_is_returned_and_stands_in_the_status(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], exit_code: int, verdict: str, told: str
-) -> None:
-    def call(sinks: Fanout) -> int:
-        sinks.write(record(1))
-        return exit_code
-
-    assert watched(run, tmp_path, call) == exit_code
-    assert (status_of(tmp_path).verdict, status_of(tmp_path).exit_code) == (verdict, exit_code)
-    assert read_events(tmp_path / "metrics.jsonl") == [record(1)]
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "step 1/10" in err and told in err
+def test_a_run_without_a_step_is_waited_for(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["watch", str(directory), "--once"]) == 0
+    assert "waiting for the first step" in (text := capsys.readouterr().out) and "not begun yet" in text
 
 
-def test_an_error_while_training_passes_on_and_stands_in_the_status(run: Run, tmp_path: Path) -> None:
-    def call(sinks: Fanout) -> int:
-        sinks.write(record(1))
-        raise NumericsError("step 2: loss nan")
-
-    with pytest.raises(NumericsError):
-        watched(run, tmp_path, call)
-    assert (status_of(tmp_path).exit_code, status_of(tmp_path).message) == (12, "step 2: loss nan")
-
-
-def test_a_resume_without_a_checkpoint_is_told_in_the_runs_own_status(run: Run, tmp_path: Path) -> None:
-    def call(sinks: Fanout) -> int:
-        raise CheckpointError("no checkpoint")
-
-    with pytest.raises(CheckpointError):
-        watched(run, tmp_path, call, resumed=True)
-    assert status_of(tmp_path).exit_code == 11
+def test_the_picture_holds_the_panel(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(directory, record(4))
+    assert main(["watch", str(directory), "--svg", str(tmp_path / "live.svg")]) == 0
+    picture = (tmp_path / "live.svg").read_text()
+    assert picture.startswith("<svg") and "step&#160;4/10" in picture
+    assert main(["watch", str(directory), "--svg", str(tmp_path / "none" / "live.svg")]) == 2
+    assert "cannot write" in capsys.readouterr().err
 
 
-def test_resuming_what_is_no_run_is_a_checkpoint_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["resume", str(tmp_path)]) == 11
-    assert "is not a run: it has no recipe.toml" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["watch", str(tmp_path)]) == 2
+    assert "is not a run's directory: it has no recipe.toml" in capsys.readouterr().err
 
 
-def decode_bytes(ids: Sequence[int]) -> str:
-    """A tokenizer whose tokens are single bytes."""
-    return bytes(ids).decode(errors="replace")
-
-
-@given(st.text())
-def test_text_arrives_whole_even_where_a_character_is_several_tokens(text: str) -> None:
-    assert "".join(pieces(text.encode(errors="replace"), decode_bytes)) == text.encode(errors="replace").decode()
-
-
-def test_a_character_is_printed_with_its_last_byte_and_what_is_no_text_does_not_block() -> None:
-    assert list(pieces("aé".encode(), decode_bytes)) == ["a", "é"]
-    assert list(pieces(b"\xf0\x9f", decode_bytes)) == ["\ufffd"]
-    assert "".join(pieces(b"\xff" * 5 + b"a", decode_bytes)).endswith("a")
-
-
-@given(st.text())
-def test_a_prompt_of_any_text_passes(text: str) -> None:
-    refuse_broken_text(text)
-
-
-def test_a_prompt_that_is_not_utf_8_is_a_usage_error_with_the_byte() -> None:
-    prompt = b"caf\xe9".decode(errors="surrogateescape")  # as Python hands over the bytes of a command line
-    with pytest.raises(UsageError, match=r"--prompt is not UTF-8 text: b'\\xe9' after 'caf'"):
-        refuse_broken_text(prompt)
+def test_events_were_as_long_ago_as_the_steps_after_them_took() -> None:
+    assert past([record(1), saved(1), record(2, seconds=4.0), record(3, seconds=2.0)], 100.0) == [94.0, 94.0, 98.0, 100.0]

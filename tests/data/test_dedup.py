@@ -180,7 +180,18 @@ def test_the_decision_does_not_depend_on_how_keys_are_divided(tmp_path: Path, mo
     parts = [("a", part(tmp_path / "a", texts[:50])), ("b", part(tmp_path / "b", texts[50:]))]
     one = kept(decide(DEDUP, parts))
     monkeypatch.setattr(module, "GROUPED", 7)
-    assert kept(decide(DEDUP, parts)) == one and 30 < sum(map(sum, one)) < 80
+    (scratch := tmp_path / "scratch").mkdir()
+    assert kept(decide(DEDUP, parts, scratch=scratch)) == one and 30 < sum(map(sum, one)) < 80
+    assert not list(scratch.iterdir()), "the files of keys are gone"
+    monkeypatch.setattr(module, "_MOST_FILES", 3)
+    assert kept(decide(DEDUP, parts)) == one
+
+
+def test_a_disk_without_room_for_the_keys_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [("a", part(tmp_path / "a", [ONE, LIKE_ONE, OTHER]))]
+    monkeypatch.setattr(module, "GROUPED", 1)
+    with pytest.raises(DataError, match="cannot write prepared data under"):
+        decide(DEDUP, parts, scratch=tmp_path / "nowhere")
 
 
 def recipe(tmp_path: Path, texts: dict[str, list[str]], **more: object) -> Data:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quintet.data import pack as module
-from quintet.data.pack import PADDING, Rows, best_fit, fim_cuts, pack, permuted, random_bits
+from quintet.data.pack import PADDING, Permutation, Rows, best_fit, fim_cuts, pack, random_bits
 from quintet.data.shards import Shard
 from quintet.data.tokenizer import Fim
 from tests.data.corpus import write_shard
@@ -48,13 +48,18 @@ def test_best_fit_by_hand() -> None:
 
 @given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
 def test_the_permutation_is_one_and_any_part_of_it_can_be_computed(size: int, key: int) -> None:
-    whole = permuted(np.arange(size), size=size, key=key)
+    whole = Permutation(size, key=key)(np.arange(size))
     assert sorted(whole.tolist()) == list(range(size))
-    assert permuted(np.arange(size // 2, size), size=size, key=key).tolist() == whole[size // 2 :].tolist()
+    assert Permutation(size, key=key)(np.arange(size // 2, size)).tolist() == whole[size // 2 :].tolist()
+
+
+def test_the_permutation_is_that_of_the_runs_that_were_begun_before() -> None:
+    assert Permutation(12, key=2**63 + 9)(np.arange(12)).tolist() == [6, 4, 3, 11, 10, 8, 5, 7, 9, 2, 0, 1]
+    assert Permutation(3 * 10**9 + 7, key=5)(np.array([0, 1, 10**9])).tolist() == [2842576462, 1075468109, 890093383]
 
 
 def test_the_permutation_mixes_well_and_differs_by_key() -> None:
-    orders = np.stack([permuted(np.arange(5000), size=5000, key=key) for key in range(40)])
+    orders = np.stack([Permutation(5000, key=key)(np.arange(5000)) for key in range(40)])
     # Spread of a uniform variable over 5000 values: its mean has standard error 228 in 40 draws, neighbours are uncorrelated.
     assert np.abs(orders.mean(axis=0) - 2499.5).mean() < 250
     assert all(abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.06 for order in orders)

@@ -151,6 +151,14 @@ def test_large_corpora_train_the_tokenizer_on_a_seeded_sample(tmp_path: Path, mo
     assert prepare(recipe(tmp_path), vocab_size=400, seed=1, on_other="replace").tokenizer.fingerprint != first.tokenizer.fingerprint
 
 
+def test_data_of_a_relative_folder_that_is_not_there_says_from_where_it_was_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=rf"here holds no prepared data \(working folder {tmp_path}; a run's data is looked for"):
+        open_prepared(replace(recipe(tmp_path), directory="here"), 400)
+
+
 def test_opening_what_is_not_prepared_says_what_to_run(tmp_path: Path) -> None:
     data = recipe(tmp_path)
     with pytest.raises(DataError, match=r"holds no prepared data; run: quintet prepare mine/recipe\.toml"):

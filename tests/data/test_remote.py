@@ -1,4 +1,4 @@
-"""Sources in a store that speaks S3: a server of moto on this machine."""
+"""Sources in stores: servers on this machine that speak S3 (of moto), Google Storage and the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from quintet.data.tokenizer import Tokenizer
 from quintet.errors import DataError
 from quintet.spec.run import Data
 from tests.data.corpus import source
+from tests.data.stores import GoogleStorage, Hub, serving
 
 INSTALL = "needs s3fs and moto: pip install -c constraints.txt 'moto[s3]' flask flask-cors s3fs"
-pytest.importorskip("s3fs", reason=INSTALL)
-pytest.importorskip("moto", reason=INSTALL)
 
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A store with an empty bucket `crawl`, which s3:// finds by the environment."""
+    pytest.importorskip("s3fs", reason=INSTALL)
+    pytest.importorskip("moto", reason=INSTALL)
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(port=0, verbose=False)
@@ -69,3 +70,50 @@ def test_a_source_on_s3_is_prepared_and_only_what_changed_there_is_redone(tmp_pa
 def test_a_bucket_that_is_not_there_is_told(store: Any) -> None:
     with pytest.raises(DataError, match=r"s3://nowhere.*(cannot be listed|holds no text)"):
         list_files(source("s3://nowhere/x"))
+
+
+@pytest.mark.parametrize(
+    "url, kind, package", [("gs://crawl", GoogleStorage, "gcsfs"), ("hf://datasets/quintet/crawl", Hub, "huggingface_hub")]
+)
+def test_a_source_on_google_storage_or_the_hub_is_prepared_and_read_again_where_it_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer, url: str, kind: Any, package: str
+) -> None:
+    pytest.importorskip(package, reason=f"needs {package}: pip install -c constraints.txt 'quintet[{url[:2]}]'")
+    protocol = url.partition(":")[0]
+    files = {"a.jsonl": b'{"text": "one"}\n{"text": "two"}\n', "deep/b.txt": b"a whole file", "deep/c.png": b"x", "d.jsonl.gz": b"bad"}
+    monkeypatch.setattr(fsspec.get_filesystem_class(protocol), "_cache", {})
+    tokenizer.save(tmp_path / "t.json")
+    data = Data(sources=(source(url),), directory=str(tmp_path / "p"), tokenizer=str(tmp_path / "t.json"))
+    with serving(kind, files) as endpoint:
+        monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": endpoint})
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", endpoint)
+        assert [file.path for file in list_files(source(url)).files] == [
+            f"{url}/{name}" for name in ("a.jsonl", "d.jsonl.gz", "deep/b.txt")
+        ]
+        assert len(list_files(source(f"{url}/deep/*.txt")).files) == 1
+        statistics = prepare(data, vocab_size=400, seed=0).sources["code"].statistics
+        assert statistics.read == 3 and statistics.skipped == {"not_text": 1, "corrupt_file": 1}
+        assert prepare(data, vocab_size=400, seed=0).sources["code"].statistics.reused
+        files["deep/b.txt"] = b"Another file."
+        assert not prepare(data, vocab_size=400, seed=0, on_other="replace").sources["code"].statistics.reused
+        with pytest.raises(DataError, match=r"nowhere.*(cannot be listed|holds no text)"):
+            list_files(source(f"{url.rpartition('/')[0]}/nowhere"))
+
+
+@pytest.mark.parametrize(
+    "url, remedy", [("gs://crawl", r"'quintet\[gs\]'"), ("s3://crawl", r"'quintet\[s3\]'"), ("hf://datasets/a/b", r"'quintet\[hf\]'")]
+)
+def test_a_store_whose_package_is_missing_is_told_with_the_line_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch, url: str, remedy: str
+) -> None:
+    def missing(url: str) -> Any:
+        raise ImportError("Please install something")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
+    with pytest.raises(DataError, match=rf"{url}.*Please install something.*install it: pip install -c constraints.txt {remedy}"):
+        list_files(source(url))
+
+
+def test_a_protocol_that_nobody_knows_is_told() -> None:
+    with pytest.raises(DataError, match=r"nope://x.*not known: nope; correct the URL"):
+        list_files(source("nope://x"))

@@ -134,6 +134,10 @@ def test_temperature_0_takes_the_likeliest_of_each_row() -> None:
     assert choose(logits, temperature=0.0, top_p=1.0, generator=None).tolist() == [1, 0]
 
 
+def test_the_least_top_p_takes_the_likeliest() -> None:
+    assert choose(torch.tensor([[0.0, 1.0]]), temperature=1.0, top_p=1e-300, generator=None).tolist() == [1]
+
+
 @given(st.lists(st.integers(-9, 9), min_size=1, max_size=8), st.floats(0.1, 5), st.floats(0.01, 1))
 def test_the_likelier_tokens_before_a_drawn_one_do_not_fill_top_p(logits: list[int], temperature: float, top_p: float) -> None:
     token = int(choose(torch.tensor([logits]), temperature=temperature, top_p=top_p, generator=None))

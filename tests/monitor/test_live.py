@@ -87,3 +87,10 @@ def test_messages_scroll_by_and_the_cursor_comes_back() -> None:
     live.close()
     assert "a [note]" in output.getvalue()
     assert output.getvalue().rstrip().endswith("\x1b[?25h")
+
+
+def test_steps_that_a_resumed_run_goes_over_again_count_once() -> None:
+    live = Live(Console(file=StringIO(), width=100), title="laptop", clock=Clock())
+    for step, loss in ((1, 1.0), (2, 9.0), (3, 9.0), (2, 1.0)):
+        live.take(record(step, main_loss=loss), 0.0)
+    assert "smooth 1.0000" in panel_text(live)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quintet.errors import DataError
-from quintet.monitor.metrics import Event, Message, from_json, read_events, to_json, truncate_after
+from quintet.monitor.metrics import Event, Message, Tail, from_json, read_events, to_json, truncate_after
 from quintet.monitor.sinks import JsonLines
 from tests.monitor.events import evaluated, events, record, saved
 
@@ -129,3 +129,22 @@ def test_truncating_takes_a_torn_line_and_leaves_a_missing_file_missing(tmp_path
         file.write(b'{"kind":')
     truncate_after(path, 5)
     assert path.read_bytes().endswith(b"}\n")
+
+
+def test_a_growing_file_is_read_by_whole_lines_and_from_the_beginning_after_a_cut(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    tail = Tail(path)
+    assert tail.read() == ([], True)
+    lines = [json.dumps(to_json(record(step))) + "\n" for step in range(1, 5)]
+    path.write_text(lines[0] + lines[1][:9])
+    assert tail.read() == ([record(1)], True)
+    path.write_text("".join(lines[:3]))
+    assert tail.read() == ([record(2), record(3)], False)
+    assert tail.read() == ([], False)
+    truncate_after(path, 1)
+    assert tail.read() == ([record(1)], True)
+    with path.open("a") as file:
+        file.write(lines[3])
+    assert tail.read() == ([record(4)], False)
+    path.unlink()
+    assert tail.read() == ([], True)

@@ -10,7 +10,6 @@ import pytest
 import torch.distributed as dist
 from torch import Tensor
 
-from quintet.data.loader import Batch
 from quintet.parallel import collectives
 from quintet.parallel.mesh import make_mesh
 from quintet.spec.layout import Layout
@@ -55,8 +54,8 @@ def asked(layout: Layout, changes: dict[str, Any]) -> Asked:
         patch.setattr(dist, "all_to_all_single", noted("all_to_all", dist.all_to_all_single))
         patch.setattr(collectives, "_all_gather_single", noted("all_gather", collectives._all_gather_single))
         patch.setattr(dist, "batch_isend_irecv", batch)
-        (whole,), rows = batches(run, count=1), slice(mesh.at.dp, None, layout.dp)
-        own = Batch(inputs=whole.inputs[rows], labels=whole.labels[rows], document_ids=whole.document_ids[rows])
+        (whole,) = batches(run, count=1)
+        own = whole.rows(slice(mesh.at.dp, None, layout.dp))
         run_step(built, own, settings=settings_of(run), train=run.train, document_mask=run.data.document_mask, step=1)
         built.parameters.finish_gathering()
     return dict(found)

@@ -85,3 +85,33 @@ def test_the_others_hear_what_a_rank_does_and_what_it_has_done() -> None:
     with one.during("the evaluation of step 3"):
         assert told() == "in the evaluation of step 3"
     assert told() == "behind the evaluation of step 3"
+
+
+def test_a_rank_that_falls_silent_is_named_once_and_again_only_after_it_was_heard() -> None:
+    store, now, news = dist.HashStore(), [0.0], dict[int, tuple[float, float]]()
+    one = Recorder(0, range(4), store, clock=lambda: now[0])
+
+    def silent(at: float) -> list[int]:
+        now[0] = at
+        return one._fallen_silent(news)
+
+    heard(store, 1, "in step 7", ago=900)  # by a clock that is wrong, which does not matter
+    heard(store, 3, recorder._LEFT, ago=0)
+    assert silent(0) == silent(10) == []
+    assert silent(11) == [1, 2] and silent(12) == []
+    heard(store, 1, "in step 8", ago=890)
+    assert silent(13) == silent(23) == []
+    assert silent(24) == [1]
+
+
+def test_who_comes_to_its_end_says_so_and_who_fails_leaves_its_last_word() -> None:
+    store = dist.HashStore()
+    one = Recorder(0, range(2), store)
+    with pytest.raises(RuntimeError), one.telling():
+        one.doing = "in step 3"
+        one.tell()
+        raise RuntimeError("full")
+    assert json.loads(store.get("step-0"))[1] == "in step 3"
+    with one.telling():
+        pass
+    assert json.loads(store.get("step-0"))[1] == recorder._LEFT

@@ -97,8 +97,34 @@ def test_a_rank_that_is_late_is_named_long_before_the_time_is_over(tmp_path: Pat
 
     fates = launch(3, work, tmp_path)
     assert codes(fates) == [0, 0, 0]
-    assert fates[0].told.strip() == "still waiting for rank 2 of 3 (node 0); giving up after 9 s"
+    assert fates[0].told.strip() == "still waiting for rank 2 of 3 (node 0); giving up where none arrives for 9 s"
     assert not fates[1].told.strip()
+
+
+def test_ranks_that_arrive_one_after_the_other_may_take_longer_together_than_one_alone(tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        time.sleep(0.8 * rank)
+        meet(rank, count=4)  # each within 1.2 s of the one before
+
+    fates = launch(4, work, tmp_path)
+    assert codes(fates) == [0] * 4 and quiet(fates)
+
+
+def test_a_rank_that_hangs_before_it_agrees_is_named_with_what_it_owes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "NOTICE_SECONDS", 0.2)
+
+    def work(rank: int) -> None:
+        with joined(Layout(dp=2), about={}, device=CPU, seconds=1.5, notice=print) as ranks:
+            if rank == 1:
+                time.sleep(4)
+                die()
+            ranks.agree("prepared data", "ab")
+
+    fates = launch(2, work, tmp_path)
+    assert codes(fates) == [76, -9]
+    notice, verdict = fates[0].told.splitlines()[:2]
+    assert notice == "still waiting for rank 1 of 2 (node 0) with its prepared data; giving up where none arrives for 2 s"
+    assert verdict.startswith("rank 1 of 2 (node 0) did not arrive with its prepared data within 2 s")
 
 
 def test_a_rank_that_is_killed_at_its_start_is_named_too(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from quintet.cost.expert_comm import mean_rows
 from quintet.cost.traffic import Rows, step_traffic
 from quintet.cost.zero_comm import bucket_sizes, num_replicas
-from quintet.data.loader import Batch
 from quintet.model.transformer import Transformer
 from quintet.parallel.collectives import Group
 from quintet.parallel.mesh import Mesh, make_mesh
@@ -47,7 +46,7 @@ def a_step(run: Run, *, mtp: bool) -> Seen:
     rows = slice(mesh.at.dp, None, mesh.layout.dp)
     for step, batch in enumerate(batches(run, count=1 if mtp else 2), 1):
         before = {axis: group.traffic.num_bytes for axis, group in mesh.groups.items()}
-        own = Batch(inputs=batch.inputs[rows], labels=batch.labels[rows], document_ids=batch.document_ids[rows])
+        own = batch.rows(rows)
         with rows_noted() as noted:
             sums, load = accumulate(built, own, settings=now, train=run.train, document_mask=run.data.document_mask)
         update(built, sums, load, settings=now, step=step)

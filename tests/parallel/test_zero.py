@@ -38,8 +38,7 @@ def built(run: Run) -> Built:
 
 def step(made: Built, run: Run, batch: Batch, number: int = 1, *, settings: Settings = SETTINGS) -> None:
     """One step of this rank's rows of the batch."""
-    rows = slice(made.mesh.at.dp, None, run.layout.dp)
-    own = Batch(inputs=batch.inputs[rows], labels=batch.labels[rows], document_ids=batch.document_ids[rows])
+    own = batch.rows(slice(made.mesh.at.dp, None, run.layout.dp))
     run_step(made, own, settings=settings, train=run.train, document_mask=False, step=number)
 
 
@@ -48,7 +47,7 @@ def masters(made: Built) -> list[Tensor]:
 
 
 def first_rows(batch: Batch, count: int) -> Batch:
-    return Batch(inputs=batch.inputs[:count], labels=batch.labels[:count], document_ids=batch.document_ids[:count])
+    return batch.rows(slice(count))
 
 
 @pytest.mark.parametrize("count", [1, 4])

@@ -27,6 +27,7 @@ costs_strategy = st.builds(
     pair=st.floats(0.5, 1.1),
     p2p_latency=st.sampled_from([0.0, 0.3]),
     profile=st.sampled_from([(), (1.0, 1.0, 2.0), (3.0, 1.0)]),
+    kept_for_weight=st.sampled_from([0.5, 1.0, 2.5]),
 )
 
 
@@ -44,14 +45,21 @@ def test_the_bound_is_reached_by_zbv_where_nothing_can_be_paired(ranks: int, ext
     assert simulate(schedule, Costs()).makespan == pytest.approx(lower_bound(schedule, Costs()))
 
 
-@given(seed=st.integers(0, 10_000), ranks=st.integers(1, 5), microbatches=st.integers(1, 12), halves=st.integers(3, 16))
-def test_a_greedy_schedule_is_right_and_keeps_to_its_memory(seed: int, ranks: int, microbatches: int, halves: int) -> None:
-    memory = halves / 2
-    policy = Policy.drawn(random.Random(seed), ranks)
-    schedule = greedy(v_route(ranks), microbatches, Costs(pair=0.8), limit=memory, policy=policy)
+@given(
+    seed=st.integers(0, 10_000),
+    ranks=st.integers(1, 5),
+    microbatches=st.integers(1, 12),
+    halves=st.integers(3, 16),
+    kept_for_weight=st.sampled_from([0.5, 1.0, 4.0]),
+)
+def test_a_greedy_schedule_is_right_and_keeps_to_its_memory(
+    seed: int, ranks: int, microbatches: int, halves: int, kept_for_weight: float
+) -> None:
+    memory, costs = halves / 2, Costs(pair=0.8, kept_for_weight=kept_for_weight)
+    schedule = greedy(v_route(ranks), microbatches, costs, limit=memory, policy=Policy.drawn(random.Random(seed), ranks))
     assert schedule is not None
     check(schedule)
-    assert max(simulate(schedule, Costs(pair=0.8)).peak_activations) <= memory
+    assert max(simulate(schedule, costs).peak_activations) <= memory + 1e-9
 
 
 @given(schedule=schedules(names=("1f1b", "interleaved", "zb1p", "zbv", "dualpipe", "dualpipev"), most_ranks=6, most_microbatches=12))
@@ -122,6 +130,13 @@ def test_where_no_named_schedule_fits_one_is_built() -> None:
     found = search(4, 8, Costs(pair=0.8), memory=2.0, seconds=0.4)
     assert found.named is None
     assert max(found.simulation.peak_activations) <= 2.0
+
+
+@pytest.mark.parametrize("kept_for_weight", [2.0, 4.0])
+@pytest.mark.parametrize("memory", [4.0, 6.0])
+def test_put_off_weight_gradients_that_keep_more_stay_within_memory(memory: float, kept_for_weight: float) -> None:
+    found = search(4, 8, Costs(pair=0.75, kept_for_weight=kept_for_weight), memory=memory, seconds=0.3)
+    assert max(found.simulation.peak_activations) <= memory + 1e-9
 
 
 def test_too_little_memory_is_refused() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from quintet.cost.traffic import step_traffic
 from quintet.errors import SpecError
 from quintet.plan.eager_time import QUERY_BLOCK, core_work, eager_hop, eager_update
 from quintet.plan.estimate import estimate, terms
@@ -15,6 +16,7 @@ from quintet.plan.software import generation
 from quintet.spec import parse
 from quintet.spec.cluster import Calls, Cluster, Eager, as_tree, dumps, named, read
 from quintet.spec.layout import Layout
+from quintet.spec.run import Recompute
 
 FREE = Eager(**{field.name: Calls() for field in fields(Eager)})
 
@@ -65,7 +67,9 @@ def test_zero_reduces_once_a_step_or_once_a_micro_batch() -> None:
         estimate(laptop(Layout(dp=2, zero=zero)), cluster_with(gather=Calls(per_byte=1e-9))).step.weights  # type: ignore[arg-type]
         for zero in (1, 3)
     ]
-    assert gathered[1] == pytest.approx(8 * gathered[0])
+    a = laptop(Layout()).architecture
+    root = 2e-9 * a.vocab_size * a.hidden_size * (1 if a.tie_embeddings else 2) / 2  # embedding and head stay whole in a step
+    assert gathered[1] == pytest.approx(8 * gathered[0] - 7 * root)
 
 
 def test_attention_in_blocks_does_all_of_the_diagonal_ones() -> None:
@@ -105,3 +109,45 @@ def test_every_layout_of_two_ranks_has_a_positive_time_whose_terms_add_up() -> N
         assert found["time.total"] == pytest.approx(sum(parts.values()))
         assert found["time.total"] > 0
         assert all(value >= 0 for name, value in parts.items() if name != "time.overlap")
+
+
+LAYOUTS = [
+    Layout(dp=dp, tp=tp, cp=cp, ep=ep, expert_tp=split, zero=zero)
+    for dp, tp, cp, ep, split in (
+        (2, 1, 1, 1, 1),
+        (4, 1, 1, 4, 1),
+        (1, 2, 1, 1, 1),
+        (2, 2, 1, 2, 1),
+        (2, 2, 1, 2, 2),
+        (1, 1, 4, 2, 1),
+        (2, 2, 2, 4, 1),
+    )
+    for zero in (0, 1, 3)
+    if zero == 0 or dp > 1
+]
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_messages_are_those_that_cost_counts(layout: Layout, recompute: Recompute) -> None:
+    """With a second per byte of every message and nothing else, a step takes as many seconds as a rank sends bytes."""
+    run = parse.read(Path(__file__).parents[2] / "recipes" / "v3-16b.toml")
+    run = replace(run, layout=layout, train=replace(run.train, micro_batch=2, recompute=recompute))
+    setup = of_run(run, software=generation("eager"), batch_sequences=8, precision="bf16")
+    messages = dict.fromkeys(("gather", "scatter", "reduce", "exchange", "send"), Calls(per_byte=1.0))
+    planned = estimate(setup, cluster_with(layout.num_ranks, **messages)).seconds
+    counted = step_traffic(setup.model or run.model, run.train, layout, sequence_length=setup.sequence_length, batch_sequences=8)
+    besides = sum(counted.pop(axis) for axis in ("sequence", "dp", "world"))  # experts' counts and losses, a few KB
+    assert besides < 0.01 * planned
+    # Recomputation stops before the last sums of a block, which the plan sends again.
+    assert planned == pytest.approx(sum(counted.values()), rel=0.01 if recompute == "none" else 0.025)
+
+
+def test_a_message_between_stages_is_what_cost_counts() -> None:
+    run = parse.read(Path(__file__).parents[2] / "recipes" / "v3-16b.toml")
+    run = replace(run, layout=Layout(pp=4, dp=2, tp=2, schedule="1f1b"), train=replace(run.train, micro_batch=2))
+    setup = of_run(run, software=generation("eager"), batch_sequences=32, precision="bf16")
+    cluster = cluster_with(16, send=Calls(per_byte=1.0))
+    one = eager_hop(cluster, setup.tokens / 2 * setup.architecture.hidden_size * 2)
+    counted = step_traffic(run.model, run.train, run.layout, sequence_length=setup.sequence_length, batch_sequences=32)
+    assert counted["pp"] == setup.num_microbatches * one  # the first rank sends activations on, and no gradients

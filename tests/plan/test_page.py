@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from quintet.cli.main import main
 from quintet.plan.bound import lower_bound
 from quintet.plan.break_even import break_even
 from quintet.plan.costs import PRESETS, read
-from quintet.plan.simulate import simulate
+from quintet.plan.simulate import held_by, simulate
 from quintet.schedule import NAMES, build, check
+from quintet.schedule.held import peak
 from quintet.schedule.text import loads
+from quintet.spec import parse
 
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "pipeline.md").read_text()
 DRAWINGS = re.findall(r"^quintet (schedule .*) --svg docs/(images/\S+)$", PAGE, re.MULTILINE)
@@ -57,6 +60,19 @@ def test_the_table_of_deepseeks_costs_is_simulated() -> None:
         )
 
 
+def test_the_table_of_memory_is_that_of_the_recipe(root: Path) -> None:
+    rows = re.findall(r"^\| ([\w-]+) \| (\d+), (\d+) \| (\d+), (\d+) \| (\d+), (\d+) \|$", PAGE, re.MULTILINE)
+    run = parse.read(root / "recipes" / "v3-671b.toml")
+    assert {row[0] for row in rows} == set(NAMES)
+    for name, *shown in rows:
+        schedule, found = build(name, 16, 120), list[float]()
+        for recompute in ("none", "selective", "full"):
+            held = held_by(schedule, replace(run, train=replace(run.train, recompute=recompute)), sequence_length=4096)
+            kept = [peak(row, kept=held.kept, put_off=held.put_off) for row in schedule.table]
+            found += [max(kept) / 2**30, max(one + sum(states.values()) for one, states in zip(kept, held.states, strict=True)) / 2**30]
+        assert shown == [f"{one:.0f}" for one in found], name
+
+
 def test_the_schedule_that_was_found_beats_dualpipe_and_is_close_to_the_bound(root: Path) -> None:
     found = loads((root / "docs" / "images" / "found.json").read_text(), origin="found.json")
     costs = read("pair=0.75")
@@ -64,6 +80,19 @@ def test_the_schedule_that_was_found_beats_dualpipe_and_is_close_to_the_bound(ro
     dualpipe = simulate(build("dualpipe", 4, 16), costs)
     assert (step, dualpipe.makespan, lower_bound(found, costs, memory=5.0)) == (40.25, 41.0, 40.0)
     assert max(checked.peak_activations) == max(dualpipe.peak_activations) == 5
+
+
+@pytest.mark.parametrize(
+    ("file", "seconds", "kept"),
+    [("found_4x16_in_4", 46.25, 4.0), ("found_8x16_in_9", 45.75, 9.0), ("found_8x16_in_8", 48.125, 8.0), ("found_8x16_in_4.5", 68.9, 4.5)],
+)
+def test_the_found_schedules_of_the_benchmark_take_what_the_page_says(root: Path, file: str, seconds: float, kept: float) -> None:
+    schedule = loads((root / "benchmarks" / "schedules" / f"{file}.json").read_text(), origin=file)
+    check(schedule)
+    found = simulate(schedule, read("pair=0.75"))
+    assert (found.makespan, max(found.peak_activations)) == (pytest.approx(seconds, abs=0.05), kept)
+    row = rf"^\| {schedule.num_ranks}, 16 \| F = I = W, pairs 0.75 \| {kept:g} \| .* \| {seconds:g} s"
+    assert re.search(row, PAGE, re.MULTILINE)
 
 
 def test_the_break_evens_are_simulated() -> None:

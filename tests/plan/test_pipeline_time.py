@@ -14,6 +14,7 @@ from quintet.plan.simulate import simulate
 from quintet.plan.stages import StageTime
 from quintet.schedule import build
 from quintet.schedule.check import in_flight
+from quintet.schedule.held import peak
 from quintet.spec.layout import Layout
 
 
@@ -68,4 +69,9 @@ def test_micro_batches_in_flight_are_those_of_the_whole_schedule(name: str, rank
         schedule = build(name, ranks, microbatches, chunks=chunks)
     except SpecError:
         return
-    assert peaks_in_flight(name, ranks, microbatches, chunks) == in_flight(schedule)
+    stages = range(schedule.num_stages)
+    moments = peaks_in_flight(name, ranks, microbatches, chunks)
+    for put_off in (0.0, 0.5, 1.0, 2.5):  # of a micro-batch, beside one that is not
+        sizes = {"kept": dict.fromkeys(stages, 1.0), "put_off": dict.fromkeys(stages, put_off)}
+        assert [max(k + put_off * p for k, p in of_rank) for of_rank in moments] == [peak(row, **sizes) for row in schedule.table]
+    assert tuple(max(k + p for k, p in of_rank) for of_rank in moments) == in_flight(schedule)

@@ -97,7 +97,7 @@ def test_recomputation_that_is_not_told_is_as_much_as_memory_asks_for() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"hidden": ""}, "no shape"),
+        ({"hidden": "", "model": "Palm"}, "no shape"),
         ({"model": "Nemotron-H-56B (hybrid Mamba)"}, "hybrid models are not modelled"),
         ({"global_batch": ""}, "a pipeline without its global batch"),
         ({"num_gpus": "60"}, "its degrees do not divide its devices"),
@@ -116,6 +116,29 @@ def test_a_file_that_is_no_table_is_refused(tmp_path: Path) -> None:
     path.write_text("a,b\n1,2\n")
     with pytest.raises(UsageError, match="lacks gpu, hidden, layers, model, num_gpus"):
         read(path)
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters", "active"),
+    [
+        ("Mixtral-8x7B", 46.7e9, 12.9e9),
+        ("Mixtral-8x22B", 141e9, 39e9),
+        ("Qwen3-235B-A22B", 235e9, 22e9),
+        ("gpt-oss-120b", 116.8e9, 5.1e9),
+        ("DeepSeek-V2", 236e9, 21e9),
+        ("Kimi-K2", 1.04e12, 32.6e9),
+        ("Llama-4-Maverick-400B", 400e9, 17e9),
+        ("Qwen2.5-32B", 32.5e9, 32.5e9),
+    ],
+)
+def test_a_public_models_shape_is_known_where_its_columns_are_blank(model: str, parameters: float, active: float) -> None:
+    shape = ("hidden", "layers", "heads", "kv_heads_or_mla", "ffn", "vocab", "experts", "topk", "moe_ffn")
+    blank = dict.fromkeys((*shape, "total_params_b"), "")
+    found = published(row(**blank, model=model, gpu="B200", tp="1", pp="1", vpp="", cp="1", ep="8")).setup.architecture
+    assert found.parameters == pytest.approx(parameters, rel=0.06)
+    beside = found.attention_flops(keys=4096) * found.num_layers + 2 * found.vocab_size * found.hidden_size
+    used = (found.flops_per_token(sequence_length=8192, mtp=False) / 3 - beside) / 2 + 2 * found.vocab_size * found.hidden_size
+    assert used == pytest.approx(active, rel=0.13)  # some count the input embedding, some do not
 
 
 def test_errors_on_published_runs_stay_within_what_the_docs_say(tmp_path: Path) -> None:

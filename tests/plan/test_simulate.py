@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pytest import approx
 
+from quintet.cost.memory import step_memory
+from quintet.errors import SpecError
 from quintet.plan.costs import DEEPSEEK_V3, Costs, Layer
 from quintet.plan.formulas import formula
-from quintet.plan.simulate import Simulation, simulate
+from quintet.plan.simulate import Simulation, held_by, simulate
 from quintet.schedule import NAMES, build
+from quintet.schedule.held import peak
+from quintet.spec import parse
+from quintet.spec.layout import PipelineName
 
 
 def simulated(name: str, ranks: int, microbatches: int, costs: Costs) -> Simulation:
@@ -144,6 +150,46 @@ def test_what_an_input_gradient_frees_is_counted_at_once() -> None:
     assert max(simulated("zb1p", 4, 8, Costs(kept_for_weight=1.0)).peak_activations) == approx(4.0)
     # The last rank keeps one forward and three halves.
     assert simulated("zb1p", 4, 8, Costs(kept_for_weight=0.5)).peak_activations == approx([4.0, 3.5, 3.0, 2.5])
+
+
+def test_peak_memory_adds_what_is_there_all_the_time_and_dualpipe_holds_it_twice_but_for_the_optimizer() -> None:
+    costs = Costs(weight_bytes=2.0, gradient_bytes=4.0, optimizer_bytes=12.0)
+    plain, dual = simulated("1f1b", 4, 8, costs), simulated("dualpipe", 4, 8, costs)
+    assert plain.peak_memory == approx([18 + kept for kept in (4, 3, 2, 1)])
+    assert dual.held.states[0] == {"weights": 4.0, "gradients": 8.0, "optimizer": 12.0}
+    assert max(dual.peak_memory) == approx(2 * 2 + 2 * 4 + 12 + 5)
+
+
+def test_uneven_stages_hold_uneven_states() -> None:
+    found = simulated("gpipe", 2, 3, Costs(profile=(1.0, 3.0), weight_bytes=100.0, activation_bytes=0.0))
+    assert found.peak_memory == approx([50.0, 150.0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_by_a_recipe_every_rank_keeps_what_cost_says_of_its_place(name: PipelineName) -> None:
+    run = parse.read(Path(__file__).parents[2] / "recipes" / "v3-16b.toml")
+    found = held_by(build(name, 4, 8), run, sequence_length=4096)
+    layout = replace(run.layout, pp=4, schedule=name)
+    for place in range(4):
+        counted = step_memory(run.model, run.train, sequence_length=4096, layout=layout, place=place, moments=run.optimizer.moments)
+        kept = peak(build(name, 4, 8).table[place], kept=found.kept, put_off=found.put_off)
+        assert (sum(found.states[place].values()) + kept, kept) == (counted.total, counted.activations)
+
+
+def test_where_layers_are_recomputed_putting_weights_off_keeps_what_recomputing_freed() -> None:
+    run = parse.read(Path(__file__).parents[2] / "recipes" / "v3-16b.toml")
+    full = replace(run, train=replace(run.train, recompute="full"))
+    held = held_by(build("zb1p", 4, 8), full, sequence_length=4096)
+    assert held.put_off[1] > 5 * held.kept[1]
+
+
+def test_a_schedule_whose_stages_no_layout_has_is_refused() -> None:
+    run = parse.read(Path(__file__).parents[2] / "recipes" / "v3-16b.toml")
+    odd = replace(build("1f1b", 2, 2), routes=((1, 0),), table=build("1f1b", 2, 2).table[::-1])
+    with pytest.raises(SpecError, match=r"1f1b has its stages on the ranks \[\[1, 0\]\], which no layout has"):
+        held_by(odd, run, sequence_length=4096)
+    with pytest.raises(SpecError, match=r"must be at most model\.num_layers"):
+        held_by(build("zbv", 64, 2), run, sequence_length=4096)
 
 
 def test_64_ranks_and_1024_microbatches_take_less_than_two_seconds() -> None:

@@ -13,6 +13,7 @@ from quintet.spec.run import Checkpoint, Data, Evaluation, Monitor, Optimizer, P
 
 names = st.from_regex(r"[a-zA-Z0-9_-]{1,12}", fullmatch=True)
 texts = st.text(st.characters(codec="utf-8"), max_size=20)
+folders = st.text(st.characters(codec="utf-8", min_codepoint=1), min_size=1, max_size=20).filter(str.strip)
 positive_floats = st.floats(min_value=1e-9, max_value=1e9)
 shares = st.floats(min_value=0.0, max_value=1.0)
 
@@ -140,7 +141,7 @@ sources = st.builds(
 data = st.builds(
     Data,
     sources=st.lists(sources, min_size=1, max_size=3, unique_by=lambda source: source.name).map(tuple),
-    directory=texts,
+    directory=folders,
     tokenizer=st.none() | texts,
     held_out=shares,
     fim_rate=shares,
@@ -160,6 +161,7 @@ trains = st.builds(
     compile=st.booleans(),
     device=st.sampled_from(["auto", "cpu", "cuda"]),
     num_threads=st.none() | small(1, 4096),
+    arrival_timeout=st.none() | positive_floats,
 )
 
 
@@ -180,6 +182,6 @@ def runs(draw: st.DrawFn) -> Run:
         checkpoint=draw(st.builds(Checkpoint, every=optional_counts, keep_last=small(1, 9), keep_every=optional_counts)),
         monitor=draw(st.builds(Monitor, live=st.booleans(), prompts=st.lists(texts, max_size=3).map(tuple))),
         layout=draw(layouts(model, [phase.sequence_length for phase in curriculum])),
-        directory=draw(texts),
+        directory=draw(folders),
         seed=draw(small(0, 2**63 - 1)),
     )

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from quintet.errors import SpecError
 from quintet.spec import parse
-from quintet.spec.layout import GROUPS, HOLDERS, Layout, broken_rules, fewer_ranks, nearest_legal, require_legal, without_effect
+from quintet.spec.layout import ARRANGEMENT, GROUPS, HOLDERS, Layout, broken_rules, without_effect
+from quintet.spec.legal import fewer_ranks, nearest_legal, require_legal
 from quintet.spec.model import Model
 from quintet.spec.placement import Box, is_expert, local_box, placement
 from tests.spec.strategies import layouts, models
@@ -112,10 +113,19 @@ def test_an_illegal_layout_is_refused_with_the_rule_the_values_and_legal_ones(la
 @settings(max_examples=15)
 @given(models(), st.integers(1, 64), st.data())
 def test_what_is_proposed_instead_is_legal(model: Model, length: int, data: Any) -> None:
-    degrees = data.draw(st.fixed_dictionaries({name: st.integers(1, 12) for name in ("dp", "tp", "pp", "ep", "cp")}))
-    layout = Layout(**degrees)
-    for other in nearest_legal(layout, model, [length]):
+    degrees = data.draw(st.fixed_dictionaries({name: st.integers(1, 12) | st.integers(1, 1000) for name in ("dp", "tp", "pp", "ep", "cp")}))
+    others = data.draw(st.fixed_dictionaries({name: st.integers(1, 8) for name in ("expert_tp", "zero_ranks", "node_size", "chunks")}))
+    layout = Layout(**degrees, **others, zero=data.draw(st.sampled_from([0, 1, 2, 3])), schedule=data.draw(st.sampled_from([*ARRANGEMENT])))
+    near = nearest_legal(layout, model, [length])
+    assert near
+    for other in near:
         assert broken_rules(other, model, [length]) == []
+
+
+def test_far_from_anything_legal_a_layout_is_still_proposed_on_the_nearest_degrees() -> None:
+    near = nearest_legal(Layout(dp=1000, tp=100, ep=60, expert_tp=3, zero=3, zero_ranks=7), V3, [4096])
+    assert near and all(broken_rules(other, V3, [4096]) == [] for other in near)
+    assert all(other.tp in (64, 128) and other.ep in (32, 64) and other.dp in range(900, 1100) for other in near)
 
 
 def test_the_published_and_the_largest_layouts_are_legal() -> None:

@@ -55,8 +55,18 @@ def test_what_a_recipe_leaves_out_has_a_default(recipe: Tree) -> None:
         (lambda r: r["data"]["sources"][0].update(wieght=1.0), "unknown key 'data.sources[0].wieght' (did you mean 'weight'?)"),
         (lambda r: r["phases"][0].update(zzz=1), "unknown key 'phases[0].zzz'; known here: name, length"),
         (lambda r: r["phases"][0].update(bach=["2"]), "unknown key 'phases[0].bach' (did you mean 'batch'?)"),
-        (lambda r: r["model"].update(hidden_size="2"), "model.hidden_size: Expected `int`, got `str`"),
-        (lambda r: r["model"].update(hidden_size=2.0), "model.hidden_size: Expected `int`, got `float`"),
+        (lambda r: r["model"].update(hidden_size="2"), "model.hidden_size: Expected `int`, got `str`; write it as 2"),
+        (lambda r: r["model"].update(hidden_size=2.0), "model.hidden_size: Expected `int`, got `float`; write it as 2"),
+        (lambda r: r["model"].update(hidden_size=2.5), "model.hidden_size: Expected `int`, got `float`"),
+        (lambda r: r["model"].update(rope_theta="1e4"), "model.rope_theta: Expected `float`, got `str`; write it as 10000.0"),
+        (lambda r: r["model"].update(vocab_size=2**40), "model: vocab_size (1099511627776) must be at most 2147483647"),
+        (lambda r: r["model"].update(yarn={"beta_fast": float("nan")}), "yarn.beta_fast (nan) must be finite and not negative"),
+        (lambda r: r["phases"][0].update(length=10), 'phases[0].length: Expected `str`, got `int`; write it as "10 steps"'),
+        (lambda r: r["phases"][0].update(batch=["1e30"]), "phase 'only', batch ['1e30'] must lie between 1 and 1000000000 sequences"),
+        (lambda r: r["data"].update(directory=" "), "data: directory (' ') names no folder; name one, such as prepared/mine"),
+        (lambda r: r.update(directory=""), "recipe: directory ('') names no folder; name one, such as runs"),
+        (lambda r: r.update(name="é" * 101), "(202 bytes) must have at most 200: it is a directory's name, too"),
+        (lambda r: r.update(train={"arrival_timeout": 0.0}), "train: arrival_timeout (0.0) must be larger than 0 and finite"),
         (lambda r: r["model"].update(tie_embeddings=1), "model.tie_embeddings: Expected `bool`, got `int`"),
         (lambda r: r["phases"][0].update(batch=16), 'phases[0].batch: Expected `array`, got `int`; write batch = ["16"]'),
         (lambda r: r["phases"][0].update(batch=[16]), 'phases[0].batch[0]: Expected `str`, got `int`; write it as "16"'),
@@ -67,8 +77,8 @@ def test_what_a_recipe_leaves_out_has_a_default(recipe: Tree) -> None:
         (lambda r: r["data"]["sources"][0].update(domain="poems"), "data.sources[0].domain: Invalid enum value 'poems'"),
         (lambda r: r.update(train={"precision": "fp8"}), "train.precision: Invalid enum value 'fp8'"),
         (lambda r: r.update(model=[]), "model: Expected `object`, got `array`"),
-        (lambda r: r["model"].pop("hidden_size"), "model: Object missing required field `hidden_size`"),
-        (lambda r: r.pop("data"), "recipe: Object missing required field `data`"),
+        (lambda r: r["model"].pop("hidden_size"), "Object missing required field `hidden_size`; add hidden_size = ... under [model]"),
+        (lambda r: r.pop("name"), "recipe: Object missing required field `name`; add name = ..."),
         (lambda r: r["model"].update(num_heads=0), "model: num_heads (0) must be larger than 0"),
         (lambda r: r["phases"][0].update(batch=["soon"]), "phases[0]: phase 'only', batch: 'soon' is not a piece of a curve"),
         (lambda r: r.update(seed=-1), "recipe: seed (-1) must lie between 0 and 2^63 - 1"),
@@ -130,6 +140,22 @@ def test_broken_toml_and_bytes_that_are_no_text_are_usage_errors(tmp_path: Path)
         parse.read(path)
     with pytest.raises(UsageError, match=r"cannot read the recipe .*: it is a folder; recipes in it: .*broken\.toml"):
         parse.read(tmp_path)
+
+
+def test_a_byte_order_mark_and_line_ends_of_windows_change_nothing(tmp_path: Path, recipe: Tree) -> None:
+    run, path = parse.build(recipe, origin="tiny.toml"), tmp_path / "windows.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + parse.dumps(run).replace("\n", "\r\n").encode())
+    assert parse.read(path) == run
+
+
+def test_text_in_another_encoding_or_nested_without_end_is_a_usage_error(tmp_path: Path) -> None:
+    path = tmp_path / "odd.toml"
+    path.write_text('name = "x"', encoding="utf-16")
+    with pytest.raises(UsageError, match=r"cannot read the recipe .*; save it as UTF-8"):
+        parse.read(path)
+    path.write_text(f"x = {'[' * 5000}{']' * 5000}")
+    with pytest.raises(UsageError, match="nested hundreds of levels deep"):
+        parse.read(path)
 
 
 def test_a_folder_without_recipes_says_so(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ RUN = Run(name="tiny", model=MODEL, data=DATA, phases=(PHASE,))
         (MODEL, {"num_layers": 10**9}, "num_layers (1000000000) must be at most 10000"),
         (PHASE, {"length": "5%"}, "phase 'only': length '5%' must be at least '1 steps' or '1 tokens'"),
         (PHASE, {"length": "0 steps"}, "phase 'only': length '0 steps' must be at least '1 steps' or '1 tokens'"),
-        (PHASE, {"batch": ("linear from 0 to 9",)}, "phase 'only', batch must be at least 1 sequence"),
+        (PHASE, {"batch": ("linear from 0 to 9",)}, "phase 'only', batch ['linear from 0 to 9'] must lie between 1 and"),
         (PHASE, {"learning_rate": ("-1",)}, "phase 'only', learning_rate goes below 0"),
         (PHASE, {"mtp_weight": ("no",)}, "phase 'only', mtp_weight: 'no' is not a piece of a curve"),
         (Train(), {"micro_batch": 0}, "micro_batch (0) must be larger than 0"),

@@ -113,3 +113,13 @@ def test_a_folder_of_text_without_shards_yet_is_no_obstacle(run: Run, tmp_path: 
     sources = tuple(replace(source, paths=(str(folder),)) for source in run.data.sources)
     assert refusals(replace(run, data=replace(run.data, sources=sources, directory=str(tmp_path / "new" / "prepared")))) == []
     assert not (tmp_path / "new").exists()
+
+
+def test_adaptive_without_stages_or_without_checkpoints_amid_the_run_is_told(run: Run) -> None:
+    adaptive = replace(run, train=replace(run.train, adaptive=True))
+    (told,) = doubts(adaptive)
+    assert told == "train.adaptive has no effect: it evens out the stages of a pipeline, and layout.pp is 1"
+    staged = replace(adaptive, layout=Layout(pp=2, schedule="1f1b"))
+    (told,) = doubts(staged)
+    assert "it acts at checkpoints amid the run, and checkpoint.every is absent" in told
+    assert doubts(replace(staged, checkpoint=replace(run.checkpoint, every=5))) == []

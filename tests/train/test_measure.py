@@ -12,7 +12,8 @@ from quintet.plan.setup import of_run
 from quintet.plan.software import generation
 from quintet.spec import parse
 from quintet.spec.cluster import Calls, read
-from quintet.train.measure import LENGTHS, Sample, _through, fit
+from quintet.train.measure import LENGTHS, _through
+from quintet.train.stopwatch import Sample, fit
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "laptop.toml"
 

@@ -1,0 +1,1 @@
+"""From text to token sequences; only `loader` imports torch, so nothing is gathered here."""

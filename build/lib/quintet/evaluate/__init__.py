@@ -1,0 +1,1 @@
+"""Measuring a trained model: perplexity by source and domain."""

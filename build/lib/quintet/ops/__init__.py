@@ -1,0 +1,1 @@
+"""Numerical operations, each fast path beside its slow reference."""

@@ -1,0 +1,1 @@
+"""What a pipeline would do, computed without running it."""
