@@ -14,7 +14,6 @@ What it cannot show: numbers and rules of CUDA's own kernels (grouped products' 
 
 from __future__ import annotations
 
-import itertools
 import os
 import queue
 import sys
@@ -29,12 +28,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # which modes would import in every child
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from quintet.parallel import collectives
 
@@ -53,6 +52,7 @@ WAITING = {
 }
 """Operations whose result, or its size, the host must know before it can go on."""
 TAKES_INDICES = {aten.index, aten.index_put_, aten.index_put, aten._index_put_impl_}
+TAKES_SCALARS = {aten.fill_, aten.masked_fill, aten.masked_fill_}
 SENDABLE = {getattr(torch, name) for name in "int8 uint8 int32 int64 float16 bfloat16 float32 float64 bool".split()}
 
 
@@ -64,6 +64,7 @@ class OnDevice(torch.Tensor):
     """A tensor on `cuda`; `held` is one on the CPU over the same memory."""
 
     held: Tensor
+    _index: int
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
@@ -73,18 +74,18 @@ class OnDevice(torch.Tensor):
         made: OnDevice = torch.Tensor._make_subclass(
             cls, held, False, dispatch_device=True, device_for_backend_keys=torch.device("cuda", index)
         )
-        made.held, made._index = held, index  # type: ignore[attr-defined]
+        made.held, made._index = held, index
         return made
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
-        return torch.device("cuda", self._index)  # type: ignore[attr-defined]
+        return torch.device("cuda", self._index)
 
-    is_cuda = property(lambda self: True)  # type: ignore[assignment]
-    is_cpu = property(lambda self: False)  # type: ignore[assignment]
+    is_cuda = property(lambda self: True)
+    is_cpu = property(lambda self: False)
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         return self.detach()
 
     @data.setter
@@ -92,7 +93,7 @@ class OnDevice(torch.Tensor):
         if not isinstance(value, OnDevice):
             raise DeviceMix(f"the data of a tensor on {self.device} set to one on {value.device}")
         torch._C.TensorBase.data.__set__(self, value)  # type: ignore[attr-defined]
-        self.held, self._index = value.held, value._index  # type: ignore[attr-defined]
+        self.held, self._index = value.held, value._index
 
     def numpy(self, *args: Any, **named: Any) -> Any:
         raise DeviceMix(f"can't convert {self.device} device type tensor to numpy; copy it to the host first")
@@ -107,7 +108,7 @@ class OnDevice(torch.Tensor):
         return format(self.item(), spec) if self.ndim == 0 else object.__format__(self, spec)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         assert _here is not None, "a tensor of a device that is no more"
         return _here.run(func, args, kwargs or {})
 
@@ -120,7 +121,7 @@ class _Generator(torch.Generator):
         made.kind = torch.device(device)  # type: ignore[attr-defined]
         return made
 
-    device = property(lambda self: self.kind)  # type: ignore[assignment]
+    device = property(lambda self: self.kind)
 
 
 _here: Accelerator | None = None
@@ -134,6 +135,8 @@ class Accelerator(TorchDispatchMode):
         self.count, self.current = count, 0
         self.within = False
         """Whether torch itself is at work on tensors of the device: what it makes then lies there."""
+        self.pinned = 0
+        """Tensors of pinned memory on the host."""
         self.generator = torch.Generator().manual_seed(0)
         self.syncs: Counter[str] = Counter()
         self.uploads: Counter[str] = Counter()
@@ -157,11 +160,13 @@ class Accelerator(TorchDispatchMode):
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """An operation, on the host's memory, by the rules of devices."""
-        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
-        indices = {each._index for each in given if isinstance(each, OnDevice)}  # type: ignore[attr-defined]
+        given = [each for each in _leaves((args, *kwargs.values())) if isinstance(each, Tensor)]
+        indices = {each._index for each in given if isinstance(each, OnDevice)}
         wanted = kwargs.get("device")
-        if wanted is None and not given and self.within:
-            wanted = kwargs["device"] = torch.device("cuda", self.current)
+        if kwargs.get("pin_memory"):
+            self.pinned, kwargs = self.pinned + 1, {**kwargs, "pin_memory": False}
+        if self.within and (indices or not given):
+            wanted = None if indices else torch.device("cuda", self.current)
         if not indices and (wanted is None or torch.device(wanted).type != "cuda"):
             return func(*args, **kwargs)
         place = min(indices) if indices else self._index(wanted)
@@ -171,8 +176,7 @@ class Accelerator(TorchDispatchMode):
         if func is aten._fused_sdp_choice.default:
             return 0  # as written: the fused kernels are CUDA's
         named = {name: torch.device("cpu") if name == "device" and value is not None else value for name, value in kwargs.items()}
-        named = {name: False if name == "pin_memory" else value for name, value in named.items()}
-        args, named = tree_map(_held, (args, named))
+        args, named = _map(_held, args), {name: _map(_held, value) for name, value in named.items()}
         with self._randomness(func, named):
             out = func(*args, **named)
         if func is aten._grouped_mm.default and out.ndim == 2:
@@ -187,7 +191,7 @@ class Accelerator(TorchDispatchMode):
             known = originals.get(id(each))
             return OnDevice(each, place) if known is None else known
 
-        return given[0] if func.overloadpacket is aten.copy_ else tree_map(wrapped, out)
+        return given[0] if func.overloadpacket is aten.copy_ else _map(wrapped, out)
 
     def _index(self, device: Any) -> int:
         index = torch.device(device).index
@@ -205,7 +209,8 @@ class Accelerator(TorchDispatchMode):
         strangers = [each for each in given if not isinstance(each, OnDevice)]
         if packet in TAKES_INDICES:
             strangers = [each for each in strangers if each is args[0] or (len(args) > 2 and each is args[2] and each.ndim)]
-        if torch.Tag.pointwise in func.tags and isinstance(given[0], OnDevice) | (func._schema.name[-1] != "_"):
+        into_host = func._schema.name[-1] == "_" and not isinstance(given[0], OnDevice)
+        if (torch.Tag.pointwise in func.tags or packet in TAKES_SCALARS) and not into_host:
             strangers = [each for each in strangers if each.ndim]
         if (strangers and indices) or len(indices) > 1:
             told = ", ".join(f"{each.device} {list(each.shape)}" for each in given)
@@ -252,10 +257,10 @@ class _Indexed(TorchFunctionMode):
             return self._to(func, *args, **named)
         if func is torch.Tensor.new_tensor:
             return self._to(torch.Tensor.to, torch.tensor(args[1], dtype=named.get("dtype", args[0].dtype)), args[0].device)
-        on_device = any(isinstance(each, OnDevice) for each in tree_leaves((args, named)))
+        on_device = any(isinstance(each, OnDevice) for each in _leaves((args, *named.values())))
         if named.get("generator") is not None and (named["generator"].device.type == "cuda") != on_device:
             raise DeviceMix(f"{func.__name__} with a generator of {named['generator'].device}: it must be of the tensor's device")
-        before, self.here.within = self.here.within, on_device
+        before, self.here.within = self.here.within, on_device and named.get("device") is None
         try:
             if named.get("device") is not None:
                 device = named["device"] = self._full(named["device"])
@@ -274,7 +279,11 @@ class _Indexed(TorchFunctionMode):
         device = self._full(tensor.device if device is None else device)
         if device == tensor.device and dtype in (None, tensor.dtype) and not named.get("copy"):
             return tensor
-        return aten._to_copy.default(tensor, device=device, dtype=dtype)  # type: ignore[no-any-return]
+        before, self.here.within = self.here.within, False
+        try:
+            return aten._to_copy.default(tensor, device=device, dtype=dtype)  # type: ignore[no-any-return]
+        finally:
+            self.here.within = before
 
     def _full(self, device: Any) -> torch.device:
         device = torch.device(device)
@@ -289,12 +298,25 @@ def poison(tensor: Tensor) -> None:
         tensor.fill_(torch.iinfo(tensor.dtype).max // 3)
 
 
+def _leaves(value: Any) -> Iterator[Any]:
+    """What lies in lists and tuples."""
+    if isinstance(value, list | tuple):
+        for each in value:
+            yield from _leaves(each)
+    else:
+        yield value
+
+
+def _map(change: Callable[[Any], Any], value: Any) -> Any:
+    return type(value)(_map(change, each) for each in value) if isinstance(value, list | tuple) else change(value)
+
+
 def _held(each: Any) -> Any:
     return each.held if isinstance(each, OnDevice) else each
 
 
 def _check_grouped(*tensors: Tensor) -> None:
-    """The strides and types that CUDA's kernel takes, as torch's own rule for tensors without values has them; and what it says of memory."""
+    """The strides and types that CUDA's kernel takes, by torch's own rule for tensors without values; and the addresses."""
     if tensors[0].dtype != torch.bfloat16:
         return  # a loop on the device
     meta = [torch.empty_strided(each.shape, each.stride(), dtype=each.dtype, device="meta") for each in map(_held, tensors)]
@@ -379,12 +401,13 @@ def _in_a_thread(work: Callable[[], Any], here: Accelerator) -> Any:
 class _Work:
     """A message under way."""
 
-    def __init__(self, what: str, sent: Sequence[OnDevice]) -> None:
-        self.what, self.sent = what, [(each, each._version) for each in sent]
-        self.done, self.error = threading.Event(), None
+    def __init__(self, what: str, sent: Sequence[OnDevice], seconds: float) -> None:
+        self.what, self.seconds, self.sent = what, seconds, [(each, each._version) for each in sent]
+        self.done = threading.Event()
+        self.error: BaseException | None = None
 
     def wait(self, timeout: object = None) -> bool:
-        if not self.done.wait(30):
+        if not self.done.wait(self.seconds):
             raise RuntimeError(f"NCCL: {self.what} timed out: the ranks ask for messages in different orders")
         if self.error is not None:
             raise self.error
@@ -401,15 +424,16 @@ class _Work:
 class _Stream:
     """The messages of a process group, one after the other, in a thread of its own over a gloo group of its own."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, seconds: float) -> None:
+        self.seconds = seconds
         store = PrefixStore(f"device/{group.group_name}", _get_default_store())
-        self.gloo = dist.ProcessGroupGloo(store, group.rank(), group.size(), timedelta(seconds=60))  # type: ignore[attr-defined]
+        self.gloo = dist.ProcessGroupGloo(store, group.rank(), group.size(), timedelta(seconds=seconds + 5))
         self._asked: queue.SimpleQueue[tuple[Callable[[Any], list[Any]], _Work]] = queue.SimpleQueue()
         threading.Thread(target=self._run, daemon=True).start()
 
     def ask(self, what: str, call: Callable[[Any], list[Any]], sent: Sequence[OnDevice]) -> _Work:
         """`call` gets the gloo group and returns what to wait for, when it is its turn."""
-        work = _Work(what, sent)
+        work = _Work(what, sent, self.seconds)
         self._asked.put((call, work))
         return work
 
@@ -427,31 +451,30 @@ class _Stream:
 class Messages:
     """The functions of torch.distributed that the package calls, with NCCL for tensors of the device."""
 
-    def __init__(self, here: Accelerator) -> None:
-        self.here = here
+    def __init__(self, here: Accelerator, seconds: float) -> None:
+        self.here, self.seconds = here, seconds
         self._streams: dict[str, _Stream] = {}
 
     def _start(
         self, what: str, call: Callable[[Any], list[Any]], group: dist.ProcessGroup, *, sent: list[Tensor], received: list[Tensor]
     ) -> _Work:
-        here, ours = int(os.environ.get("LOCAL_RANK", "0")), list[OnDevice]()
+        own = int(os.environ.get("LOCAL_RANK", "0"))
         for each in (*sent, *received):
             if not isinstance(each, OnDevice):
-                raise DeviceMix(f"NCCL: {what} of a tensor on {each.device}, but No backend type associated with device type cpu")
-            if each.device.index != here:
-                raise DeviceMix(f"NCCL: {what} of rank {here} from {each.device}: set_device comes before the first tensor")
+                raise DeviceMix(f"NCCL: {what} of a tensor on {each.device}: no backend for it in a group of the device")
+            if each.device.index != own:
+                raise DeviceMix(f"NCCL: {what} of rank {own} from {each.device}: set_device comes before the first tensor")
             if not each.is_contiguous() or each.dtype not in SENDABLE:
-                raise DeviceMix(f"NCCL: {what} of {each.dtype} {list(each.shape)} with strides {each.stride()}: must be contiguous")
+                raise DeviceMix(f"NCCL: {what} of {each.dtype} {list(each.shape)}, strides {each.stride()}: a type or strides it has not")
         ours = [each for each in sent if isinstance(each, OnDevice)]
-        places = {(each.untyped_storage().data_ptr(), each.storage_offset()) for each in ours}
+        taken = {each.untyped_storage().data_ptr() for each in ours}
         for each in received:
-            inside = [storage for storage, _ in places if storage == each.untyped_storage().data_ptr()]
-            if not inside:
+            if each.untyped_storage().data_ptr() not in taken:
                 poison(_held(each))
         self.here.num_messages[what] += 1
-        stream = self._streams.setdefault(group.group_name, None) or self._streams.__setitem__(group.group_name, _Stream(group))  # type: ignore[arg-type, func-returns-value]
-        stream = stream or self._streams[group.group_name]
-        return stream.ask(what, call, ours)
+        if group.group_name not in self._streams:
+            self._streams[group.group_name] = _Stream(group, self.seconds)
+        return self._streams[group.group_name].ask(what, call, ours)
 
     def _host(self, what: str, tensor: Tensor) -> bool:
         if isinstance(tensor, OnDevice):
@@ -460,7 +483,7 @@ class Messages:
         return True
 
     def all_reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM, *, group: Any = None, async_op: bool = False) -> Any:
-        options = dist.AllreduceOptions()  # type: ignore[attr-defined]
+        options = dist.AllreduceOptions()
         options.reduceOp = op
         return self._ended(
             self._start("all_reduce", lambda gloo: [gloo.allreduce([_held(tensor)], options)], _of(group), sent=[tensor], received=[]),
@@ -479,7 +502,7 @@ class Messages:
         terms = torch.empty_like(_held(whole))
 
         def call(gloo: Any) -> list[Any]:
-            gloo.alltoall_base(terms, _held(whole), [], [], dist.AllToAllOptions()).wait()  # type: ignore[attr-defined]
+            gloo.alltoall_base(terms, _held(whole), [], [], dist.AllToAllOptions()).wait()
             _held(out).copy_(terms.view(group.size(), *out.shape).sum(0))
             return []
 
@@ -497,7 +520,7 @@ class Messages:
             raise DeviceMix(f"NCCL: all_to_all of {len(rows)} rows as {send} into {len(out)} as {receive}")
 
         def call(gloo: Any) -> list[Any]:
-            return [gloo.alltoall_base(_held(out), _held(rows), receive or [], send or [], dist.AllToAllOptions())]  # type: ignore[attr-defined]
+            return [gloo.alltoall_base(_held(out), _held(rows), receive or [], send or [], dist.AllToAllOptions())]
 
         return self._ended(self._start("all_to_all", call, _of(group), sent=[rows], received=[out]), async_op)
 
@@ -505,10 +528,10 @@ class Messages:
         """One work for all, as NCCL has it."""
         group = operations[0].group
         assert group is not None and all(each.group is group for each in operations)
-        tags = itertools.count()
+        if any(each.group_peer == group.rank() for each in operations):
+            raise ValueError("a message to oneself")  # torch refuses it
 
         def call(gloo: Any) -> list[Any]:
-            del tags
             return [
                 gloo.send([_held(each.tensor)], each.group_peer, 0)
                 if each.op is dist.isend
@@ -531,13 +554,12 @@ def _of(group: Any) -> Any:
 
 
 @contextmanager
-def nccl(here: Accelerator) -> Iterator[Messages]:
-    """Messages of tensors of the device go by an emulated NCCL; those of the host as torch sends them."""
-    messages = Messages(here)
-    began: list[str] = []
+def nccl(here: Accelerator, *, seconds: float = 60) -> Iterator[Messages]:
+    """Messages of tensors of the device go by an emulated NCCL, which gives up after so many seconds; those of the host as torch sends
+    them."""
+    messages = Messages(here, seconds)
 
     def init(backend: str, **named: Any) -> None:
-        began.append(backend)
         if "nccl" not in backend:
             raise DeviceMix(f"process groups of {backend!r} take no tensors of CUDA")
         real_init("gloo", **named)

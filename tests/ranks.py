@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import socket
 import tempfile
 import time
 import traceback
@@ -18,13 +19,15 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 
-def on_ranks(count: int, work: Callable[[int], T], *, seconds: float = 120) -> list[T]:
+def on_ranks(count: int, work: Callable[[int], T], *, seconds: float = 120, joined: bool = True) -> list[T]:
     """`[work(rank) for rank in range(count)]`, each in a process of its own; an AssertionError shows the trace of each that failed.
+    Those that are not `joined` find what a launcher tells them, and no process group.
 
     The children inherit everything by fork, so `work` may be a closure; what it returns is sent back (by pickle, from our own child).
     """
     with tempfile.TemporaryDirectory() as folder:
-        children = [_fork(rank, count, work, Path(folder), seconds) for rank in range(count)]
+        port = _free_port()
+        children = [_fork(rank, count, work, Path(folder), seconds, None if joined else port) for rank in range(count)]
         ended = _wait(children, time.monotonic() + seconds)
         failed = [path.read_text() for rank in range(count) if (path := Path(folder) / f"{rank}.trace").exists()]
         assert not failed, "\n".join(failed)
@@ -33,17 +36,27 @@ def on_ranks(count: int, work: Callable[[int], T], *, seconds: float = 120) -> l
         return [pickle.loads((Path(folder) / f"{rank}.result").read_bytes()) for rank in range(count)]
 
 
-def _fork(rank: int, count: int, work: Callable[[int], Any], folder: Path, seconds: float) -> int:
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _fork(rank: int, count: int, work: Callable[[int], Any], folder: Path, seconds: float, port: int | None) -> int:
     child = os.fork()
     if child:
         return child
     try:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-        store = dist.FileStore(str(folder / "store"), count)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=timedelta(seconds=seconds))
+        if port is None:
+            store = dist.FileStore(str(folder / "store"), count)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=timedelta(seconds=seconds))
+        else:
+            os.environ |= {"LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         result = pickle.dumps(work(rank))
-        dist.barrier()
-        dist.destroy_process_group()
+        if port is None:
+            dist.barrier()
+            dist.destroy_process_group()
         (folder / f"{rank}.part").write_bytes(result)
         (folder / f"{rank}.part").rename(folder / f"{rank}.result")
     except BaseException:

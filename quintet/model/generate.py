@@ -49,8 +49,8 @@ def generate(
         )
     if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise UsageError(f"temperature ({temperature}) must be finite and at least 0, and top_p ({top_p}) above 0 and at most 1")
-    if int(prompt.max()) >= model.model.vocab_size:
-        raise UsageError(f"token {int(prompt.max())} of the prompt lies outside the model's vocabulary of {model.model.vocab_size}")
+    if (largest := int(prompt.max())) >= model.model.vocab_size:
+        raise UsageError(f"token {largest} of the prompt lies outside the model's vocabulary of {model.model.vocab_size}")
     pick = partial(choose, temperature=temperature, top_p=top_p, generator=generator)
     return _draw(model, prompt, num_tokens, pick, eos_id)
 
@@ -63,8 +63,8 @@ def _draw(model: Transformer, prompt: Tensor, num_tokens: int, pick: Callable[[T
         logits = model.decode(tokens, cache)
         if not bool(logits.isfinite().all()):
             raise NumericsError("the model's logits are not finite: its weights are damaged; generate from an earlier checkpoint")
-        token = pick(logits)
-        if int(token) == eos_id:
+        tokens = pick(logits)[None]
+        token = int(tokens)
+        if token == eos_id:
             return
-        yield int(token)
-        tokens = token[None]
+        yield token

@@ -30,7 +30,9 @@ def grouped_matmul(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
     The kernel wants rows of a multiple of 16 bytes, and at least one; others take the loop.
     """
-    if any(width * weight.element_size() % 16 for width in (math.prod(weight.shape[1:-1]), weight.shape[-1])) or not rows.shape[0]:
+    if not rows.shape[0]:
+        return rows @ weight.flatten(1, -2)[0].t()  # weights get a gradient of 0, and nobody waits for `ends`
+    if any(width * weight.element_size() % 16 for width in (math.prod(weight.shape[1:-1]), weight.shape[-1])):
         return F.pad(grouped_matmul_reference(rows, weight.flatten(1, -2), ends), (0, 0, 0, rows.shape[0] - int(ends[-1])))
     out: Tensor = _GroupedMatmul.apply(rows, weight, ends)
     return out

@@ -145,6 +145,8 @@ def joined(
     try:
         with _losses_named(rank):
             _report(store, rank, count, layout, about, arrival, notice)
+            # Both backends: what ranks tell each other of checkpoints lies on the host. No `device_id`: torch would then make each group
+            # by splitting the default one, in which all ranks must take part, and here each makes only the groups that it is in.
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                 store=PrefixStore("collectives", store),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import resource
 import sys
 import time
 
@@ -31,7 +32,7 @@ def prepare(train: Train) -> torch.device:
         if place >= torch.cuda.device_count():
             raise UsageError(
                 f"process {place} of this node has no device of its own: torch sees {torch.cuda.device_count()}; start at most as many "
-                "processes on each node as it has devices (torchrun --nproc-per-node)"
+                "processes on each node as it has devices (torchrun --nproc-per-node), or use --train.device cpu"
             )
         torch.cuda.set_device(place)
     if device.type == "cpu":
@@ -83,6 +84,13 @@ def memory_of_rank(device: torch.device) -> float:
     return math.inf if there is None else there / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def peak_memory(device: torch.device) -> int:
+    """Largest memory held so far, in bytes: of the CUDA device, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def measured_peak(device: torch.device, precision: Precision) -> float:
     """Best rate of a large square product on this device and its current threads, in FLOP/s: what the MFU is measured against."""
     size, dtype = (4096 if device.type == "cuda" else 1024), torch.bfloat16 if precision == "bf16" else torch.float32
@@ -91,8 +99,7 @@ def measured_peak(device: torch.device, precision: Precision) -> float:
     for _ in range(12):
         begin = time.perf_counter()
         a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         best = min(best, time.perf_counter() - begin)
     return 2 * size**3 / best
 

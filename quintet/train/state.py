@@ -1,4 +1,7 @@
-"""What a resume needs, and nothing else: weights, optimizer, place in the curriculum, data order, random numbers."""
+"""What a resume needs, and nothing else: weights, optimizer, place in the curriculum, data order, random numbers.
+
+Of these only the host's: training draws nothing on a device, whose generator's state would tie a checkpoint to it.
+"""
 
 from __future__ import annotations
 
@@ -116,8 +119,6 @@ def gather(built: Built, data: Mapping[str, int], position: Position, *, loss: f
     it was evaluated at this step."""
     built.parameters.finish_gathering()  # those of other ranks may still be on their way
     state: dict[str, Any] = {**tensors(built), "random.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["random.cuda"] = torch.cuda.get_rng_state()
     return state | {"position": asdict(position), "optimizer_steps": built.optimizer.counts(), "data": dict(data), LOSS: loss}
 
 
@@ -177,8 +178,6 @@ def restore(directory: Place, built: Built, spent: Spent | None = None) -> tuple
     Raises CheckpointError, with nothing changed, for one of another model; DamagedError, with some tensors filled and some not.
     """
     state: dict[str, Any] = {**tensors(built), "random.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["random.cuda"] = torch.cuda.get_rng_state()
     values = load(
         state | {"position": None, "optimizer_steps": None, "data": None},
         directory,
@@ -192,6 +191,4 @@ def restore(directory: Place, built: Built, spent: Spent | None = None) -> tuple
     except msgspec.ValidationError as error:
         raise CheckpointError(f"{directory}: position, data or optimizer_steps is not as this version writes it: {error}") from None
     torch.set_rng_state(state["random.cpu"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["random.cuda"])
     return position, data

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -156,6 +155,9 @@ class _Session:
         self.num_steps = sum(stretch.num_steps for stretch in self.stretches)
         self.peak_flops = machine.measured_peak(device, run.train.precision) * run.layout.num_ranks
         self.flops = 0.0  # of the steps since the last record
+        self.adapts = run.train.adaptive and self.built.pipeline is not None and device.type == "cpu"
+        if run.train.adaptive and device.type == "cuda":
+            sinks.write(Message(text="train.adaptive has no effect on CUDA, where a stage's times are those of its launches"))
         for name, part in prepared.sources.items():
             if not part.held_out.num_documents:
                 sinks.write(Message(text=f"source {name!r} has no held-out document and is not evaluated; raise data.held_out or add text"))
@@ -207,7 +209,7 @@ class _Session:
                         self._evaluate(position)
                     if due.checkpoint or stopping:
                         last = stopping or position.step == self.num_steps
-                        adapting = self.run.train.adaptive and self.built.pipeline is not None and not last
+                        adapting = self.adapts and not last
                         self._save(position, wait=last or adapting)
                         if adapting:
                             self._adapt(position, settings.batch_sequences)
@@ -271,7 +273,7 @@ class _Session:
                 tokens_per_second=throughput(tokens, seconds),
                 mfu=mfu(flops, seconds, peak_flops=self.peak_flops),
                 expert_load=_shares(result.load),
-                peak_memory_bytes=peak_memory(self.device),
+                peak_memory_bytes=machine.peak_memory(self.device),
                 dropped=None if self.run.model.capacity_factor is None else result.num_dropped / max(int(result.load.sum()), 1),
             )
         )
@@ -426,10 +428,3 @@ def _shares(load: Tensor) -> tuple[tuple[float, ...], ...]:
     """load [layers, E] -> each expert's share of its layer's assignments."""
     shares = load.double() / load.sum(1, keepdim=True).clamp(min=1)
     return tuple(tuple(round(share, 5) for share in layer) for layer in shares.tolist())
-
-
-def peak_memory(device: torch.device) -> int:
-    """Largest memory held so far, in bytes: of the CUDA device, else of the process."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

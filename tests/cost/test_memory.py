@@ -87,7 +87,7 @@ def kept_after_forward(model: Model, train: Train, sequence_length: int, kernels
 
     loss()  # compiles
     def kept() -> int:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profile:
             held = loss()
         assert held and profile.profiler and profile.profiler.kineto_results
         return sum(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")

@@ -53,7 +53,7 @@ def kept_bytes(net: Transformer, policy: Recompute) -> int:
     """Bytes allocated in a forward pass that are still held behind it."""
     tokens = some_tokens(net.model, 2, 65)
     net.set_recompute(policy)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profile:
         held = net(tokens[:, :-1], targets=targets_by_depth(tokens[:, 1:], net.model.num_mtp_modules))
     assert held.hidden.requires_grad and profile.profiler and profile.profiler.kineto_results
     return sum(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")

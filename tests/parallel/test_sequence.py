@@ -251,7 +251,7 @@ def kept_per_token(payload: Payload | None, *, recompute: bool) -> float:
     if payload is not None:
         layer.attend = RingAttention(alone("cp"), payload)
     turn = rotation(case.model, torch.arange(64))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profile:
         out = layer(x.requires_grad_(), turn, None)
     assert out.requires_grad and profile.profiler and profile.profiler.kineto_results
     held = sum(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
