@@ -133,7 +133,7 @@ def layouts(draw: st.DrawFn, model: Model, sequence_lengths: list[int]) -> Layou
 sources = st.builds(
     Source,
     name=names,
-    paths=st.lists(texts, min_size=1, max_size=3).map(tuple),
+    paths=st.lists(folders, min_size=1, max_size=3).map(tuple),
     domain=st.sampled_from(["code", "prose"]),
     weight=positive_floats,
     text_key=texts,
