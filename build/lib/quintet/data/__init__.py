@@ -1,1 +1,0 @@
-"""From text to token sequences; only `loader` imports torch, so nothing is gathered here."""

@@ -1,1 +1,0 @@
-"""Numerical operations, each fast path beside its slow reference."""

@@ -1,1 +1,0 @@
-"""Five parallelisms, applied to the model from outside: mesh, collectives, tensor, sequence, expert, ZeRO."""

@@ -1,1 +1,0 @@
-"""What a pipeline would do, computed without running it."""
