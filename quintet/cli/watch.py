@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -140,8 +141,10 @@ def _write_picture(run_directory: Path, path: Path) -> None:
     """Raises UsageError where the file cannot be written."""
     console = Console(record=True, width=PICTURE_WIDTH, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     console.print(View(run_directory, console).look().panel())
+    picture = console.export_svg(title=f"quintet watch {run_directory}")
+    picture = re.sub(r"@font-face \{.*?\}", "", picture, flags=re.DOTALL)  # a picture asks nothing of the network
     try:
-        path.write_text(console.export_svg(title=f"quintet watch {run_directory}"), encoding="utf-8")
+        path.write_text(picture, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}; give --svg a file in a folder that exists and may be written") from None
     print(path)

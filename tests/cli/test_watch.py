@@ -98,7 +98,7 @@ def test_the_picture_holds_the_panel(directory: Path, tmp_path: Path, capsys: py
     write(directory, record(4))
     assert main(["watch", str(directory), "--svg", str(tmp_path / "live.svg")]) == 0
     picture = (tmp_path / "live.svg").read_text()
-    assert picture.startswith("<svg") and "step&#160;4/10" in picture
+    assert picture.startswith("<svg") and "step&#160;4/10" in picture and "@font-face" not in picture
     assert main(["watch", str(directory), "--svg", str(tmp_path / "none" / "live.svg")]) == 2
     assert "cannot write" in capsys.readouterr().err
 
