@@ -10,7 +10,7 @@
     ├── RankError               76   another rank is missing or lost: start again
     └── GivenUp                 93   no progress after repeated recovery: do not restart
 
-A message says what was wrong, the values, the rule and the remedy.
+A message says what was wrong, the values, the rule and the remedy; the words of remedies that several rooms give stand here too.
 """
 
 from __future__ import annotations
@@ -74,6 +74,21 @@ class GivenUp(QuintetError):
     """Recovery was tried and made no progress; starting again would not help."""
 
     exit_code: ClassVar[int] = 93
+
+
+_EXTRA_OF = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "hf": "hf"}
+"""The extra that reaches a URL's protocol."""
+
+
+def install_line(extra: str) -> str:
+    """The command that installs one of this package's extras."""
+    return f"pip install -c constraints.txt 'quintet[{extra}]'"
+
+
+def remedy_to_reach(url: str) -> str:
+    """What to do where the package that reaches a URL's store is missing."""
+    extra = _EXTRA_OF.get(url.partition(":")[0])
+    return f"install it: {install_line(extra)}" if extra else "install that package"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -25,7 +25,7 @@ from blake3 import blake3
 
 from quintet.checkpoint.durable import hash_file, open_regular, write_file
 from quintet.checkpoint.manifest import File
-from quintet.errors import CheckpointError, QuintetError, UsageError
+from quintet.errors import CheckpointError, QuintetError, UsageError, remedy_to_reach
 
 T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
@@ -41,7 +41,6 @@ ATTEMPT = re.compile(r"(data-\d+)-[0-9a-f]{8}(\.bin)")
 _TRIES = 6
 _FIRST_WAIT = 0.5
 """Seconds before the second try; they double, and vary, so that ranks do not come back all at once."""
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "hf": "hf"}
 _CODES = {
     FileNotFoundError: errno.ENOENT,
     FileExistsError: errno.EEXIST,
@@ -90,9 +89,7 @@ class Remote:
         try:
             system, path = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
         except ImportError as error:
-            extra = _EXTRAS.get(self.url.partition("://")[0])
-            remedy = f"install it: pip install -c constraints.txt 'quintet[{extra}]'" if extra else "install what it names"
-            raise UsageError(f"{self.url} needs a package that is missing ({error}); {remedy}") from None
+            raise UsageError(f"{self.url} needs a package that is missing ({error}); {remedy_to_reach(self.url)}") from None
         except ValueError as error:
             raise UsageError(f"{self.url}: {error}; use a protocol that fsspec knows, such as s3, gs, abfs or sftp") from None
         return system, str(path)

@@ -22,7 +22,7 @@ import msgspec
 
 from quintet.data.part import Job, Progress, make
 from quintet.data.shards import DiskFull, free_again
-from quintet.errors import DataError
+from quintet.errors import DataError, install_line
 
 OnMessage = Callable[[str], None]
 EngineName = Literal["local", "daft", "ray"]
@@ -129,13 +129,13 @@ class Daft:
         try:
             import daft
         except ImportError as error:
-            raise DataError(f"this engine needs Daft ({error}); install it: pip install -c constraints.txt 'quintet[data]'") from None
+            raise DataError(f"this engine needs Daft ({error}); install it: {install_line('data')}") from None
         self.daft, self.runner, self.workers = daft, runner, workers
         if runner == "ray":
             try:
                 import ray  # noqa: F401 -- an optional extra
             except ImportError as error:
-                raise DataError(f"engine ray needs Ray ({error}); install it: pip install -c constraints.txt 'quintet[ray]'") from None
+                raise DataError(f"engine ray needs Ray ({error}); install it: {install_line('ray')}") from None
             _check_address(address)
         try:
             daft.set_runner_ray(address=address) if runner == "ray" else daft.set_runner_native()

@@ -9,7 +9,7 @@ import numpy as np
 
 from quintet.data.rules import Rule
 from quintet.data.texts import Texts, Values
-from quintet.errors import DataError, did_you_mean
+from quintet.errors import DataError, did_you_mean, install_line
 from quintet.spec.quality import Quality
 from quintet.spec.run import Domain
 
@@ -38,7 +38,7 @@ def _ranker(languages: tuple[str, ...]) -> Callable[[str], list[tuple[str, float
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError:
-        raise DataError("data.quality.languages needs py3langid; install it: pip install 'quintet[language]'") from None
+        raise DataError(f"data.quality.languages needs py3langid; install it: {install_line('language')}") from None
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
     if unknown := sorted(set(languages) - set(identifier.labels)):
         near = did_you_mean(unknown[0], identifier.labels)

@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 import zstandard
 from blake3 import blake3
 
-from quintet.errors import DataError, did_you_mean
+from quintet.errors import DataError, did_you_mean, install_line, remedy_to_reach
 from quintet.spec.run import Source
 
 Reason = Literal[
@@ -78,9 +78,6 @@ _STDLIB_WITHOUT = frozenset("site-packages dist-packages __pycache__ encodings p
 _STDLIB_BAD_FILES = frozenset(["test_source_encoding.py"])
 _DOCS_WITHOUT = _STDLIB_WITHOUT | frozenset("test tests idle_test".split())
 _SPECIAL = ("python:stdlib", "python:docs")
-
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "hf": "hf"}
-"""What a URL's store needs, as an extra of this package."""
 
 _CHUNK = 1 << 20
 _BOMB_BYTES, _BOMB_RATIO = 1 << 28, 250
@@ -246,9 +243,8 @@ def _remote_files(path: str, source: Source) -> tuple[list[File], int]:
         system.invalidate_cache()  # what this process saw there before may have changed
         infos = system.glob(inner, detail=True) if glob.has_magic(inner) else system.find(inner, detail=True)
     except ImportError as error:
-        extra = _EXTRAS.get(path.partition(":")[0])
-        remedy = f"install it: pip install -c constraints.txt 'quintet[{extra}]'" if extra else "install that package"
-        raise DataError(f"source {source.name!r}: {path!r} needs a package that is missing ({error}); {remedy}") from None
+        missing = f"source {source.name!r}: {path!r} needs a package that is missing ({error})"
+        raise DataError(f"{missing}; {remedy_to_reach(path)}") from None
     except ValueError as error:
         raise DataError(f"source {source.name!r}: {path!r} cannot be reached: {error}; correct the URL") from None
     except Exception as error:  # every store has errors of its own
@@ -563,7 +559,7 @@ def _warc_records(chunks: Iterator[bytes]) -> Iterator[Any]:
     try:
         from warcio.archiveiterator import ArchiveIterator
     except ImportError as error:
-        raise DataError(f"WARC files need warcio ({error}); install it: pip install -c constraints.txt 'quintet[warc]'") from None
+        raise DataError(f"WARC files need warcio ({error}); install it: {install_line('warc')}") from None
     records = ArchiveIterator(_Stream(chunks))
     record, number = None, 0
     while True:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
+from quintet.errors import install_line
 from quintet.monitor.units import num_bytes
 
 CORE = (
@@ -97,7 +98,7 @@ def _compiler() -> list[Finding]:
 
 def _packages() -> list[Finding]:
     core = [_package(name, f"pip install -c constraints.txt {name}") for name in CORE]
-    return core + [_package(name, f"pip install -c constraints.txt 'quintet[{extra}]'") for name, extra in OPTIONAL.items()]
+    return core + [_package(name, install_line(extra)) for name, extra in OPTIONAL.items()]
 
 
 def _package(name: str, install: str) -> Finding:

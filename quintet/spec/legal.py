@@ -81,10 +81,10 @@ def _replicas(layout: Layout, ep: Iterable[int]) -> list[int]:
     return sorted({1, dp, max(dp - 1, 1), dp + 1} | _around(dp) | fitting)
 
 
-def _with_degrees(layout: Layout, dp: int, tp: int, pp: int, ep: int, cp: int) -> list[Layout]:
-    """The layout with other degrees, and what else it says as far as it fits them: experts split over tp or, then, whole."""
-    shared = layout.zero_ranks if layout.zero_ranks and dp * cp % layout.zero_ranks == 0 and layout.zero else None
-    other = replace(
+def _divided(layout: Layout, degrees: Sequence[int], *, zero_ranks: int | None) -> Layout:
+    """The layout with other degrees, in the order of `AXES`, and of what else it says that which fits them."""
+    dp, tp, pp, ep, cp = degrees
+    return replace(
         layout,
         dp=dp,
         tp=tp,
@@ -92,11 +92,17 @@ def _with_degrees(layout: Layout, dp: int, tp: int, pp: int, ep: int, cp: int) -
         ep=ep,
         cp=cp,
         expert_tp=tp if layout.expert_tp > 1 else 1,
-        zero_ranks=shared,
+        zero_ranks=zero_ranks,
         zero=min(layout.zero, 1) if pp > 1 else layout.zero,
         cut=None,
         schedule_file=layout.schedule_file if pp == layout.pp > 1 else None,
     )
+
+
+def _with_degrees(layout: Layout, dp: int, tp: int, pp: int, ep: int, cp: int) -> list[Layout]:
+    """The layout with other degrees: experts split over tp if they were and, then, whole."""
+    shared = layout.zero_ranks if layout.zero_ranks and dp * cp % layout.zero_ranks == 0 and layout.zero else None
+    other = _divided(layout, (dp, tp, pp, ep, cp), zero_ranks=shared)
     return [other, replace(other, expert_tp=1)] if other.expert_tp > 1 else [other]
 
 
@@ -109,23 +115,11 @@ def fewer_ranks(layout: Layout, model: Model, sequence_lengths: Iterable[int], *
         return [d for d in range(min(degree, most), 1, -1) if degree % d == 0 or d & (d - 1) == 0] if degree > 1 else [1]
 
     def smaller(degrees: tuple[int, ...]) -> Layout:
-        dp, tp, pp, ep, cp = degrees
+        dp, *_, cp = degrees
         shared = next((s for s in below(layout.zero_ranks) if dp * cp % s == 0), dp * cp) if layout.zero_ranks else None
-        return replace(
-            layout,
-            dp=dp,
-            tp=tp,
-            pp=pp,
-            ep=ep,
-            cp=cp,
-            expert_tp=tp if layout.expert_tp > 1 else 1,
-            zero_ranks=shared,
-            cut=None,
-            schedule_file=layout.schedule_file if pp == layout.pp else None,
-        )
+        return _divided(layout, degrees, zero_ranks=shared)
 
-    axes: tuple[Degree, ...] = ("dp", "tp", "pp", "ep", "cp")
-    fitting = (smaller(degrees) for degrees in itertools.product(*(below(layout.degree(axis)) for axis in axes)))
+    fitting = (smaller(degrees) for degrees in itertools.product(*(below(layout.degree(axis)) for axis in AXES)))
     legal = [other for other in fitting if other.num_ranks <= most and not broken_rules(other, model, lengths)]
 
     def good(other: Layout) -> tuple[int, ...]:

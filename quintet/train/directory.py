@@ -133,8 +133,12 @@ def held(directory: Path) -> Iterator[None]:
     if not (directory / RECIPE).is_file():
         raise UsageError(f"{directory} is not a run's directory: it has no {RECIPE}")
     with (directory / LOCK).open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(f"another process is training in {directory}; wait for it, or stop it first") from None
+        for wait in (0.05, 0.0):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if not wait:
+                    raise UsageError(f"another process is training in {directory}; wait for it, or stop it first") from None
+                time.sleep(wait)  # somebody may just be asking (`is_held`)
         yield

@@ -19,7 +19,8 @@ class Stop:
     in two."""
 
     def __init__(self, *, tell: bool, alone: bool) -> None:
-        """at_once: while the first step runs, which may compile for a minute, Ctrl-C loses nothing; other ranks would be left behind."""
+        """tell: say on stderr that a signal was heard. alone: no other rank would be left behind by a Ctrl-C that ends the first step at
+        once; it may compile for a minute, and there is nothing to lose. `at_once` is set to False when that step is done."""
         self.num_signals, self.tell, self.at_once = 0, tell, alone
 
     def __bool__(self) -> bool:

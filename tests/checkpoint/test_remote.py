@@ -17,7 +17,7 @@ import torch
 
 from quintet.checkpoint import place as places
 from quintet.checkpoint import retention
-from quintet.checkpoint.background import Failed, Saver, Written
+from quintet.checkpoint.background import Failed, Saver
 from quintet.checkpoint.contents import convert, differences
 from quintet.checkpoint.load import candidates, latest, list_checkpoints, load, read_extra, verify
 from quintet.checkpoint.pieces import Pieces
@@ -27,6 +27,7 @@ from quintet.cli.main import main
 from quintet.errors import CheckpointError, UsageError
 from quintet.spec.run import Checkpoint
 from tests.checkpoint.states import blank, small_state
+from tests.checkpoint.test_stores import keeps_pins_and_prunes
 from tests.ranks import on_ranks
 from tests.train import runs
 
@@ -234,17 +235,7 @@ def test_a_step_is_saved_once_and_never_overwritten(bucket: Remote, monkeypatch:
 
 
 def test_a_background_saver_reads_back_prunes_and_respects_pins(bucket: Remote) -> None:
-    saver = Saver(bucket, Checkpoint(keep_last=1))
-    for step in (1, 2, 3):
-        saver.save(small_state(step), step=step, extras=EXTRAS, rounded={})
-        saver.finish()
-        (told,) = saver.told()
-        assert isinstance(told, Written) and told.problem is None and told.num_bytes > 0
-        if step == 1:
-            retention.pin(bucket / "step-00000001")
-    assert [(found.step, found.pinned) for found in list_checkpoints(bucket)] == [(1, True), (3, False)]
-    retention.unpin(bucket / "step-00000001")
-    assert retention.prune(bucket, Checkpoint(keep_last=1)) == [bucket / "step-00000001"]
+    keeps_pins_and_prunes(bucket)
 
 
 def test_a_store_that_stores_something_else_fails_the_save(bucket: Remote, monkeypatch: pytest.MonkeyPatch) -> None:

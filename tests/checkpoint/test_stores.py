@@ -86,7 +86,8 @@ def failing(patch: pytest.MonkeyPatch, store: Remote, act: Callable[[str, int], 
     return kinds
 
 
-def test_a_store_of_any_kind_keeps_checkpoints_whole_pinned_and_pruned(store: Remote) -> None:
+def keeps_pins_and_prunes(store: Remote) -> None:
+    """A background saver and retention do in a store what they do in a folder."""
     saver = Saver(store, Checkpoint(keep_last=1))
     for step in (1, 2, 3):
         saver.save(small_state(step), step=step, extras=EXTRAS, rounded={})
@@ -97,7 +98,11 @@ def test_a_store_of_any_kind_keeps_checkpoints_whole_pinned_and_pruned(store: Re
             retention.pin(store / "step-00000001")
     assert [(found.step, found.pinned) for found in list_checkpoints(store)] == [(1, True), (3, False)]
     retention.unpin(store / "step-00000001")
-    retention.prune(store, Checkpoint(keep_last=1))
+    assert retention.prune(store, Checkpoint(keep_last=1)) == [store / "step-00000001"]
+
+
+def test_a_store_of_any_kind_keeps_checkpoints_whole_pinned_and_pruned(store: Remote) -> None:
+    keeps_pins_and_prunes(store)
     assert list(store.entries()) == ["step-00000003"]  # no empty folders are left either
     assert loaded(latest(store, verify_content=True))["norm"].tolist() == [3] * 4
     with pytest.raises(CheckpointError, match="holds other content"):

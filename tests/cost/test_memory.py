@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from quintet.cost import memory
 from quintet.cost.activations import KEEP_PROBABILITIES_BELOW, QUERY_BLOCK, ROW_ALIGNMENT
 from quintet.cost.flops import parameters
 from quintet.cost.memory import Memory, stage_bytes, step_memory
-from quintet.model.loss import Weights, count_targets, targets_by_depth, training_loss
+from quintet.model.loss import Loss, Weights, count_targets, targets_by_depth, training_loss
 from quintet.model.transformer import Transformer, initial_values
 from quintet.ops import attention, permute
 from quintet.ops.deferred import WeightGradients, putting_off
@@ -62,9 +62,10 @@ def fused() -> Iterator[Kernels]:
     torch._dynamo.reset()
 
 
-def kept_after_forward(model: Model, train: Train, sequence_length: int, kernels: Kernels, mesh: Mesh | None = None) -> int:
-    """Bytes that are allocated in a forward pass and its loss and still there afterwards, on this rank of the mesh."""
-    mesh = mesh or single()
+def model_and_loss(
+    model: Model, train: Train, sequence_length: int, kernels: Kernels, mesh: Mesh
+) -> tuple[Transformer, Callable[[], Loss]]:
+    """A model as this rank of the mesh holds it, and what computes the loss of a micro-batch."""
     with torch.device("meta"):
         net = Transformer(model, kernels=kernels)
     parallelize(net, mesh, train, device=torch.device("cpu")).fill(lambda piece: initial_values(model, piece.name, piece.box, seed=0))
@@ -73,7 +74,7 @@ def kept_after_forward(model: Model, train: Train, sequence_length: int, kernels
     targets = targets_by_depth(tokens[:, 1:], model.num_mtp_modules)
     inputs, labels = (shard_tokens(whole, mesh["cp"], dim=-1) for whole in (tokens[:, :-1], targets))
 
-    def loss() -> object:
+    def loss() -> Loss:
         return training_loss(
             net,
             inputs,
@@ -85,7 +86,15 @@ def kept_after_forward(model: Model, train: Train, sequence_length: int, kernels
             chunk=train.loss_chunk,
         )
 
+    return net, loss
+
+
+def kept_after_forward(model: Model, train: Train, sequence_length: int, kernels: Kernels, mesh: Mesh | None = None) -> int:
+    """Bytes that are allocated in a forward pass and its loss and still there afterwards, on this rank of the mesh."""
+    mesh = mesh or single()
+    _, loss = model_and_loss(model, train, sequence_length, kernels, mesh)
     loss()  # compiles
+
     def kept() -> int:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profile:
             held = loss()
@@ -131,26 +140,10 @@ def test_activations_are_what_torch_keeps_on_every_rank(
 
 def put_off_by_backward(model: Model, train: Train, sequence_length: int, mesh: Mesh | None = None) -> int:
     """Bytes of the tensors, weights aside, that a backward's put-off weight gradients hold on this rank of the mesh."""
-    mesh = mesh or single()
-    with torch.device("meta"):
-        net = Transformer(model, kernels=REFERENCE)
-    parallelize(net, mesh, train, device=torch.device("cpu")).fill(lambda piece: initial_values(model, piece.name, piece.box, seed=0))
-    tokens = torch.randint(model.vocab_size, (train.micro_batch, sequence_length + 1), generator=torch.Generator().manual_seed(mesh.at.dp))
-    targets = targets_by_depth(tokens[:, 1:], model.num_mtp_modules)
-    inputs, labels = (shard_tokens(whole, mesh["cp"], dim=-1) for whole in (tokens[:, :-1], targets))
-    loss = training_loss(
-        net,
-        inputs,
-        labels,
-        positions=shard_positions(sequence_length, mesh["cp"]),
-        weights=Weights(mtp=0.3, balance=1e-4),
-        num_targets=count_targets(targets).tolist(),
-        num_sequences=train.micro_batch,
-        chunk=train.loss_chunk,
-    )
-    later = WeightGradients()
+    net, loss = model_and_loss(model, train, sequence_length, REFERENCE, mesh or single())
+    total, later = loss().total, WeightGradients()
     with putting_off(later):
-        loss.total.backward()
+        total.backward()
     weights = {parameter.untyped_storage().data_ptr() for parameter in net.parameters()}
     held = (cell.cell_contents for _, make in later._work for cell in make.__closure__ or ())
     storages = [tensor.untyped_storage() for tensor in held if isinstance(tensor, torch.Tensor)]
