@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Literal
@@ -96,6 +97,7 @@ def kept_after_forward(model: Model, train: Train, sequence_length: int, kernels
     loss()  # compiles
 
     def kept() -> int:
+        gc.collect()  # what an earlier pass left in circles must not be freed within
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profile:
             held = loss()
         assert held and profile.profiler and profile.profiler.kineto_results
